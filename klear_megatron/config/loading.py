@@ -1,0 +1,94 @@
+"""Reading a config from a YAML file and `--section.key value` overrides, and writing it back."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from klear_megatron.config.section import Section
+from klear_megatron.errors import UserError
+
+C = TypeVar("C", bound=Section)
+
+
+def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+    """Reads `path` and applies overrides such as `--policy.optimizer.lr 1e-6` or `--seed=3`.
+
+    Raises:
+        UserError: no such file, no valid YAML, an unknown key (with the nearest valid one), a
+            missing one, or a value that is not allowed; all problems in one message.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; check the path")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: the top level must be a mapping of keys to values")
+    for key, value in _parse_overrides(overrides):
+        _set(values, key, value)
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(cls, problem) for problem in error.errors(include_url=False)]
+        raise UserError(
+            "\n".join([f"{path} with the command line's values:", *problems])
+        ) from error
+
+
+def write_config(config: Section, path: Path) -> None:
+    """Writes every value, defaults included, as YAML that loads back to an equal config."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise UserError(f"{argument!r}: overrides look like --section.key value")
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"{argument}: a value must follow")
+            text = rest.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError as error:
+            raise UserError(f"{argument}: {text!r} is not a YAML value: {error}") from error
+    return pairs
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--{dotted}: {section} is a value in the config file, not a section")
+    values[key] = value
+
+
+def _describe(cls: type[Section], problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_keys(cls, problem["loc"][:-1])
+        nearest = difflib.get_close_matches(str(problem["loc"][-1]), valid, 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(valid)}"
+        return f"  {location}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"  {location}: missing; give it a value"
+    if problem["type"] == "value_error":  # a section's own check
+        return f"  {location + ': ' if location else ''}{problem['ctx']['error']}"
+    return f"  {location}: {problem['msg']}; given: {problem['input']!r}"
+
+
+def _valid_keys(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        annotation = cls.model_fields[part].annotation
+        assert isinstance(annotation, type), "only a section has keys"
+        cls = annotation
+    return list(cls.model_fields)

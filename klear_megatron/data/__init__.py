@@ -1,0 +1,18 @@
+"""Reading prompts and conversations, encoding them, and the order they are trained in."""
+
+from klear_megatron.data.config import DataConfig
+from klear_megatron.data.encoding import encode_conversation, encode_prompt, encode_prompts
+from klear_megatron.data.rows import Conversation, Prompt, read_conversations, read_prompts
+from klear_megatron.data.sampler import PromptSampler
+
+__all__ = [
+    "Conversation",
+    "DataConfig",
+    "Prompt",
+    "PromptSampler",
+    "encode_conversation",
+    "encode_prompt",
+    "encode_prompts",
+    "read_conversations",
+    "read_prompts",
+]

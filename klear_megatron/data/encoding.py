@@ -1,0 +1,83 @@
+"""From messages to token ids, through the tokenizer's chat template only."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.data.rows import Message, Prompt
+from klear_megatron.errors import UserError
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the messages, followed by the opening of the assistant's turn."""
+    return _apply_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation, and which of them are trained.
+
+    The mask is 1 on the tokens that the assistant has to generate, its end-of-turn token included,
+    and 0 elsewhere; both lists have the same length. An assistant message's tokens are those that
+    the template adds to the prompt before it, so `encode_prompt(messages[:i])` followed by the
+    trained tokens of message i is exactly what generation sees and produces.
+
+    Raises:
+        UserError: the template or the tokenizer changes earlier tokens when a message is added,
+            so there are no such tokens.
+    """
+    ids = _apply_template(tokenizer, messages)
+    mask = [0] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = encode_prompt(tokenizer, messages[:i])
+        turn = _apply_template(tokenizer, messages[: i + 1])
+        if turn[: len(prompt)] != prompt or ids[: len(turn)] != turn:
+            raise UserError(
+                f"messages.{i}: the chat template encodes the messages before or at this one "
+                "differently once a later one follows, so its tokens cannot be told apart. Some "
+                "templates drop the reasoning of earlier turns: make each assistant turn the last "
+                "one of a row of its own, or use another chat template"
+            )
+        start, end = len(prompt), len(turn)
+        # What follows the end-of-turn token, such as a newline, is not the assistant's to generate.
+        while end > start and not cast(str, tokenizer.decode(ids[end - 1 : end])).strip():
+            end -= 1
+        mask[start:end] = [1] * (end - start)
+    return ids, mask
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int
+) -> tuple[list[Prompt], list[list[int]]]:
+    """The prompts of at most `max_length` tokens, and their token ids.
+
+    Raises:
+        UserError: every prompt is longer.
+    """
+    encoded = [(prompt, encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
+    fitting = [(prompt, ids) for prompt, ids in encoded if len(ids) <= max_length]
+    if not fitting:
+        shortest = min(len(ids) for _, ids in encoded)
+        raise UserError(
+            f"data.max_prompt_length: no prompt has at most {max_length} tokens; "
+            f"the shortest has {shortest}"
+        )
+    return [prompt for prompt, _ in fitting], [ids for _, ids in fitting]
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one")
+    ids = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
+    )
+    return cast(list[int], ids)

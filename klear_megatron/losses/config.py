@@ -1,0 +1,20 @@
+"""Settings of the policy loss."""
+
+from typing import Any
+
+from pydantic import Field
+
+from klear_megatron.config import Section
+
+
+class LossConfig(Section):
+    """Which loss each response token has, and the SFT term beside it."""
+
+    name: str = "gppo"
+    """gppo, ppo_clip, cispo, or a function of your own as `package.module:function`."""
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the loss, such as `dual_clip` or `beta_low`."""
+    sft_alpha: float = Field(0.1, ge=0)
+    """Weight of the negative log-likelihood of correct responses; 0 turns it off."""

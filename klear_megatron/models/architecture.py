@@ -1,0 +1,74 @@
+"""What the package has to know about a model architecture, and the registry of those it knows."""
+
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from klear_megatron.errors import UserError
+from klear_megatron.models.layouts import Layout, Vocabulary
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of an architecture's table: Megatron name <-> Hugging Face tensors <-> layout."""
+
+    name: str
+    """Name in Megatron's distributed checkpoints (Transformer Engine's spelling)."""
+    sources: dict[str, tuple[int, ...]]
+    """Hugging Face name -> shape, in the order in which `layout.merge` takes them."""
+    layout: Layout
+
+
+class Architecture(Protocol):
+    """Everything architecture-specific, derived from the Hugging Face config and nothing else."""
+
+    def transformer_config(self, hf: PretrainedConfig) -> dict[str, Any]:
+        """Fields of Megatron's TransformerConfig that the architecture fixes."""
+
+    def weights(self, hf: PretrainedConfig, padded_vocab_size: int) -> Iterator[Weight]:
+        """The table of all weights, each stated once, in a fixed order."""
+
+    def rotary(self, hf: PretrainedConfig) -> tuple[Tensor, float]:
+        """Inverse frequencies [head_dim / 2] float32, and the factor on cos and sin (YaRN's)."""
+
+
+_ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def register_architecture(name: str, architecture: Architecture) -> None:
+    """Makes `architecture` known for configs whose `architectures` list says `name`."""
+    _ARCHITECTURES[name] = architecture
+
+
+def get_architecture(hf: PretrainedConfig) -> Architecture:
+    """The architecture a Hugging Face config names.
+
+    Raises:
+        UserError: it names none, or one that is not registered.
+    """
+    name = (hf.architectures or ["(none)"])[0]
+    if name not in _ARCHITECTURES:
+        nearest = difflib.get_close_matches(name, _ARCHITECTURES, 1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        raise UserError(
+            f"{hf.name_or_path or 'config.json'}: unknown architecture {name!r}{hint}; known: "
+            f"{', '.join(sorted(_ARCHITECTURES))}. Register your own with "
+            "klear_megatron.models.register_architecture."
+        )
+    return _ARCHITECTURES[name]
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Vocabulary rounded up so that every tensor-parallel rank gets the same number of rows."""
+    multiple = math.lcm(128, tensor_parallel_size)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def vocabulary_layout(hf: PretrainedConfig, padded_size: int) -> Vocabulary:
+    """The layout of the embedding and of the output weight."""
+    return Vocabulary(size=hf.vocab_size, padded_size=padded_size)

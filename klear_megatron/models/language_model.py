@@ -1,0 +1,84 @@
+"""Megatron's GPTModel whose output is per-token log-probabilities instead of logits."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from klear_megatron import platform
+from klear_megatron.models.architecture import get_architecture, padded_vocab_size
+from klear_megatron.models.log_probs import vocab_parallel_log_probs
+from klear_megatron.models.spec import layer_spec
+
+
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """One pipeline stage (or virtual stage) of a causal language model.
+
+    With `labels` [1, tokens] the last stage returns [2, tokens] float32: the log-probability of
+    each label and the entropy of the distribution it was drawn from, both at `temperature`.
+    Without labels it returns the logits [1, tokens, padded vocabulary / TP].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hf: PretrainedConfig,
+        *,
+        temperature: float = 1.0,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            layer_spec(config, vp_stage),
+            vocab_size=padded_vocab_size(hf.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            vp_stage=vp_stage,
+        )
+        self.unpadded_vocab_size = hf.vocab_size
+        self.temperature = temperature
+        # Hugging Face's own frequencies, so every kind of RoPE scaling means the same here.
+        inv_freq, _ = get_architecture(hf).rotary(hf)
+        self.rotary_pos_emb.inv_freq = inv_freq.to(platform.device())
+
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True
+            )
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return torch.stack(
+            vocab_parallel_log_probs(
+                hidden.squeeze(1),
+                weight,
+                labels.squeeze(0),
+                vocab_size=self.unpadded_vocab_size,
+                temperature=self.temperature,
+                group=self.pg_collection.tp,
+            )
+        )

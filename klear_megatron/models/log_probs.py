@@ -1,0 +1,116 @@
+"""Log-probabilities and entropy from hidden states, vocabulary-parallel and chunked over tokens.
+
+No [tokens x vocabulary] tensor is ever alive, neither forward nor backward: logits exist for one
+chunk of tokens at a time, and backward computes them again. Shape suffixes: T tokens, H hidden,
+V this rank's share of the vocabulary, C the tokens of one chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_CHUNK_LOGITS = 2**24
+"""Logits alive at a time: 64 MiB in float32."""
+
+
+def vocab_parallel_log_probs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden @ weight.T / temperature)[label], and the entropy of that softmax.
+
+    Args:
+        hidden_TH: the same on every rank of `group`; the caller reduces its gradient over `group`.
+        weight_VH: this rank's rows of the padded output weight. Padding rows take no part.
+        labels_T: int64 token ids.
+        vocab_size: of the whole, unpadded vocabulary.
+
+    Returns:
+        log-probabilities [T] float32, differentiable, and entropies [T] float32, without gradient.
+    """
+    first = group.rank() * weight_VH.shape[0]
+    rows = max(0, min(weight_VH.shape[0], vocab_size - first))
+    result: tuple[Tensor, Tensor] = _LogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden_TH, weight_VH, labels_T - first, rows, temperature, group
+    )
+    return result
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        labels_T: Tensor,
+        rows: int,
+        temperature: float,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        chunk = max(1, _CHUNK_LOGITS // weight_VH.shape[0])
+        log_probs, entropies, normalizers = [], [], []
+        for hidden_CH, labels_C in zip(hidden_TH.split(chunk), labels_T.split(chunk), strict=True):
+            logits_CV = _logits(hidden_CH, weight_VH, rows, temperature)
+            maximum_C = _maximum(logits_CV)
+            if group.size() > 1:
+                dist.all_reduce(maximum_C, dist.ReduceOp.MAX, group=group)
+            logits_CV -= maximum_C[:, None]
+            mine_C, index_C = _mine(labels_C, rows)
+            label_C = logits_CV.gather(1, index_C[:, None]).squeeze(1) if rows else maximum_C
+            label_C = label_C.masked_fill(~mine_C, 0)
+            exp_CV = logits_CV.exp()
+            sums = torch.stack([exp_CV.sum(1), (exp_CV * logits_CV).sum(1), label_C])
+            if group.size() > 1:
+                dist.all_reduce(sums, group=group)
+            total_C, weighted_C, label_C = sums
+            log_probs.append(label_C - total_C.log())
+            entropies.append(total_C.log() - weighted_C / total_C)
+            normalizers.append(maximum_C + total_C.log())
+        ctx.save_for_backward(hidden_TH, weight_VH, labels_T, torch.cat(normalizers))
+        ctx.chunk, ctx.rows, ctx.temperature = chunk, rows, temperature
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(log_probs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TH, weight_VH, labels_T, normalizer_T = ctx.saved_tensors
+        rows = ctx.rows
+        grad_hidden_TH = torch.empty_like(hidden_TH)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        for start in range(0, len(labels_T), ctx.chunk):
+            here = slice(start, start + ctx.chunk)
+            grad_C = grads[0][here] / ctx.temperature
+            # d log p[label] / d logits = onehot(label) - p
+            logits_CV = _logits(hidden_TH[here], weight_VH, rows, ctx.temperature)
+            grad_CV = (logits_CV - normalizer_T[here, None]).exp_().mul_(-grad_C[:, None])
+            mine_C, index_C = _mine(labels_T[here], rows)
+            if rows:
+                grad_CV.scatter_add_(1, index_C[:, None], (grad_C * mine_C)[:, None])
+            grad_logits_CV = grad_CV.to(weight_VH.dtype)
+            grad_hidden_TH[here] = grad_logits_CV @ weight_VH[:rows]
+            grad_weight_VH[:rows] += grad_logits_CV.T @ hidden_TH[here]
+        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
+
+
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, rows: int, temperature: float) -> Tensor:
+    return (hidden_CH @ weight_VH[:rows].T).float() / temperature
+
+
+def _maximum(logits_CV: Tensor) -> Tensor:
+    if logits_CV.shape[1] == 0:  # a rank that holds nothing but padding
+        return logits_CV.new_full(logits_CV.shape[:1], -torch.inf)
+    return logits_CV.amax(1)
+
+
+def _mine(labels_C: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Which labels this rank's rows hold, and a valid index for every label."""
+    mine_C = (labels_C >= 0) & (labels_C < rows)
+    return mine_C, labels_C.clamp(0, max(rows - 1, 0))

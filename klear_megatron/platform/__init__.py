@@ -1,0 +1,41 @@
+"""Where this process runs: its device, its collective backend, and how Megatron-Core gets there.
+
+The only package that knows CPU from GPU. Import it before Megatron-Core: where there is no GPU it
+first puts the stand-ins in place that Megatron-Core needs (`klear_megatron.platform.cpu`).
+"""
+
+import os
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE_TYPE: Literal["cpu", "cuda"] = "cuda" if HAS_GPU else "cpu"
+BACKEND: Literal["gloo", "nccl"] = "nccl" if HAS_GPU else "gloo"
+
+if not HAS_GPU:
+    from klear_megatron.platform import cpu
+
+    cpu.install()
+
+
+def device() -> torch.device:
+    """The device of this rank: `cuda:LOCAL_RANK`, or the CPU."""
+    if HAS_GPU:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Joins the process group that torchrun describes; without torchrun, makes a world of one."""
+    if dist.is_initialized():
+        return
+    if HAS_GPU:
+        torch.cuda.set_device(device())
+    if "RANK" in os.environ:
+        dist.init_process_group(BACKEND, timeout=timeout)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(BACKEND, store=store, rank=0, world_size=1, timeout=timeout)

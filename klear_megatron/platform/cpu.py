@@ -1,0 +1,108 @@
+"""Lets unmodified Megatron-Core run where there is no GPU.
+
+Megatron-Core asks for CUDA by name (`device="cuda"`, `.cuda()`, `torch.cuda.current_device()`) but
+computes nothing that a CPU could not. So: a `TorchFunctionMode`, PyTorch's own extension point,
+turns every such request into one for the CPU; `torch.cuda`'s bookkeeping functions get answers
+that are right for a CPU; and the random-state tracker works on the CPU generator.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def _on_cpu(device: Any) -> Any:
+    return _CPU if device is not None and str(device).startswith("cuda") else device
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple(_on_cpu(a) if isinstance(a, (str, torch.device)) else a for a in args)
+        if kwargs:
+            kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"}
+            if "device" in kwargs:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str):
+            # The optimizers tell a parameter's dtype by the name "torch.cuda.FloatTensor".
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class _Stream:
+    """A CUDA stream or event where everything happens in order anyway."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: "_Stream") -> None: ...
+
+    def wait_event(self, event: "_Stream") -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: "_Stream | None" = None) -> "_Stream":
+        return event or self
+
+    def record(self, stream: "_Stream | None" = None) -> None: ...
+
+    def wait(self, stream: "_Stream | None" = None) -> None: ...
+
+
+def install() -> None:
+    """Puts the stand-ins in place for the rest of the process, for this thread."""
+    answers: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": _Stream,
+        "default_stream": _Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    _CudaMeansCpu().__enter__()
+    _track_cpu_random_states()
+
+
+def _track_cpu_random_states() -> None:
+    from megatron.core.tensor_parallel import random
+
+    class CpuRandomStates(random.CudaRNGStatesTracker):  # type: ignore[misc]
+        """Megatron-Core's tracker of named random states, over the CPU's one generator."""
+
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    random.CudaRNGStatesTracker = CpuRandomStates
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -1,0 +1,1 @@
+"""The trained policy on Megatron-Core."""

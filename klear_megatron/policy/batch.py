@@ -1,0 +1,57 @@
+"""Sequences as one flat row of tokens, with the per-token values a loss needs beside them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of N tokens in all, one after another, on the CPU. The same on every rank.
+
+    `fields[name][t]` belongs to token t: it is what the loss sees beside the log-probability of
+    token t given those before it in its sequence. The first token of a sequence has none.
+    """
+
+    tokens: Tensor
+    """[N] int64."""
+    lengths: list[int]
+    """[B] tokens per sequence, prompt and response together."""
+    fields: Mapping[str, Tensor]
+    """name -> [N] float32."""
+
+    def __post_init__(self) -> None:
+        for name, values in {"tokens": self.tokens, **self.fields}.items():
+            if values.shape != (sum(self.lengths),):
+                raise ValueError(f"{name}: {tuple(values.shape)}, not ({sum(self.lengths)},)")
+
+    @classmethod
+    def from_sequences(
+        cls, tokens: Sequence[Sequence[int]], **fields: Sequence[Sequence[float]]
+    ) -> "Batch":
+        """One list per sequence, for the tokens and for each field."""
+
+        def flat(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+            return torch.cat([torch.as_tensor(row, dtype=dtype) for row in rows])
+
+        return cls(
+            flat(tokens, torch.int64),
+            [len(row) for row in tokens],
+            {name: flat(rows, torch.float32) for name, rows in fields.items()},
+        )
+
+    def select(self, sequences: Sequence[int]) -> "Batch":
+        """The batch of these sequences, in this order."""
+        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in sequences])
+        return Batch(
+            self.tokens[rows],
+            [self.lengths[i] for i in sequences],
+            {name: values[rows] for name, values in self.fields.items()},
+        )
+
+    def with_fields(self, **fields: Tensor) -> "Batch":
+        """The same sequences with these fields added or replaced."""
+        return Batch(self.tokens, self.lengths, {**self.fields, **fields})

@@ -1,0 +1,153 @@
+"""From a Hugging Face config to Megatron model chunks, wrapped for data parallelism."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
+
+from klear_megatron import platform
+from klear_megatron.models import get_architecture
+from klear_megatron.models.language_model import LanguageModel
+from klear_megatron.policy.config import OptimizerConfig, PolicyConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(config: PolicyConfig, hf: PretrainedConfig) -> TransformerConfig:
+    """Megatron's TransformerConfig for this model in this layout on this platform."""
+    architecture = get_architecture(hf)
+    fields = architecture.transformer_config(hf)
+    _, rotary_scaling = architecture.rotary(hf)
+    # YaRN scales cos and sin, of queries and of keys: the same as scaling their products.
+    fields["softmax_scale"] = rotary_scaling**2 / math.sqrt(fields["kv_channels"])
+    parallel = config.parallel
+    dtype = DTYPES[config.dtype]
+    full_recompute = config.recompute_granularity == "full"
+    return TransformerConfig(
+        **fields,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.tensor_model_parallel_size > 1,
+        bf16=config.dtype == "bfloat16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the one that takes variable lengths
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        recompute_granularity=config.recompute_granularity,
+        recompute_method="uniform" if full_recompute else None,
+        recompute_num_layers=1 if full_recompute else None,
+        # Kernels that exist on GPUs only.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=platform.HAS_GPU,
+        masked_softmax_fusion=platform.HAS_GPU,
+        bias_dropout_fusion=platform.HAS_GPU,
+        persist_layer_norm=platform.HAS_GPU,
+        # Losses arrive divided by denominators of the whole mini-batch: gradients are plain sums,
+        # over micro-batches and over ranks, and nothing is divided afterwards.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_sum_model_grads,
+    )
+
+
+def _sum_model_grads(model: list[Any], num_tokens: object = None, **groups: Any) -> None:
+    finalize_model_grads(model, None, **groups)
+
+
+def build_model_chunks(
+    config: PolicyConfig, hf: PretrainedConfig, *, temperature: float
+) -> list[LanguageModel]:
+    """This rank's pipeline stage, as one chunk per virtual stage, with uninitialised weights.
+
+    Raises:
+        UserError: unknown architecture, or a model that cannot be cut as configured.
+    """
+    config.parallel.check_model(hf)
+    megatron = transformer_config(config, hf)
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    return [
+        LanguageModel(megatron, hf, temperature=temperature, vp_stage=stage).to(platform.device())
+        for stage in (range(virtual) if virtual else [None])
+    ]
+
+
+def wrap_data_parallel(chunks: list[LanguageModel]) -> list[DistributedDataParallel]:
+    """Megatron's DDP with the distributed optimizer's float32 gradient buffers."""
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True
+    )
+    modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+    return [
+        DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
+        for index, module in enumerate(modules)
+    ]
+
+
+def build_optimizer(
+    config: OptimizerConfig, model: list[DistributedDataParallel], total_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's distributed Adam and its schedule over `total_steps` optimizer steps."""
+    megatron = model[0].config
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=megatron.bf16,
+            params_dtype=megatron.params_dtype,
+            use_distributed_optimizer=True,
+        ),
+        model,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        lr_decay_steps=max(total_steps, config.lr_warmup_steps + 1),
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+        override_opt_param_scheduler=False,
+    )
+    return optimizer, scheduler
+
+
+@functools.cache
+def is_logging_rank() -> bool:
+    """The one rank of a group that works on the same tokens whose results count.
+
+    On the last pipeline stage, where the loss is; of tensor-parallel ranks, which all have the
+    same loss, the first.
+    """
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )

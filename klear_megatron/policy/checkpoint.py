@@ -1,0 +1,113 @@
+"""Megatron distributed checkpoints: reshardable, and never seen half-written.
+
+A checkpoint folder holds Megatron's shards, and under `hf/` the Hugging Face config and tokenizer
+that the weights belong to, so that it can be converted without anything else.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from klear_megatron.errors import UserError
+from klear_megatron.models.language_model import LanguageModel
+
+# How the distributed optimizer's state is cut: loadable in any other layout.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where a run keeps its checkpoint of `step`."""
+    return run_dir / "checkpoints" / f"step_{step:08}"
+
+
+def save(
+    path: Path,
+    chunks: Sequence[LanguageModel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: dict[str, Any],
+    *,
+    companions: Path,
+) -> None:
+    """Collective. Writes beside `path` and renames at the end."""
+    partial = path.with_name(path.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "hf").mkdir(parents=True)
+        for file in sorted(companions.iterdir()):
+            if file.is_file() and ".safetensors" not in file.name:
+                shutil.copy2(file, partial / "hf")
+    dist.barrier()
+    sharded = _model_state(chunks)
+    dist_checkpointing.save(
+        {
+            **sharded,
+            "optimizer": optimizer.sharded_state_dict(sharded, metadata=_METADATA),
+            "scheduler": scheduler.state_dict(),
+            "trainer": state,
+        },
+        str(partial),
+    )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    dist.barrier()
+
+
+def load(
+    path: Path,
+    chunks: Sequence[LanguageModel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> dict[str, Any]:
+    """Collective. Restores everything and returns the trainer's state.
+
+    Raises:
+        UserError: no checkpoint there.
+    """
+    _check(path)
+    sharded = _model_state(chunks)
+    loaded = dist_checkpointing.load(
+        {
+            **sharded,
+            "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA),
+        },
+        str(path),
+    )
+    _load_model_state(chunks, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    state: dict[str, Any] = loaded["trainer"]
+    return state
+
+
+def load_weights(path: Path, chunks: Sequence[LanguageModel]) -> None:
+    """Collective. Restores the weights alone.
+
+    Raises:
+        UserError: no checkpoint there.
+    """
+    _check(path)
+    _load_model_state(chunks, dist_checkpointing.load(_model_state(chunks), str(path)))
+
+
+def _check(path: Path) -> None:
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise UserError(f"{path}: not a Megatron distributed checkpoint")
+
+
+def _model_state(chunks: Sequence[LanguageModel]) -> dict[str, Any]:
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {n: c.sharded_state_dict() for n, c in zip(names, chunks, strict=True)}
+
+
+def _load_model_state(chunks: Sequence[LanguageModel], loaded: dict[str, Any]) -> None:
+    for name, chunk in zip(_model_state(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[name])

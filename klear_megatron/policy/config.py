@@ -1,0 +1,96 @@
+"""Settings of the policy: the model, how it is laid out over ranks, and its optimizer."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+from transformers import PretrainedConfig
+
+from klear_megatron.config import Section
+from klear_megatron.errors import UserError
+
+
+class ParallelConfig(Section):
+    """Megatron's parallel sizes. Data parallelism takes the ranks that are left over."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    context_parallel_size: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _virtual_needs_pipeline(self) -> "ParallelConfig":
+        virtual = self.virtual_pipeline_model_parallel_size
+        if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size {virtual} needs to be at least 2 and "
+                f"pipeline_model_parallel_size ({self.pipeline_model_parallel_size}) at least 2"
+            )
+        return self
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model and work on the same tokens: TP x PP x CP."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Raises UserError where the ranks cannot be divided so."""
+        if world_size % self.model_parallel_size:
+            raise UserError(
+                f"policy.parallel: world size {world_size} is not divisible by TP x PP x CP = "
+                f"{self.tensor_model_parallel_size} x {self.pipeline_model_parallel_size} x "
+                f"{self.context_parallel_size} = {self.model_parallel_size}; start a multiple of "
+                f"{self.model_parallel_size} ranks or choose smaller sizes"
+            )
+        return world_size // self.model_parallel_size
+
+    def check_model(self, hf: PretrainedConfig) -> None:
+        """Raises UserError where the model cannot be cut so."""
+        tp = self.tensor_model_parallel_size
+        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            if getattr(hf, field) % tp:
+                raise UserError(
+                    f"policy.parallel.tensor_model_parallel_size: the model's {field} = "
+                    f"{getattr(hf, field)} is not divisible by {tp}"
+                )
+        stages = self.pipeline_model_parallel_size * (
+            self.virtual_pipeline_model_parallel_size or 1
+        )
+        if hf.num_hidden_layers % stages:
+            raise UserError(
+                f"policy.parallel.pipeline_model_parallel_size: the model's num_hidden_layers = "
+                f"{hf.num_hidden_layers} is not divisible by PP x VPP = {stages}"
+            )
+
+
+class OptimizerConfig(Section):
+    """Adam with decoupled weight decay, and its learning-rate schedule, in optimizer steps."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class PolicyConfig(Section):
+    """The model that is trained."""
+
+    path: Path
+    """Hugging Face checkpoint to start from: config, safetensors, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and activations. Optimizer state and gradient sums are float32 either way."""
+    tokens_per_micro_batch: PositiveInt = 16384
+    """Sequences are packed up to this many tokens; a longer one is a micro-batch of its own."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig

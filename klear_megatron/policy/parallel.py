@@ -1,0 +1,25 @@
+"""Sets up Megatron's process groups and random states for a `ParallelConfig`."""
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from klear_megatron import platform
+from klear_megatron.policy.config import ParallelConfig
+
+
+def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
+    """Joins the default process group if need be and builds Megatron's groups over it.
+
+    Raises:
+        UserError: the world size is not divisible by TP x PP x CP.
+    """
+    platform.init_distributed()
+    config.data_parallel_size(dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed)

@@ -1,0 +1,225 @@
+"""The trained policy: Megatron's schedule, optimizer and checkpoints behind four verbs."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from klear_megatron import platform
+from klear_megatron.losses import Objective
+from klear_megatron.models import get_architecture, padded_vocab_size
+from klear_megatron.models.hf_checkpoint import read_config
+from klear_megatron.policy import checkpoint
+from klear_megatron.policy.batch import Batch
+from klear_megatron.policy.build import (
+    build_model_chunks,
+    build_optimizer,
+    is_logging_rank,
+    wrap_data_parallel,
+)
+from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.micro_batches import MicroBatch, build_micro_batch, plan_micro_batches
+from klear_megatron.policy.parallel import initialize_model_parallel
+from klear_megatron.policy.weights import gather_hf_tensors, load_hf_weights, local_parameters
+
+
+class Policy:
+    """A causal language model laid out over all ranks.
+
+    Every method is collective: all ranks call it, with the same arguments. A `Batch` is always the
+    whole one; which rank works on which sequences is decided here, so results do not depend on
+    the layout.
+
+    Args:
+        total_steps: optimizer steps of the learning-rate schedule.
+        temperature: of the softmax behind every log-probability.
+
+    Raises:
+        UserError: an unknown or unfitting model, or weights that do not match their config.
+    """
+
+    def __init__(
+        self, config: PolicyConfig, *, total_steps: int, temperature: float = 1.0, seed: int = 0
+    ) -> None:
+        self.config = config
+        self.hf = read_config(config.path)
+        initialize_model_parallel(config.parallel, seed)
+        padded = padded_vocab_size(self.hf.vocab_size, config.parallel.tensor_model_parallel_size)
+        self._table = list(get_architecture(self.hf).weights(self.hf, padded))
+        self.chunks = build_model_chunks(config, self.hf, temperature=temperature)
+        load_hf_weights(self.chunks, self._table, config.path)
+        self._model = wrap_data_parallel(self.chunks)
+        self._optimizer, self._scheduler = build_optimizer(
+            config.optimizer, self._model, total_steps
+        )
+
+    # ---- the four verbs -------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch, objective: Objective) -> dict[str, float]:
+        """One optimizer step on the whole mini-batch.
+
+        Returns:
+            the objective's metrics, and `grad_norm` before clipping, and `lr`.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite; the weights are unchanged.
+        """
+        denominators = objective.denominators(batch.fields)
+        for chunk in self._model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        lr = self._optimizer.param_groups[0]["lr"]
+
+        sums: dict[str, Tensor] = {}
+        extremes: dict[str, Tensor] = {}
+
+        def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            rows = micro.targets >= 0
+            if not rows.any():  # a pack of padding alone
+                return output.sum() * 0, torch.zeros((), dtype=torch.int), {}
+            log_probs, entropy = output[:, rows]
+            fields = {k: v.to(rows.device)[micro.targets[rows]] for k, v in batch.fields.items()}
+            result = objective(log_probs, entropy.detach(), fields, denominators)
+            for name, value in result.sums.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            for name, values in result.extremes.items():
+                seen = [extremes[name]] if name in extremes else []
+                extremes[name] = torch.stack(torch.cat([values, *seen]).aminmax())
+            return result.loss, torch.zeros((), dtype=torch.int), {}
+
+        self._run(batch, loss, forward_only=False)
+        updated, grad_norm, _ = self._optimizer.step()
+        if not updated or not torch.isfinite(torch.as_tensor(grad_norm)):
+            raise FloatingPointError(f"gradient norm {grad_norm}: the step was not taken")
+        self._scheduler.step(increment=1)
+        return _reduce_metrics(sums, extremes) | {"grad_norm": float(grad_norm), "lr": lr}
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of every token, [N] float32 each, on the CPU of every rank.
+
+        The first token of each sequence, which nothing predicts, has 0 in both.
+        """
+        for chunk in self._model:
+            chunk.eval()
+        result = torch.zeros(2, len(batch.tokens), device=platform.device())
+
+        def collect(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            if is_logging_rank():
+                rows = micro.targets >= 0
+                result[:, micro.targets[rows]] = output[:, rows].float()
+            return output.new_zeros(()), torch.zeros((), dtype=torch.int), {}
+
+        self._run(batch, collect, forward_only=True)
+        # Every token was computed by exactly one logging rank; everyone else holds zeros.
+        dist.all_reduce(result)
+        log_probs, entropy = result.cpu()
+        return log_probs, entropy
+
+    def named_hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Streams the full weights under Hugging Face names, on global rank 0.
+
+        Every rank must iterate to the end; ranks other than 0 are given nothing.
+        """
+        shards = {n: p.data for n, p in local_parameters(self.chunks).items()}
+        return gather_hf_tensors(shards, self._table)
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """Writes a Megatron distributed checkpoint; `path` appears only once it is complete.
+
+        Args:
+            state: what the trainer needs to go on, the same on every rank (JSON-like values).
+        """
+        checkpoint.save(
+            path, self.chunks, self._optimizer, self._scheduler, state, companions=self.config.path
+        )
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restores weights, optimizer and schedule from `save`, in whatever layout it ran.
+
+        Returns:
+            the trainer's state.
+        """
+        return checkpoint.load(path, self.chunks, self._optimizer, self._scheduler)
+
+    # ---- Megatron's schedule --------------------------------------------------------------------
+
+    def _run(self, batch: Batch, loss: Any, *, forward_only: bool) -> None:
+        parallel = self.config.parallel
+        cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+        virtual = parallel.virtual_pipeline_model_parallel_size
+        plan = plan_micro_batches(
+            batch.lengths,
+            parallel_state.get_data_parallel_world_size(),
+            self.config.tokens_per_micro_batch * cp,
+            multiple_of=parallel.pipeline_model_parallel_size if virtual else 1,
+        )[parallel_state.get_data_parallel_rank()]
+        build = partial(
+            build_micro_batch,
+            batch,
+            # Zig-zag chunks for context parallelism, equal shares for sequence parallelism.
+            align=tp * (2 * cp if cp > 1 else 1),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=cp,
+        )
+        micro_batches = (build(sequences).to(platform.device()) for sequences in plan)
+        iterators = list(itertools.tee(micro_batches, len(self._model)))
+        get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, loss),
+            data_iterator=iterators if virtual else iterators[0],
+            model=self._model if virtual else self._model[0],
+            num_microbatches=len(plan),
+            seq_length=self.config.tokens_per_micro_batch,  # the real one travels with each pack
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _forward_step(loss: Any, iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    micro = next(iterator)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro.cu_seqlens,
+        cu_seqlens_kv=micro.cu_seqlens,
+        max_seqlen_q=micro.max_seqlen,
+        max_seqlen_kv=micro.max_seqlen,
+    )
+    output = model(
+        micro.tokens[None],
+        micro.position_ids[None],
+        None,
+        labels=micro.labels[None],
+        packed_seq_params=packed,
+    )
+    return output, partial(loss, micro)
+
+
+def _reduce_metrics(sums: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, float]:
+    """The mini-batch's metrics on every rank, from what each rank saw of it."""
+    mine: tuple[dict[str, float], dict[str, list[float]]] = ({}, {})
+    if is_logging_rank():
+        mine = (
+            {name: value.item() for name, value in sums.items()},
+            {name: values.tolist() for name, values in extremes.items()},
+        )
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    metrics: dict[str, float] = {}
+    for rank_sums, _ in everyone:
+        for name, value in rank_sums.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    for _, rank_extremes in everyone:
+        for name, (smallest, largest) in rank_extremes.items():
+            metrics[f"{name}_min"] = min(metrics.get(f"{name}_min", math.inf), smallest)
+            metrics[f"{name}_max"] = max(metrics.get(f"{name}_max", -math.inf), largest)
+    return metrics

@@ -1,0 +1,74 @@
+import pytest
+
+from klear_megatron.rewards import MathRewardConfig, math_reward
+
+ANSWERS = [
+    # ground truth, what follows </think>, right?
+    ("579", r"\boxed{579}", True),
+    ("579", r"The sum is $\boxed{579}$.", True),
+    ("579", r"\boxed{578}", False),
+    ("579", r"\boxed{-579}", False),
+    ("1/2", r"\boxed{\frac{1}{2}}", True),
+    (r"\frac{1}{2}", r"\boxed{0.5}", True),
+    (r"\frac12", r"\boxed{\frac{2}{4}}", True),
+    (r"\frac{1}{2}", r"\boxed{\frac{2}{1}}", False),
+    ("1,234", r"\boxed{1234}", True),
+    ("1234", r"\boxed{1,234}", True),
+    ("1234", r"\boxed{1{,}234}", True),
+    ("1234", r"\boxed{1,235}", False),
+    (r"2\sqrt{2}", r"\boxed{\sqrt{8}}", True),
+    (r"2\sqrt{2}", r"\boxed{2}", False),
+    (r"\pi", r"\boxed{π}", True),
+    ("50%", r"\boxed{0.5}", True),
+    ("x^2+2x+1", r"\boxed{(x+1)^2}", True),
+    (r"\{1, 2\}", r"\boxed{\{2, 1\}}", True),
+    ("[1, 2]", r"\boxed{(1, 2)}", False),
+    ("C", r"\boxed{C}", True),
+    ("C", r"\boxed{D}", False),
+    ("$4$", r"\boxed{4}", True),
+    (r"\boxed{4}", r"\boxed{4}", True),
+    ("4", "The answer is 4", True),
+    ("4", r"\boxed{4}}", True),
+    ("4", r"\boxed{4", False),
+    ("4", r"\boxed{}", False),
+    ("4", r"\boxed{3} and \boxed{4}", False),
+    ("4", "", False),
+    ("4", "四", False),
+    ("4", r"\boxed{\text{four}}", False),
+    (["4", "5"], r"\boxed{5}", True),
+    (["4", "5"], r"\boxed{6}", False),
+]
+
+
+@pytest.mark.parametrize(("ground_truth", "answer", "right"), ANSWERS)
+def test_answer_after_the_think_block_decides(ground_truth, answer, right):
+    reward = math_reward(f"<think>Perhaps it is 17.</think>\n{answer}", ground_truth)
+    assert reward.correct is right
+    assert reward.formatted
+    assert reward.score == (1.0 if right else -1.0)
+    assert not reward.timed_out
+
+
+@pytest.mark.parametrize(
+    ("response", "correct", "formatted"),
+    [
+        (r"<think>2+2</think>\boxed{4}", True, True),
+        ("\n<think>\n2 < 3\n</think>\n\n" + r"\boxed{4}", True, True),
+        (r"<think></think>\boxed{4}", True, True),
+        (r"\boxed{4}", False, False),  # no think block: nothing follows </think>
+        (r"<think>\boxed{4}", False, False),  # never closed: the answer was not given
+        (r"2+2</think>\boxed{4}", True, False),
+        (r"Well, <think>2+2</think>\boxed{4}", True, False),
+        (r"<think>2</think>\boxed{5}<think>+2</think>\boxed{4}", True, False),
+        (r"<think>2</think>\boxed{4}<think>+2</think>\boxed{5}", False, False),
+        (r"<think><think>2+2</think></think>\boxed{4}", True, False),
+        (r"<think>2+2</think>\boxed{4}</think>", False, False),
+        (r"</think>\boxed{4}<think>", True, False),
+        ("", False, False),
+    ],
+)
+def test_format_is_judged_apart_from_the_answer(response, correct, formatted):
+    config = MathRewardConfig(correct=2.0, wrong=-3.0, format_penalty=0.25)
+    reward = math_reward(response, "4", config)
+    assert (reward.correct, reward.formatted) == (correct, formatted)
+    assert reward.score == (2.0 if correct else -3.0) - (0.0 if formatted else 0.25)

@@ -1,0 +1,158 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from klear_megatron.errors import UserError
+from klear_megatron.rewards import MathRewardConfig, RewardConfig, RewardPool, math_reward
+
+SOURCE = "math_longcot_math_verify"
+HANGING = r"<think>big</think>\boxed{9^{9^{9^{9}}}}"
+TIMEOUT_S = 2.0
+
+
+def job(response: str, ground_truth: str = "4") -> tuple[str, str, str]:
+    return SOURCE, response, ground_truth
+
+
+def workers_of(pid: int) -> set[psutil.Process]:
+    """Child processes of `pid` that grade: all but multiprocessing's own resource tracker."""
+    return {
+        child
+        for child in psutil.Process(pid).children(recursive=True)
+        if not any("resource_tracker" in argument for argument in child.cmdline())
+    }
+
+
+@pytest.fixture(scope="module")
+def pool():
+    config = RewardConfig(math=MathRewardConfig(timeout_s=TIMEOUT_S), workers=2)
+    with RewardPool(config) as pool:
+        pool.grade([job(""), job("")])  # so that no test pays for the start
+        yield pool
+
+
+def in_thread(function):
+    result = []
+    thread = threading.Thread(target=lambda: result.append(function()))
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def test_grades_like_the_plain_function_in_the_order_of_the_jobs(pool):
+    responses = [rf"<think>{i}</think>\boxed{{{i}}}" for i in range(40)] + [r"\boxed{4}"]
+    done = []
+    rewards = pool.grade([job(response) for response in responses], on_done=done.append)
+    assert rewards == [math_reward(response, "4") for response in responses]
+    assert sorted(done) == list(range(len(responses)))
+
+
+@pytest.mark.parametrize("call", [lambda function: function(), in_thread], ids=["main", "thread"])
+def test_hanging_answer_ends_at_its_limit_while_others_are_graded(pool, call):
+    done_at = {}
+    start = time.monotonic()
+
+    def grade():
+        return pool.grade(
+            [job(HANGING)] + [job(r"<think></think>\boxed{4}")] * 20,
+            on_done=lambda i: done_at.setdefault(i, time.monotonic() - start),
+        )
+
+    hanging, *others = call(grade)
+    assert hanging.timed_out
+    assert not hanging.correct
+    assert hanging.formatted
+    assert hanging.score == -1.0
+    assert all(reward.correct and not reward.timed_out for reward in others)
+    assert TIMEOUT_S <= done_at[0] < 4 * TIMEOUT_S
+    assert max(done_at[i] for i in range(1, 21)) < done_at[0]
+
+
+def test_ended_workers_are_replaced(pool):
+    assert all(reward.timed_out for reward in pool.grade([job(HANGING)] * 3))
+    assert pool.grade([job(r"<think></think>\boxed{4}")])[0].correct
+    assert pool.crashes == 0
+
+
+def test_crashed_worker_makes_its_answer_wrong_and_is_counted():
+    before = workers_of(os.getpid())
+    config = RewardConfig(math=MathRewardConfig(timeout_s=30), workers=1)
+    with RewardPool(config) as pool:
+        pool.grade([job("")])
+        (worker,) = workers_of(os.getpid()) - before
+        threading.Timer(0.5, worker.send_signal, [signal.SIGKILL]).start()
+        crashed, graded = pool.grade([job(HANGING), job(r"<think></think>\boxed{4}")])
+        assert not crashed.correct
+        assert not crashed.timed_out
+        assert graded.correct
+        assert pool.crashes == 1
+
+
+def test_pool_survives_a_worker_that_dies_between_two_calls():
+    before = workers_of(os.getpid())
+    with RewardPool(RewardConfig(workers=1)) as pool:
+        pool.grade([job("")])
+        (worker,) = workers_of(os.getpid()) - before
+        worker.kill()
+        time.sleep(1)
+        assert pool.grade([job(r"<think></think>\boxed{4}")])[0].correct
+
+
+def grade_until_the_pool_ends(pool, jobs):
+    with contextlib.suppress(RuntimeError):
+        pool.grade(jobs)
+
+
+def test_leaving_the_context_leaves_no_process_even_with_work_under_way():
+    before = workers_of(os.getpid())
+    config = RewardConfig(math=MathRewardConfig(timeout_s=60), workers=2)
+    with RewardPool(config) as pool:
+        pool.grade([job("")])
+        threading.Thread(target=grade_until_the_pool_ends, args=[pool, [job(HANGING)]]).start()
+        time.sleep(1)
+        workers = workers_of(os.getpid()) - before
+        assert len(workers) == 2
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        f"""
+from klear_megatron.rewards import MathRewardConfig, RewardConfig, RewardPool
+
+if __name__ == "__main__":
+    config = RewardConfig(math=MathRewardConfig(timeout_s=5), workers=2)
+    with RewardPool(config) as pool:
+        pool.grade([{job("")!r}])
+        print("ready", flush=True)
+        pool.grade([{job(HANGING)!r}])  # one worker is busy, the other idle
+"""
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        time.sleep(1)
+        workers = workers_of(parent.pid)
+        assert len(workers) == 2
+        parent.kill()
+    _, alive = psutil.wait_procs(workers, timeout=15)
+    assert not alive
+
+
+def test_unknown_data_source_is_refused_by_name(pool):
+    with pytest.raises(UserError, match=r"'mathh'.*math_longcot_math_verify"):
+        pool.grade([("mathh", "", "4")])
+
+
+def test_benchmark_named_after_a_verifier_is_graded_by_it(pool):
+    jobs = [("math_longcot_math_verify_aime2024", r"<think></think>\boxed{4}", "4")]
+    assert pool.grade(jobs)[0].correct
