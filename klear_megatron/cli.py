@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         config=False,
     )
 
+    return parser
     from klear_megatron.conversion import command
 
     convert = add(
