@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-class PackedAttention(MegatronModule):
+class PackedAttention(MegatronModule):  # type: ignore[misc]
     """Causal attention within each sequence of a pack.
 
     With context parallelism of size n every sequence is cut into 2n chunks and rank r holds chunks
@@ -64,8 +64,8 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
-        heads_first = [x.transpose(0, 1)[None] for x in (query, key, value)]
-        out = scaled_dot_product_attention(*heads_first, scale=self.scale, enable_gqa=True, **mask)
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=True, **mask)
         return out[0].transpose(0, 1)
 
     def _context_parallel(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -153,12 +153,12 @@ def _shards(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, T
     yield shard
 
 
-def _name_shards(folder: Path, shards: list[Mapping[str, int]]) -> None:
+def _name_shards(folder: Path, shards: Sequence[Mapping[str, int]]) -> None:
     """Gives the numbered shards their final names; their count is known only at the end."""
     if len(shards) == 1:
         (folder / "0").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"{number}").rename(folder / file)

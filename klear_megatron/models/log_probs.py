@@ -37,7 +37,7 @@ def vocab_parallel_log_probs(
     """
     first = group.rank() * weight_VH.shape[0]
     rows = max(0, min(weight_VH.shape[0], vocab_size - first))
-    result: tuple[Tensor, Tensor] = _LogProbs.apply(  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _LogProbs.apply(
         hidden_TH, weight_VH, labels_T - first, rows, temperature, group
     )
     return result

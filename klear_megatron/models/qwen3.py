@@ -1,11 +1,11 @@
 """Qwen3, dense: QK norm, grouped-query attention, SwiGLU, tied or untied embeddings, any RoPE."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import PretrainedConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from klear_megatron.errors import UserError
@@ -16,7 +16,7 @@ from klear_megatron.models.layouts import QKV, GatedMLP, Replicated, Row
 class Qwen3:
     """`Qwen3ForCausalLM`."""
 
-    def transformer_config(self, hf: Qwen3Config) -> dict[str, Any]:
+    def transformer_config(self, hf: PretrainedConfig) -> dict[str, Any]:
         for field in ("attention_bias", "use_sliding_window"):
             if getattr(hf, field, False):
                 raise UserError(f"{hf.name_or_path}: Qwen3 with {field}=true is not supported")
@@ -36,11 +36,11 @@ class Qwen3:
             "add_qkv_bias": False,
         }
 
-    def rotary(self, hf: Qwen3Config) -> tuple[Tensor, float]:
-        rotary = Qwen3RotaryEmbedding(hf)
+    def rotary(self, hf: PretrainedConfig) -> tuple[Tensor, float]:
+        rotary = Qwen3RotaryEmbedding(cast(Qwen3Config, hf))
         return rotary.inv_freq, rotary.attention_scaling
 
-    def weights(self, hf: Qwen3Config, padded_vocab_size: int) -> Iterator[Weight]:
+    def weights(self, hf: PretrainedConfig, padded_vocab_size: int) -> Iterator[Weight]:
         hidden, ffn, head = hf.hidden_size, hf.intermediate_size, hf.head_dim
         q_rows, kv_rows = hf.num_attention_heads * head, hf.num_key_value_heads * head
         vocabulary = vocabulary_layout(hf, padded_vocab_size)
