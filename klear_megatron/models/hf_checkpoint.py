@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -105,12 +106,26 @@ class HFCheckpoint:
                 f"{self.path}: config.json and the weights do not match\n" + "\n".join(lines)
             )
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, as the file has it."""
+        return self._files[self._file_of[name]].get_slice(name)[:0].dtype
+
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in the dtype of the file."""
         return self._files[self._file_of[name]].get_tensor(name)
+
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what belongs to a checkpoint beside its weights: config, tokenizer, chat template."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not _WEIGHTS & set(file.suffixes):
+            shutil.copy2(file, target)
 
 
 def write_checkpoint(
@@ -130,9 +145,7 @@ def write_checkpoint(
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in sorted(companions.iterdir()):
-        if file.is_file() and ".safetensors" not in file.name:
-            shutil.copy2(file, partial)
+    copy_companions(companions, partial)
     shards: list[dict[str, int]] = []
     for shard in _shards(named_tensors):
         save_file(shard, partial / f"{len(shards)}", metadata={"format": "pt"})
