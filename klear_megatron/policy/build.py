@@ -1,6 +1,5 @@
 """From a Hugging Face config to Megatron model chunks, wrapped for data parallelism."""
 
-import functools
 import math
 from typing import Any
 
@@ -11,9 +10,8 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -103,7 +101,7 @@ def wrap_data_parallel(chunks: list[LanguageModel]) -> list[DistributedDataParal
 
 def build_optimizer(
     config: OptimizerConfig, model: list[DistributedDataParallel], total_steps: int
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """Megatron's distributed Adam and its schedule over `total_steps` optimizer steps."""
     megatron = model[0].config
     optimizer = get_megatron_optimizer(
@@ -122,6 +120,7 @@ def build_optimizer(
         ),
         model,
     )
+    _allocate_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -140,7 +139,18 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-@functools.cache
+def _allocate_state(optimizer: ChainedOptimizer) -> None:
+    """Torch's Adam makes its state at the first step; a checkpoint needs one to be loaded into."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(adam := part.optimizer, torch.optim.AdamW):
+            for parameter in (p for group in adam.param_groups for p in group["params"]):
+                adam.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
 def is_logging_rank() -> bool:
     """The one rank of a group that works on the same tokens whose results count.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from klear_megatron.errors import UserError
@@ -20,23 +20,33 @@ from klear_megatron.models.language_model import LanguageModel
 # How the distributed optimizer's state is cut: loadable in any other layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
+_PARTIAL = ".partial"
+
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Where a run keeps its checkpoint of `step`."""
     return run_dir / "checkpoints" / f"step_{step:08}"
 
 
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if it has one."""
+    complete = [
+        path for path in (run_dir / "checkpoints").glob("step_*") if path.suffix != _PARTIAL
+    ]
+    return max(complete, default=None)
+
+
 def save(
     path: Path,
     chunks: Sequence[LanguageModel],
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     scheduler: OptimizerParamScheduler,
     state: dict[str, Any],
     *,
     companions: Path,
 ) -> None:
     """Collective. Writes beside `path` and renames at the end."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_suffix(_PARTIAL)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "hf").mkdir(parents=True)
@@ -64,7 +74,7 @@ def save(
 def load(
     path: Path,
     chunks: Sequence[LanguageModel],
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> dict[str, Any]:
     """Collective. Restores everything and returns the trainer's state.
@@ -82,10 +92,26 @@ def load(
         str(path),
     )
     _load_model_state(chunks, loaded)
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     state: dict[str, Any] = loaded["trainer"]
     return state
+
+
+def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
+    parts = optimizer.chained_optimizers
+    for part, part_state in zip(parts, [state] if len(parts) == 1 else state.values(), strict=True):
+        parameter_state = part_state.pop("param_state")
+        part.load_state_dict(part_state)
+        # Torch's Adam has a step per parameter, which Megatron-Core sets in the line above and
+        # would now look for in the checkpoint, where it is kept once. It sets the same tensor for
+        # all, which each of them would then count up.
+        states = part.optimizer.state.values()
+        steps = [each.pop("step", None) for each in states]
+        part.load_parameter_state_from_fully_reshardable(parameter_state)
+        for each, step in zip(states, steps, strict=True):
+            if step is not None:
+                each["step"] = step.clone()
 
 
 def load_weights(path: Path, chunks: Sequence[LanguageModel]) -> None:

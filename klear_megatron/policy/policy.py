@@ -71,7 +71,7 @@ class Policy:
             the objective's metrics, and `grad_norm` before clipping, and `lr`.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; the weights are unchanged.
+            FloatingPointError: a gradient is not finite; weights and optimizer are unchanged.
         """
         denominators = objective.denominators(batch.fields)
         for chunk in self._model:
@@ -98,11 +98,13 @@ class Policy:
             return result.loss, torch.zeros((), dtype=torch.int), {}
 
         self._run(batch, loss, forward_only=False)
-        updated, grad_norm, _ = self._optimizer.step()
-        if not updated or not torch.isfinite(torch.as_tensor(grad_norm)):
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm {grad_norm}: the step was not taken")
+        self._optimizer.step()
         self._scheduler.step(increment=1)
-        return _reduce_metrics(sums, extremes) | {"grad_norm": float(grad_norm), "lr": lr}
+        return _reduce_metrics(sums, extremes) | {"grad_norm": grad_norm, "lr": lr}
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -51,3 +51,14 @@ class RolloutConfig(Section):
     """Longest time that one bucket of weights may take to arrive."""
     sync_bucket_bytes: PositiveInt = 512 * 2**20
     """Weights are broadcast in buckets of about this size."""
+
+
+class ServeConfig(Section):
+    """Serving a checkpoint: `klear-megatron serve`."""
+
+    model: Path
+    """Hugging Face checkpoint."""
+    run_dir: Path
+    """Gets the servers' logs."""
+    rollout: RolloutConfig = RolloutConfig()
+    seed: int = 0

@@ -28,7 +28,7 @@ class Response:
         return self.finish_reason == "length"
 
 
-class GenerationError(RuntimeError):
+class GenerationError(UserError):
     """A server answered a request with an error, or not at all."""
 
 

@@ -21,10 +21,11 @@ from torch.distributed.distributed_c10d import (
 )
 
 from klear_megatron import platform
+from klear_megatron.errors import UserError
 from klear_megatron.rollout.config import RolloutConfig
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(UserError):
     """The servers' weights are not, or not all, the trainer's."""
 
 

@@ -39,13 +39,8 @@ def run_ranks(
         processes = []
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
-            processes.append(
-                _context.Process(
-                    target=_rank_main,
-                    args=(rank, world_size, folder, sender, function, args),
-                    daemon=True,
-                )
-            )
+            arguments = rank, world_size, folder, sender, function, args
+            processes.append(_context.Process(target=_rank_main, args=arguments))
             processes[-1].start()
             sender.close()
             pipes[receiver] = rank
@@ -61,10 +56,12 @@ def run_ranks(
                     except EOFError:
                         failure = "died without a word"
                     assert not failure, f"rank {rank} of {world_size}: {failure}"
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for process in processes:
-                process.kill()
-            for process in processes:
+                if process.is_alive():
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
                 process.join()
     return [results[rank] for rank in range(world_size)]
 
@@ -77,6 +74,7 @@ def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the test run
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch

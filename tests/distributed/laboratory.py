@@ -1,0 +1,126 @@
+"""What tests do with a `Policy` on every rank: logits, log-probs, gradients under their HF names.
+
+Functions here run on ranks started by `tests.distributed.ranks.run_ranks`, many layouts after one
+another in the same processes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from klear_megatron.losses import Objective
+from klear_megatron.policy.batch import Batch
+from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.micro_batches import build_micro_batch
+from klear_megatron.policy.policy import Policy
+from klear_megatron.policy.weights import gather_hf_tensors, local_parameters
+
+
+def make_policy(path: Path, *, temperature: float = 1.0, **settings: Any) -> Policy:
+    """A float32 policy with groups of its own; those of the policy before are given up."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel = settings.pop("parallel", {})
+    optimizer = {"lr": 1e-3, "weight_decay": 0.1} | settings.pop("optimizer", {})
+    defaults = {"dtype": "float32", "tokens_per_micro_batch": 64}
+    config = PolicyConfig.model_validate(
+        {**defaults, "path": path, "parallel": parallel, "optimizer": optimizer, **settings}
+    )
+    return Policy(config, total_steps=10, temperature=temperature)
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    """Full tensors by Hugging Face name; empty on ranks other than 0."""
+    return {name: tensor.clone() for name, tensor in policy.named_hf_tensors()}
+
+
+def gradients(policy: Policy) -> dict[str, Tensor]:
+    """Full gradients by Hugging Face name, as the optimizer is about to see them."""
+    for model in policy._model:
+        for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:  # each rank has summed its own share only
+                share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
+    shards = {n: p.main_grad for n, p in local_parameters(policy.chunks).items()}
+    return {name: t.clone() for name, t in gather_hf_tensors(shards, policy._table)}
+
+
+def train(
+    policy: Policy, batches: Sequence[Batch], objective: Objective
+) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
+    """One step per batch: its metrics, and the gradients before clipping."""
+    results = []
+    optimizer_step = policy._optimizer.step
+
+    def step() -> Any:
+        captured.append(gradients(policy))
+        return optimizer_step()
+
+    policy._optimizer.step = step
+    try:
+        for batch in batches:
+            captured: list[dict[str, Tensor]] = []
+            metrics = policy.train_step(batch, objective)
+            results.append((metrics, captured[0]))
+    finally:
+        policy._optimizer.step = optimizer_step
+    return results
+
+
+@torch.no_grad()
+def logits(policy: Policy, sequences: list[list[int]]) -> Tensor | None:
+    """[tokens of all sequences, vocabulary] through Megatron's schedule, packed into one row.
+
+    None where the last pipeline stage is not. Context parallelism apart.
+    """
+    batch = Batch.from_sequences(sequences)
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    micro = build_micro_batch(batch, range(len(sequences)), align=tp)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro.cu_seqlens,
+        cu_seqlens_kv=micro.cu_seqlens,
+        max_seqlen_q=micro.max_seqlen,
+        max_seqlen_kv=micro.max_seqlen,
+    )
+
+    def forward_step(_: Any, model: Any) -> tuple[Tensor, Any]:
+        inputs = micro.tokens[None], micro.position_ids[None], None
+        return model(*inputs, packed_seq_params=packed), lambda output: (
+            output.new_zeros(()),
+            torch.zeros((), dtype=torch.int),
+            output,
+        )
+
+    for chunk in policy._model:
+        chunk.eval()
+    virtual = len(policy._model) > 1
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(()) for _ in policy._model] if virtual else iter(()),
+        model=policy._model if virtual else policy._model[0],
+        num_microbatches=parallel_state.get_pipeline_model_parallel_world_size(),
+        seq_length=len(micro.tokens),
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    if not outputs:
+        return None
+    pieces = [torch.empty_like(outputs[0]) for _ in range(tp)]
+    dist.all_gather(
+        pieces, outputs[0].contiguous(), group=parallel_state.get_tensor_model_parallel_group()
+    )
+    padded = torch.cat(pieces, -1)[0, :, : policy.hf.vocab_size]
+    rows = [
+        padded[start : start + length]
+        for start, length in zip(micro.cu_seqlens[:-1].tolist(), batch.lengths, strict=True)
+    ]
+    return torch.cat(rows)

@@ -1,0 +1,77 @@
+"""The Megatron model against Hugging Face's on the same weights, and the weights there and back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.laboratory import logits, make_policy, weights
+from tests.distributed.ranks import run_ranks
+from tests.models import tiny
+
+LENGTHS = [5, 64, 17, 1, 100, 23]  # beyond YaRN's original length, and one of a single token
+
+MODELS = {
+    "qwen3": tiny.qwen3(),
+    "qwen3-tied": tiny.qwen3(tie_word_embeddings=True),
+    "qwen3-yarn": tiny.qwen3(rope_parameters=tiny.yarn()),
+}
+LAYOUTS: list[tuple[int, dict[str, int]]] = [
+    (1, {}),
+    (2, {"tensor_model_parallel_size": 2}),
+    (2, {"pipeline_model_parallel_size": 2}),
+    (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: tiny.write(folder / name, config) for name, config in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoints: dict[str, Path]) -> dict[str, torch.Tensor]:
+    sequences = tiny.random_sequences(LENGTHS)
+    with torch.no_grad():
+        return {
+            name: torch.cat([tiny.load(path)(torch.tensor([s])).logits[0] for s in sequences])
+            for name, path in checkpoints.items()
+        }
+
+
+def _logits_and_weights(
+    checkpoints: dict[str, Path], parallel: dict[str, int], dtype: str
+) -> dict[str, Any]:
+    results = {}
+    for name, path in checkpoints.items():
+        policy = make_policy(path, dtype=dtype, parallel=parallel)
+        results[name] = (logits(policy, tiny.random_sequences(LENGTHS)), weights(policy))
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS)
+def test_logits_and_weights_are_hugging_faces(world_size, parallel, checkpoints, reference):
+    ranks = run_ranks(world_size, _logits_and_weights, checkpoints, parallel, "float32")
+    for name, path in checkpoints.items():
+        ours = [answer[name][0] for answer in ranks if answer[name][0] is not None]
+        assert len(ours) == parallel.get("tensor_model_parallel_size", 1)
+        for each in ours:
+            assert tiny.relative_error(each, reference[name]) < 1e-5, name
+        _assert_identical(ranks[0][name][1], load_file(path / "model.safetensors"))
+        assert all(not answer[name][1] for answer in ranks[1:])
+
+
+def _assert_identical(ours: dict[str, torch.Tensor], file: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == file.keys()
+    for name, tensor in file.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_bfloat16_weights_come_back_bit_identical(tmp_path):
+    paths = {"bf16": tiny.write(tmp_path / "bf16", tiny.qwen3(), dtype=torch.bfloat16)}
+    answer, *_ = run_ranks(2, _logits_and_weights, paths, LAYOUTS[1][1], "bfloat16")
+    _assert_identical(answer["bf16"][1], load_file(paths["bf16"] / "model.safetensors"))

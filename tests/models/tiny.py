@@ -1,0 +1,85 @@
+"""Tiny random Hugging Face checkpoints, and what Hugging Face itself computes with them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+VOCAB = 331  # not a multiple of 128: the padding of the vocabulary takes part in every test
+
+
+def qwen3(**changes: Any) -> Qwen3Config:
+    return Qwen3Config(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 16,  # not hidden_size / num_attention_heads
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 256,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+            **changes,
+        }
+    )
+
+
+def yarn(factor: float = 2.5, original: int = 64) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 5000.0,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+    }
+
+
+def write(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Saves a random model of this config, with weights large enough to make it far from uniform,
+    and norms that are not all one."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.5)
+            else:
+                parameter.normal_(std=0.08)
+    model.save_pretrained(path)
+    return path
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def random_sequences(lengths: list[int], seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def hf_log_probs(
+    model: PreTrainedModel, sequences: list[list[int]], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Of every token, and the entropies: [tokens of all sequences]; 0 for first tokens."""
+    rows = []
+    for sequence in sequences:
+        tokens = torch.tensor(sequence)
+        logits = model(tokens[None]).logits[0, :-1].float() / temperature
+        log_softmax = logits.log_softmax(-1)
+        log_probs = log_softmax.gather(1, tokens[1:, None])[:, 0]
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+        rows.append(torch.nn.functional.pad(torch.stack([log_probs, entropy]), (1, 0)))
+    log_probs, entropy = torch.cat(rows, 1)
+    return log_probs, entropy
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """Largest difference over the largest entry of the reference."""
+    scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((ours - reference).abs().max() / scale)

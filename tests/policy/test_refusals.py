@@ -1,0 +1,130 @@
+"""Bad input to the policy gets one message that says what, where and what to do."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from klear_megatron.errors import UserError
+from klear_megatron.losses import SFTObjective
+from klear_megatron.policy.batch import Batch
+from tests.distributed.laboratory import make_policy, weights
+from tests.distributed.ranks import run_ranks
+from tests.models import tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny.qwen3(num_hidden_layers=2)
+    return tiny.write(tmp_path_factory.mktemp("refusals") / "qwen3", config)
+
+
+def _messages(cases: list[dict[str, Any]]) -> list[str]:
+    messages = []
+    for case in cases:
+        with pytest.raises(UserError) as error:
+            make_policy(**case)
+        messages.append(str(error.value))
+    return messages
+
+
+def _copy(checkpoint: Path, to: Path, weights: Any = None, **config: Any) -> Path:
+    shutil.copytree(checkpoint, to)
+    values = json.loads((to / "config.json").read_text()) | config
+    (to / "config.json").write_text(json.dumps(values))
+    if weights is not None:
+        tensors = load_file(to / "model.safetensors")
+        weights(tensors)
+        save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def test_checkpoints(checkpoint, tmp_path):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.self_attn.k_norm.weight"], tensors["model.norm.weight"]
+        tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(96, 32)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(128)
+
+    untied = _copy(checkpoint, tmp_path / "untied", tie_word_embeddings=True)
+    truncated = _copy(checkpoint, tmp_path / "truncated")
+    whole = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    incomplete = _copy(checkpoint, tmp_path / "incomplete")
+    (incomplete / "model.safetensors").unlink()
+    sharded = _copy(checkpoint, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    expected = {
+        tmp_path / "nowhere": ["nowhere: no config.json there"],
+        _copy(checkpoint, tmp_path / "spoilt", spoil): [
+            "2 missing from the weights: model.layers.1.self_attn.k_norm.weight, model.norm.weight",
+            "1 not in the model: model.layers.0.self_attn.q_proj.bias",
+            "1 of another shape: model.layers.0.mlp.gate_proj.weight: (96, 32) in the file, "
+            "(96, 64) by the config",
+        ],
+        _copy(checkpoint, tmp_path / "deeper", num_hidden_layers=3): [
+            "config.json: ",
+            "`num_hidden_layers` (3) must be equal to the number of `layer_types` (2)",
+        ],
+        _copy(checkpoint, tmp_path / "wider", intermediate_size=128): [
+            "model.layers.1.mlp.down_proj.weight: (64, 96) in the file, (64, 128) by the config"
+        ],
+        untied: ["lm_head.weight differs from model.embed_tokens.weight"],
+        truncated: ["truncated or corrupt"],
+        incomplete: ["neither model.safetensors nor model.safetensors.index.json"],
+        sharded: ["model-00001-of-00002.safetensors", "missing, truncated or corrupt"],
+        _copy(checkpoint, tmp_path / "other", architectures=["Qwen3ForCausalML"]): [
+            "unknown architecture 'Qwen3ForCausalML' (did you mean Qwen3ForCausalLM?); known: ",
+            "register_architecture",
+        ],
+        _copy(checkpoint, tmp_path / "window", use_sliding_window=True): [
+            "use_sliding_window=true is not supported"
+        ],
+    }
+    (messages,) = run_ranks(1, _messages, [{"path": path} for path in expected])
+    for (path, parts), message in zip(expected.items(), messages, strict=True):
+        assert str(path) in message
+        for part in parts:
+            assert part in message
+
+
+def test_layouts(checkpoint):
+    def layout(**sizes: int) -> dict[str, int]:
+        return {f"{name}_parallel_size": size for name, size in sizes.items()}
+
+    expected = [
+        (layout(tensor_model=2, context=2), "world size 3 is not divisible by TP x PP x CP = 2 x"),
+        (layout(tensor_model=3), "num_attention_heads = 8 is not divisible by 3"),
+        (layout(pipeline_model=3), "num_hidden_layers = 2 is not divisible by PP x VPP = 3"),
+    ]
+    cases = [{"path": checkpoint, "parallel": parallel} for parallel, _ in expected]
+    for messages in run_ranks(3, _messages, cases):
+        for (_, part), message in zip(expected, messages, strict=True):
+            assert part in message
+
+
+def _step_on_nonsense(path: Path) -> Any:
+    policy = make_policy(path)
+    tokens = tiny.random_sequences([9, 30])
+    mask = [[1.0] * 9, [1.0] * 30]
+    before = weights(policy)
+    with pytest.raises(FloatingPointError, match="the step was not taken"):
+        policy.train_step(
+            Batch.from_sequences(tokens, loss_mask=[[1.0] * 9, [float("nan")] * 30]),
+            SFTObjective(),
+        )
+    after = weights(policy)
+    policy.train_step(Batch.from_sequences(tokens, loss_mask=mask), SFTObjective())
+    return before, after, weights(policy)
+
+
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing(checkpoint):
+    before, after, later = run_ranks(2, _step_on_nonsense, checkpoint)[0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(later[name].isfinite().all() for name in later)
