@@ -3,20 +3,20 @@
 import argparse
 from pathlib import Path
 
-from klear_megatron.conversion.convert import SHARD_BYTES, hf_to_megatron, megatron_to_hf
-from klear_megatron.conversion.dtypes import DTYPES
-from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     parser.add_argument("checkpoint", type=Path, help="Hugging Face folder or Megatron checkpoint")
     parser.add_argument("out", type=Path, help="folder to write, in the other format")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the output; as the input by default")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the output; as the input by default",
+    )
     parser.add_argument(
         "--shard-size",
         type=float,
-        default=SHARD_BYTES / 1e9,
+        default=5.0,
         metavar="GB",
         help="largest output file (default: %(default)s)",
     )
@@ -30,6 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: see `megatron_to_hf` and `hf_to_megatron`.
     """
+    from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
+    from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
+
     megatron = is_megatron_checkpoint(arguments.checkpoint)
     convert = megatron_to_hf if megatron else hf_to_megatron
     convert(

@@ -1,50 +1,37 @@
-"""The two conversions. Both move one row of the architecture's table after another."""
+"""The two conversions, and the export of a policy in training.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+All of them move one row of the architecture's table after another.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from klear_megatron.conversion.dtypes import DTYPES, dtype_name
+from klear_megatron.conversion.checksums import check_weights, write_checksums
+from klear_megatron.conversion.dtypes import DTYPES
 from klear_megatron.conversion.hf_writer import (
-    Spec,
     set_config_dtype,
     shard_names,
-    write_header,
     write_index,
-    write_tensor,
+    write_shard,
 )
+from klear_megatron.conversion.job import carry_out
 from klear_megatron.conversion.megatron_reader import MegatronCheckpoint
-from klear_megatron.conversion.megatron_writer import Placed, write_metadata, write_row
+from klear_megatron.conversion.megatron_writer import Chunk, write_metadata, write_row
+from klear_megatron.conversion.plan import SHARD_BYTES, Move, describe, in_shards
+from klear_megatron.conversion.processes import Processes
 from klear_megatron.conversion.progress import Progress
-from klear_megatron.conversion.staging import Staging
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, get_architecture, padded_vocab_size
 from klear_megatron.models.hf_checkpoint import HFCheckpoint, copy_companions, read_config
 
-SHARD_BYTES = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class Move:
-    """One row of the table on its way: what is read, and as what it is written."""
-
-    row: Weight
-    dtype: torch.dtype
-    """Of the output."""
-
-    @property
-    def specs(self) -> list[Spec]:
-        """The row's Hugging Face tensors."""
-        return [(name, self.dtype, shape) for name, shape in self.row.sources.items()]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(torch.Size(shape).numel() * self.dtype.itemsize for _, _, shape in self.specs)
+if TYPE_CHECKING:
+    from klear_megatron.policy.policy import Policy
 
 
 def megatron_to_hf(
@@ -58,52 +45,57 @@ def megatron_to_hf(
 ) -> None:
     """Writes a training checkpoint's weights as a Hugging Face folder.
 
-    Any layout; neither GPU nor ranks are needed, and memory holds one tensor at a time.
+    Whatever layout trained it; without GPUs or ranks; with one row of the table in memory.
 
     Args:
         checkpoint: folder of a Megatron distributed checkpoint with the Hugging Face config and
             tokenizer of its model under `hf/`, as `Policy.save` writes it.
         dtype: "float32", "bfloat16" or "float16"; that of the checkpoint by default.
         shard_bytes: largest safetensors file, except where one row alone is larger.
+        dry_run: print the plan and write nothing.
+        resume: keep the files that an interrupted run of the same conversion has completed.
 
     Raises:
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
     source = MegatronCheckpoint(checkpoint)
-    companions = checkpoint / "hf"
-    hf = read_config(companions)
+    hf = read_config(checkpoint / "hf")
     table = list(get_architecture(hf).weights(hf, source.padded_vocab_size))
     source.check(table)
     moves = [Move(row, DTYPES[dtype] if dtype else source.dtype(row)) for row in table]
-    shards = _shards(moves, shard_bytes)
-    names = shard_names(len(shards))
+
+    def tensors(move: Move) -> list[Tensor]:
+        return move.row.layout.split(move.checked(source.tensor(move.row), checkpoint))
+
+    processes = Processes.join()
+    files = _hf_files(moves, shard_bytes)
     if dry_run:
-        _print_plan(moves, dict(zip(names, shards, strict=True)), to_hf=True)
+        _print_plan(files, processes, to_hf=True)
+    else:
+        _write_hf(files, tensors, checkpoint, checkpoint / "hf", out, resume, processes)
+
+
+def export_hf(policy: "Policy", out: Path) -> None:
+    """Writes the weights of a policy in training as a Hugging Face folder. Collective.
+
+    Raises:
+        UserError: `out` exists, weights are not finite, or the disk is full.
+    """
+    named_tensors = policy.named_hf_tensors()
+    if dist.get_rank() > 0:
+        for _ in named_tensors:
+            pass
         return
+    model = policy.config.path
+    table = get_architecture(policy.hf).weights(policy.hf, policy.hf.vocab_size)
+    files = _hf_files([Move(row, DTYPES[policy.config.dtype]) for row in table], SHARD_BYTES)
 
-    staging = _staging(checkpoint, out, moves, shard_bytes, resume=resume)
-    with Progress(sum(m.nbytes for m in moves)) as progress:
+    def tensors(move: Move) -> list[Tensor]:
+        return [move.checked(next(named_tensors)[1].cpu(), model) for _ in move.row.sources]
 
-        def write(shard: Sequence[Move], file: BinaryIO) -> None:
-            write_header(file, [spec for move in shard for spec in move.specs])
-            for move in shard:
-                for tensor in move.row.layout.split(source.tensor(move.row)):
-                    write_tensor(file, _checked(tensor, move, checkpoint))
-                progress.advance(move.nbytes)
-
-        _write_shards(staging, names, shards, write, progress)
-    copy_companions(companions, staging.partial)
-    set_config_dtype(staging.partial, (m.dtype for m in moves))
-    if len(shards) > 1:
-        weight_map = {
-            name: file
-            for file, shard in zip(names, shards, strict=True)
-            for move in shard
-            for name in move.row.sources
-        }
-        write_index(staging.partial, weight_map, sum(m.nbytes for m in moves))
-    staging.commit()
-    progress.summary(out)
+    _write_hf(files, tensors, model, model, out, resume=False, processes=Processes(0, 1))
+    for _ in named_tensors:
+        pass
 
 
 def hf_to_megatron(
@@ -111,131 +103,117 @@ def hf_to_megatron(
     out: Path,
     *,
     dtype: str | None = None,
+    tensor_parallel_size: int = 1,
     shard_bytes: int = SHARD_BYTES,
     dry_run: bool = False,
     resume: bool = False,
 ) -> None:
-    """Writes a Hugging Face folder's weights as a Megatron distributed checkpoint, for any layout.
+    """Writes a Hugging Face folder's weights as a Megatron distributed checkpoint.
 
-    Memory holds one row of the table at a time. The config and the tokenizer come along, under
-    `hf/`.
+    Every layout loads it. One row of the table is in memory. The config and the tokenizer come
+    along, under `hf/`. Where the folder has SHA256SUMS, the weights are compared with them first.
 
-    Args: as of `megatron_to_hf`.
+    Args:
+        tensor_parallel_size: tensors are stored in so many pieces, so that each of so many
+            tensor-parallel ranks reads its own and no more.
+        dtype, shard_bytes, dry_run, resume: as of `megatron_to_hf`.
 
     Raises:
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
     hf = read_config(hf_dir)
-    table = list(get_architecture(hf).weights(hf, padded_vocab_size(hf.vocab_size, 1)))
+    padded = padded_vocab_size(hf.vocab_size, tensor_parallel_size)
+    table = list(get_architecture(hf).weights(hf, padded))
     source = HFCheckpoint(hf_dir)
     source.check(table)
-    moves = [Move(row, DTYPES[dtype] if dtype else _source_dtype(source, row)) for row in table]
-    shards = _shards(moves, shard_bytes)
-    names = [f"__0_{i}.distcp" for i in range(len(shards))]
+    moves = [Move(row, DTYPES[dtype] if dtype else _common_dtype(source, row)) for row in table]
+
+    def write(shard: Sequence[Move], progress: Progress, file: BinaryIO) -> list[dict[str, Any]]:
+        chunks: list[Chunk] = []
+        for move in shard:
+            full = move.row.layout.merge([source.tensor(name) for name in move.row.sources])
+            chunks += write_row(file, move.row, move.checked(full, hf_dir), tensor_parallel_size)
+            progress.advance(move.nbytes)
+        return [asdict(chunk) for chunk in chunks]
+
+    def finish(folder: Path, receipts: Mapping[str, list[dict[str, Any]]]) -> None:
+        (folder / "hf").mkdir(exist_ok=True)
+        copy_companions(hf_dir, folder / "hf")
+        set_config_dtype(folder / "hf", (move.dtype for move in moves))
+        chunks = {name: [Chunk(**chunk) for chunk in receipts[name]] for name in receipts}
+        write_metadata(folder, {move.row.name: move.dtype for move in moves}, table, chunks)
+
+    processes = Processes.join()
+    shards = in_shards(moves, shard_bytes)
+    files = {f"__{number}_0.distcp": shard for number, shard in enumerate(shards)}
     if dry_run:
-        _print_plan(moves, dict(zip(names, shards, strict=True)), to_hf=False)
+        _print_plan(files, processes, to_hf=False)
         return
+    if processes.rank == 0:
+        check_weights(hf_dir)
+    carry_out(
+        files,
+        write,
+        finish,
+        source=hf_dir,
+        out=out,
+        settings={"tensor_parallel_size": tensor_parallel_size},
+        resume=resume,
+        processes=processes,
+    )
 
-    staging = _staging(hf_dir, out, moves, shard_bytes, resume=resume)
-    with Progress(sum(m.nbytes for m in moves)) as progress:
 
-        def write(shard: Sequence[Move], file: BinaryIO) -> list[dict[str, Any]]:
-            placed = []
-            for move in shard:
-                parts = [source.tensor(name) for name in move.row.sources]
-                full = _checked(move.row.layout.merge(parts), move, hf_dir)
-                placed.append(asdict(write_row(file, move.row, full)))
+def _hf_files(moves: Sequence[Move], shard_bytes: int) -> dict[str, list[Move]]:
+    shards = in_shards(moves, shard_bytes)
+    return dict(zip(shard_names(len(shards)), shards, strict=True))
+
+
+def _write_hf(
+    files: Mapping[str, Sequence[Move]],
+    tensors_of: Callable[[Move], list[Tensor]],
+    source: Path,
+    companions: Path,
+    out: Path,
+    resume: bool,
+    processes: Processes,
+) -> None:
+    def write(moves: Sequence[Move], progress: Progress, file: BinaryIO) -> str:
+        def tensors() -> Iterator[Tensor]:
+            for move in moves:
+                yield from tensors_of(move)
                 progress.advance(move.nbytes)
-            return placed
 
-        receipts = _write_shards(staging, names, shards, write, progress)
-    (staging.partial / "hf").mkdir(exist_ok=True)
-    copy_companions(hf_dir, staging.partial / "hf")
-    set_config_dtype(staging.partial / "hf", (m.dtype for m in moves))
-    placed = {
-        place["name"]: (file, Placed(**place))
-        for file, receipt in zip(names, receipts, strict=True)
-        for place in receipt
-    }
-    write_metadata(staging.partial, table, placed, {m.row.name: m.dtype for m in moves})
-    staging.commit()
-    progress.summary(out)
+        return write_shard(file, [spec for move in moves for spec in move.specs], tensors())
+
+    def finish(folder: Path, sums: Mapping[str, str]) -> None:
+        copy_companions(companions, folder)
+        specs = [(file, spec) for file, moves in files.items() for m in moves for spec in m.specs]
+        set_config_dtype(folder, (dtype for _, (_, dtype, _) in specs))
+        if len(files) > 1:
+            total = sum(move.nbytes for moves in files.values() for move in moves)
+            write_index(folder, {name: file for file, (name, _, _) in specs}, total)
+        write_checksums(folder, sums)
+
+    carry_out(
+        files,
+        write,
+        finish,
+        source=source,
+        out=out,
+        resume=resume,
+        processes=processes,
+        settings={},
+    )
 
 
-def _source_dtype(source: HFCheckpoint, row: Weight) -> torch.dtype:
+def _common_dtype(source: HFCheckpoint, row: Weight) -> torch.dtype:
     dtypes = {name: source.dtype(name) for name in row.sources}
     if len(set(dtypes.values())) > 1:
         raise UserError(f"{source.path}: {dtypes} become one tensor: choose its dtype with --dtype")
     return next(iter(dtypes.values()))
 
 
-def _checked(tensor: Tensor, move: Move, path: Path) -> Tensor:
-    """The tensor in the output's dtype.
-
-    Raises:
-        UserError: it has a number that is not finite.
-    """
-    out = tensor.to(move.dtype)
-    if not bool(torch.stack(out.aminmax()).isfinite().all()):
-        was_finite = bool(torch.stack(tensor.aminmax()).isfinite().all())
-        raise UserError(
-            f"{path}: {' / '.join(move.row.sources)} ({move.row.name}) has NaN or infinite values"
-            + (f" as {dtype_name(move.dtype)}; choose another dtype" if was_finite else "")
-        )
-    return out
-
-
-def _shards(moves: Sequence[Move], shard_bytes: int) -> list[list[Move]]:
-    shards: list[list[Move]] = [[]]
-    size = 0
-    for move in moves:
-        if shards[-1] and size + move.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(move)
-        size += move.nbytes
-    return shards
-
-
-def _staging(
-    source: Path, out: Path, moves: Sequence[Move], shard_bytes: int, *, resume: bool
-) -> Staging:
-    plan = {
-        "source": str(source.resolve()),
-        "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime) for f in source.iterdir()),
-        "dtypes": [dtype_name(m.dtype) for m in moves],
-        "shard_bytes": shard_bytes,
-    }
-    return Staging(out, plan, needed_bytes=sum(m.nbytes for m in moves), resume=resume)
-
-
-def _write_shards(
-    staging: Staging,
-    names: Sequence[str],
-    shards: Sequence[Sequence[Move]],
-    write: Callable[[Sequence[Move], BinaryIO], Any],
-    progress: Progress,
-) -> list[Any]:
-    receipts = []
-    for name, shard in zip(names, shards, strict=True):
-        if staging.receipt(name) is not None:
-            progress.skip(sum(m.nbytes for m in shard))
-        receipts.append(staging.write(name, partial(write, shard)))
-    return receipts
-
-
-def _print_plan(moves: Sequence[Move], files: dict[str, list[Move]], *, to_hf: bool) -> None:
-    for line in _plan_lines(files, to_hf=to_hf):
-        print(line)
-    total = sum(m.nbytes for m in moves)
-    print(f"{len(moves)} rows, {len(files)} files, {total / 1e9:.3f} GB")
-
-
-def _plan_lines(files: dict[str, list[Move]], *, to_hf: bool) -> Iterator[str]:
-    for file, shard in files.items():
-        for move in shard:
-            for name, dtype, shape in move.specs:
-                ends = (move.row.name, name) if to_hf else (name, move.row.name)
-                nbytes = torch.Size(shape).numel() * dtype.itemsize
-                what = f"{list(shape)} {dtype_name(dtype)}  {nbytes} B"
-                yield f"{file}  {ends[0]} -> {ends[1]}  {what}"
+def _print_plan(files: Mapping[str, Sequence[Move]], processes: Processes, *, to_hf: bool) -> None:
+    if processes.rank == 0:
+        for line in describe(files, to_hf=to_hf):
+            print(line)

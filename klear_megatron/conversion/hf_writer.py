@@ -1,5 +1,6 @@
 """Writing Hugging Face checkpoints in a stream: a shard's header is known before its data is."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,38 +11,49 @@ import torch
 from torch import Tensor
 
 from klear_megatron.conversion.dtypes import SAFETENSORS_NAMES, dtype_name
-
-Spec = tuple[str, torch.dtype, tuple[int, ...]]
-"""Name, dtype and shape of a tensor to come."""
+from klear_megatron.conversion.plan import Spec
 
 
-def write_header(file: BinaryIO, specs: Sequence[Spec]) -> None:
-    """The beginning of a safetensors file; `write_tensor` adds the tensors, in this order."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def write_shard(file: BinaryIO, specs: Sequence[Spec], tensors: Iterable[Tensor]) -> str:
+    """Writes a safetensors file of tensors that are made one after another.
+
+    Returns:
+        its SHA-256, in hexadecimal.
+    """
+    digest = hashlib.sha256()
+    header = _header(specs)
+    file.write(header)
+    digest.update(header)
+    for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
+        assert tensor.dtype == dtype, name
+        assert tensor.shape == shape, name
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        file.write(data)
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _header(specs: Sequence[Spec]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, dtype, shape in specs:
         end = position + math.prod(shape) * dtype.itemsize
-        header[name] = {
+        entries[name] = {
             "dtype": SAFETENSORS_NAMES[dtype],
-            "shape": list(shape),
+            "shape": shape,
             "data_offsets": [position, end],
         }
         position = end
-    content = json.dumps(header, separators=(",", ":")).encode()
+    content = json.dumps(entries, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
-    file.write(len(content).to_bytes(8, "little") + content)
-
-
-def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
-    """The tensor's numbers, in row-major order."""
-    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return len(content).to_bytes(8, "little") + content
 
 
 def shard_names(count: int) -> list[str]:
-    """The file names transformers gives to `count` shards."""
+    """The file names that transformers gives to `count` shards."""
     if count == 1:
         return ["model.safetensors"]
-    return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    return [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
@@ -51,10 +63,10 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
 
 
 def set_config_dtype(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
-    """Lets config.json name the weights' dtype, since loaders trust it; the largest if mixed."""
-    dtype = max(set(dtypes), key=lambda d: d.itemsize)
-    config = json.loads((folder / "config.json").read_text())
+    """Lets config.json name the weights' dtype, since loaders trust it; the widest if mixed."""
+    dtype = dtype_name(max(set(dtypes), key=lambda dtype: dtype.itemsize))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(key) != dtype_name(dtype):
-        config[key] = dtype_name(dtype)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if config.get(key) != dtype:
+        path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n")

@@ -61,14 +61,12 @@ class Staging:
         receipt = self._receipts / f"{name}.json"
         return json.loads(receipt.read_text()) if receipt.is_file() else None
 
-    def write(self, name: str, body: Callable[[BinaryIO], Any]) -> Any:
-        """Writes a file, unless it is complete; returns what `body` returned (JSON-like).
+    def write(self, name: str, body: Callable[[BinaryIO], Any]) -> None:
+        """Writes a file; `receipt` will give what `body` returned (JSON-like).
 
         Raises:
             UserError: the disk is full.
         """
-        if (receipt := self.receipt(name)) is not None:
-            return receipt
         unfinished = self._receipts / f"{name}.unfinished"
         try:
             with unfinished.open("wb") as file:
@@ -84,7 +82,6 @@ class Staging:
             raise UserError(
                 f"{self.partial / name}: {error.strerror}; make room, then run again with --resume"
             ) from error
-        return json.loads(json.dumps(receipt))
 
     def commit(self) -> None:
         """Gives the folder its name."""
