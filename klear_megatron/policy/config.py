@@ -17,6 +17,10 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     context_parallel_size: PositiveInt = 1
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while backward is still computing others."""
+    overlap_param_gather: bool = False
+    """Gather updated weights over data-parallel ranks while forward already uses the first ones."""
 
     @model_validator(mode="after")
     def _virtual_needs_pipeline(self) -> "ParallelConfig":
@@ -26,6 +30,12 @@ class ParallelConfig(Section):
                 f"virtual_pipeline_model_parallel_size {virtual} needs to be at least 2 and "
                 f"pipeline_model_parallel_size ({self.pipeline_model_parallel_size}) at least 2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gather_needs_reduce(self) -> "ParallelConfig":
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather: true needs overlap_grad_reduce: true")
         return self
 
     @property
@@ -92,5 +102,9 @@ class PolicyConfig(Section):
     tokens_per_micro_batch: PositiveInt = 16384
     """Sequences are packed up to this many tokens; a longer one is a micro-batch of its own."""
     recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute whole layers in backward, or only `recompute_modules`, instead of keeping them."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = (
+        "core_attn",
+    )
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig

@@ -57,7 +57,7 @@ class Policy:
         self._table = list(get_architecture(self.hf).weights(self.hf, padded))
         self.chunks = build_model_chunks(config, self.hf, temperature=temperature)
         load_hf_weights(self.chunks, self._table, config.path)
-        self._model = wrap_data_parallel(self.chunks)
+        self._model = wrap_data_parallel(self.chunks, config.parallel)
         self._optimizer, self._scheduler = build_optimizer(
             config.optimizer, self._model, total_steps
         )
@@ -133,6 +133,7 @@ class Policy:
 
         Every rank must iterate to the end; ranks other than 0 are given nothing.
         """
+        self._finish_param_gather()
         shards = {n: p.data for n, p in local_parameters(self.chunks).items()}
         return gather_hf_tensors(shards, self._table)
 
@@ -142,6 +143,7 @@ class Policy:
         Args:
             state: what the trainer needs to go on, the same on every rank (JSON-like values).
         """
+        self._finish_param_gather()
         checkpoint.save(
             path, self.chunks, self._optimizer, self._scheduler, state, companions=self.config.path
         )
@@ -153,6 +155,12 @@ class Policy:
             the trainer's state.
         """
         return checkpoint.load(path, self.chunks, self._optimizer, self._scheduler)
+
+    def _finish_param_gather(self) -> None:
+        """With overlap, updated weights are gathered by the forward that needs them: not yet."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self._model:
+                chunk.start_param_sync(force_sync=True)
 
     # ---- Megatron's schedule --------------------------------------------------------------------
 

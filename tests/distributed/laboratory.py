@@ -55,9 +55,9 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
 
 def train(
     policy: Policy, batches: Sequence[Batch], objective: Objective
-) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
-    """One step per batch: its metrics, and the gradients before clipping."""
-    results = []
+) -> list[tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]]:
+    """One step per batch: its metrics, the gradients before clipping, and the weights after."""
+    captured: list[dict[str, Tensor]] = []
     optimizer_step = policy._optimizer.step
 
     def step() -> Any:
@@ -65,14 +65,9 @@ def train(
         return optimizer_step()
 
     policy._optimizer.step = step
-    try:
-        for batch in batches:
-            captured: list[dict[str, Tensor]] = []
-            metrics = policy.train_step(batch, objective)
-            results.append((metrics, captured[0]))
-    finally:
-        policy._optimizer.step = optimizer_step
-    return results
+    return [
+        (policy.train_step(batch, objective), captured[-1], weights(policy)) for batch in batches
+    ]
 
 
 @torch.no_grad()
