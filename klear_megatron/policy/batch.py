@@ -34,7 +34,7 @@ class Batch:
         """One list per sequence, for the tokens and for each field."""
 
         def flat(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-            return torch.cat([torch.as_tensor(row, dtype=dtype) for row in rows])
+            return _concatenate([torch.as_tensor(row, dtype=dtype) for row in rows], dtype)
 
         return cls(
             flat(tokens, torch.int64),
@@ -42,10 +42,24 @@ class Batch:
             {name: flat(rows, torch.float32) for name, rows in fields.items()},
         )
 
+    @classmethod
+    def concatenate(cls, batches: Sequence["Batch"]) -> "Batch":
+        """The sequences of all of them, which have the same fields, one after another."""
+        return cls(
+            torch.cat([batch.tokens for batch in batches]),
+            [length for batch in batches for length in batch.lengths],
+            {
+                name: torch.cat([batch.fields[name] for batch in batches])
+                for name in batches[0].fields
+            },
+        )
+
     def select(self, sequences: Sequence[int]) -> "Batch":
         """The batch of these sequences, in this order."""
         starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
-        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in sequences])
+        rows = _concatenate(
+            [torch.arange(starts[i], starts[i + 1]) for i in sequences], torch.int64
+        )
         return Batch(
             self.tokens[rows],
             [self.lengths[i] for i in sequences],
@@ -55,3 +69,7 @@ class Batch:
     def with_fields(self, **fields: Tensor) -> "Batch":
         """The same sequences with these fields added or replaced."""
         return Batch(self.tokens, self.lengths, {**self.fields, **fields})
+
+
+def _concatenate(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=dtype), *rows])

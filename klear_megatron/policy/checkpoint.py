@@ -20,10 +20,20 @@ from klear_megatron.models.language_model import LanguageModel
 # How the distributed optimizer's state is cut: loadable in any other layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
+_PARTIAL = ".partial"
+
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Where a run keeps its checkpoint of `step`."""
     return run_dir / "checkpoints" / f"step_{step:08}"
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if it has one."""
+    complete = [
+        path for path in (run_dir / "checkpoints").glob("step_*") if path.suffix != _PARTIAL
+    ]
+    return max(complete, default=None)
 
 
 def save(
@@ -36,7 +46,7 @@ def save(
     companions: Path,
 ) -> None:
     """Collective. Writes beside `path` and renames at the end."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_suffix(_PARTIAL)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "hf").mkdir(parents=True)

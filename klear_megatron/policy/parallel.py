@@ -23,3 +23,18 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
         context_parallel_size=config.context_parallel_size,
     )
     model_parallel_cuda_manual_seed(seed)
+
+
+def leader_rank() -> tuple[int | None, int]:
+    """Which of the model-parallel groups this rank is the first of, if any, and how many there are.
+
+    There are as many as data-parallel ranks.
+    """
+    leads = (
+        parallel_state.get_tensor_model_parallel_rank()
+        == parallel_state.get_pipeline_model_parallel_rank()
+        == parallel_state.get_context_parallel_rank()
+        == 0
+    )
+    rank = parallel_state.get_data_parallel_rank()
+    return rank if leads else None, parallel_state.get_data_parallel_world_size()

@@ -1,0 +1,137 @@
+"""The command line: `klear-megatron VERB ...`.
+
+Each verb imports what it needs when it runs, so that a mistake is reported at once and not after
+the seconds that Megatron-Core takes to import.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from klear_megatron.config import load_config
+from klear_megatron.conversion import command
+from klear_megatron.errors import UserError
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns:
+        0, or 2 after bad input and 130 after Ctrl-C, each with one message on standard error.
+    """
+    parsed, rest = _parser().parse_known_args(arguments)
+    if rest and not parsed.takes_overrides:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    _silence_libraries()
+    try:
+        parsed.overrides = rest
+        parsed.run(parsed)
+    except UserError as error:
+        # Every rank finds the same mistake; one of each host says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _silence_libraries() -> None:
+    """Warnings that Megatron-Core and torch give at every start, on every rank, about themselves.
+
+    Which optional libraries are missing is `doctor`'s to say, once.
+    """
+    for module in (r"megatron\.core", r"torch\.distributed", r"klear_megatron\.platform\.cpu"):
+        warnings.filterwarnings("ignore", module=module)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="klear-megatron", description="Klear-Reasoner training on Megatron-Core."
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for run in (_sft, _rl, _eval, _serve):
+        verb = _add_verb(verbs, run, takes_overrides=True)
+        verb.add_argument("config", type=Path, help="YAML file")
+        verb.epilog = "Any key of the file can be given as --section.key value."
+    command.add_arguments(_add_verb(verbs, _convert))
+    _add_verb(verbs, _doctor)
+    return parser
+
+
+def _add_verb(
+    verbs: Any, run: Callable[[argparse.Namespace], None], *, takes_overrides: bool = False
+) -> argparse.ArgumentParser:
+    """A verb named and described after the function that carries it out."""
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        run.__name__.removeprefix("_"), help=run.__doc__, description=run.__doc__
+    )
+    verb.set_defaults(run=run, takes_overrides=takes_overrides)
+    return verb
+
+
+def _sft(arguments: argparse.Namespace) -> None:
+    """Supervised fine-tuning; start it with torchrun for several ranks."""
+    from klear_megatron.trainers.config import SFTConfig
+
+    config = load_config(SFTConfig, arguments.config, arguments.overrides)
+    from klear_megatron.trainers.sft import train_sft
+
+    train_sft(config)
+
+
+def _rl(arguments: argparse.Namespace) -> None:
+    """Reinforcement learning; start it with torchrun for several ranks."""
+    from klear_megatron.trainers.config import RLConfig
+
+    config = load_config(RLConfig, arguments.config, arguments.overrides)
+    from klear_megatron.trainers.rl import train_rl
+
+    train_rl(config)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    """Accuracy of a Hugging Face checkpoint on a set of problems."""
+    from klear_megatron.evaluation import EvalConfig, evaluate
+
+    config = load_config(EvalConfig, arguments.config, arguments.overrides)
+    scores = evaluate(config)
+    print(
+        f"avg@{scores.samples_per_problem} over {scores.problems} problems: "
+        f"{scores.accuracy:.1%} ± {scores.standard_error:.1%} (standard error); "
+        f"well-formed {scores.formatted:.1%}, truncated {scores.truncated:.1%}, "
+        f"{scores.length_mean:.0f} tokens a response; see {config.run_dir}"
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    """Serve a Hugging Face checkpoint with SGLang until Ctrl-C."""
+    from klear_megatron.rollout import ServeConfig, serving
+
+    config = load_config(ServeConfig, arguments.config, arguments.overrides)
+    with serving(config.rollout, config.model, config.run_dir / "logs", seed=config.seed) as urls:
+        print("\n".join(["serving; stop with Ctrl-C", *urls]), flush=True)
+        signal.pause()
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    """Between Hugging Face and Megatron checkpoints."""
+    command.run(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    """What is installed, what would be used for what, and what is wrong."""
+    from klear_megatron.doctor import examine
+
+    problems = examine()
+    if problems:
+        raise UserError("\n  ".join(["found problems:", *problems]))

@@ -1,0 +1,123 @@
+"""What is installed here, what would be used for what, and what is wrong with it."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+
+from klear_megatron.rollout.config import RolloutConfig
+
+_SGLANG_TIMEOUT_S = 60
+
+
+def examine() -> list[str]:
+    """Prints the findings, and returns the problems: each says what is wrong and what to do."""
+    problems: list[str] = []
+    _say("Python", sys.version.split()[0])
+    has_gpu = _examine_torch(problems)
+    _examine_required(
+        "megatron-core", "the policy: parallel layers, schedules, optimizer", problems
+    )
+    has_te = _examine_transformer_engine(has_gpu, problems)
+    has_apex = _examine_apex(problems)
+    layers = "Transformer Engine" if has_gpu and has_te else "PyTorch (SDPA, RMSNorm)"
+    _say("layers", layers)
+    _say(
+        "optimizer",
+        "Transformer Engine's fused Adam"
+        if has_gpu and has_te
+        else "Apex's fused Adam"
+        if has_gpu and has_apex
+        else "PyTorch's Adam",
+    )
+    _examine_required("math-verify", "math rewards", problems)
+    _examine_sglang(problems)
+    return problems
+
+
+def _say(what: str, finding: str) -> None:
+    print(f"{what:20} {finding}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _examine_required(distribution: str, purpose: str, problems: list[str]) -> None:
+    version = _version(distribution)
+    _say(distribution, f"{version or 'not installed'} ({purpose})")
+    if version is None:
+        problems.append(f"{distribution} is not installed: run `make setup`")
+
+
+def _examine_torch(problems: list[str]) -> bool:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(gpus)}))
+    device = f"{gpus} GPU(s): {names}; NCCL" if gpus else "no GPU: everything on the CPU over gloo"
+    _say("torch", f"{torch.__version__} ({device})")
+    if not gpus and torch.version.cuda:
+        problems.append(
+            f"torch is built for CUDA {torch.version.cuda} but sees no GPU: check the driver "
+            "(`nvidia-smi`) and CUDA_VISIBLE_DEVICES"
+        )
+    return gpus > 0
+
+
+def _examine_transformer_engine(has_gpu: bool, problems: list[str]) -> bool:
+    version = _version("transformer-engine")
+    use = "fused layers and FP8" if has_gpu else "needs a GPU; not used here"
+    _say("transformer-engine", f"{version or 'not installed'} ({use})")
+    if version is None:
+        if has_gpu:
+            problems.append(
+                "there is a GPU but no Transformer Engine: layers are plain PyTorch and FP8 is not "
+                "available; `pip install klear-megatron[gpu]`"
+            )
+        return False
+    return True
+
+
+def _examine_apex(problems: list[str]) -> bool:
+    if importlib.util.find_spec("apex") is None:
+        _say("apex", "not installed (optional: fused kernels where Transformer Engine has none)")
+        return False
+    # PyPI's `apex` is a web toolkit of another author; NVIDIA's is installed from its sources.
+    if importlib.util.find_spec("apex.multi_tensor_apply") is None:
+        _say("apex", "not NVIDIA's")
+        problems.append(
+            "the installed `apex` is not NVIDIA's but another project of the same name: "
+            "`pip uninstall apex`, and build NVIDIA's from its repository if you want it"
+        )
+        return False
+    _say("apex", "NVIDIA's (fused kernels)")
+    return True
+
+
+def _examine_sglang(problems: list[str]) -> None:
+    python = RolloutConfig().python
+    if not python.is_file():
+        _say("sglang", f"no environment at {python.parent.parent}")
+        problems.append(
+            f"SGLang's environment is not at {python.parent.parent}: run `make setup`, or set "
+            "rollout.python"
+        )
+        return
+    script = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
+    found = subprocess.run(
+        [str(python), "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=_SGLANG_TIMEOUT_S,
+        check=False,
+    )
+    if found.returncode:
+        _say("sglang", f"broken in {python.parent.parent}")
+        problems.append(f"SGLang is not installed in {python.parent.parent}: run `make setup`")
+        return
+    version, torch_version = found.stdout.split()
+    _say("sglang", f"{version} with torch {torch_version} in {python.parent.parent} (rollouts)")

@@ -1,0 +1,41 @@
+"""The tokenizer of a Hugging Face checkpoint, and the tokens that end a response."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from klear_megatron.errors import UserError
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Raises UserError where the folder has no tokenizer that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: no tokenizer can be read there: {error}") from error
+
+
+def read_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a response: generation_config.json's, or else the tokenizer's.
+
+    Raises:
+        UserError: neither names one, so no response would ever end.
+    """
+    stop = None
+    if (path / "generation_config.json").is_file():
+        stop = GenerationConfig.from_pretrained(path).eos_token_id
+    if stop is None:
+        stop = tokenizer.eos_token_id
+    if stop is None:
+        raise UserError(
+            f"{path}: neither generation_config.json nor the tokenizer names an eos_token_id"
+        )
+    return stop if isinstance(stop, list) else [stop]
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text of a response as rewards read it: without control tokens such as the end of turn."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    assert isinstance(text, str), "a list of ids is one text"
+    return text

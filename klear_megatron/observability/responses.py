@@ -1,0 +1,38 @@
+"""Graded responses as rows to read."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from klear_megatron.data import Prompt
+from klear_megatron.rewards import Reward
+from klear_megatron.rollout import Response
+
+
+def response_row(
+    prompt: Prompt, text: str, response: Response, reward: Reward, **more: Any
+) -> dict[str, Any]:
+    """Everything about one response, ready for JSON."""
+    return {
+        "prompt": prompt.messages,
+        "ground_truth": prompt.ground_truth,
+        "data_source": prompt.data_source,
+        "index": prompt.index,
+        "response": text,
+        "tokens": len(response.token_ids),
+        "finish_reason": response.finish_reason,
+        "weight_version": response.weight_version,
+        "reward": asdict(reward),
+        **more,
+    }
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """JSON Lines; `path` appears once all rows are there."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.rename(path)

@@ -1,0 +1,79 @@
+"""Runs a command that must not outlive its parent: `python guard.py COMMAND...`.
+
+The parent holds the writing end of this process's standard input. When that closes, because the
+parent asks for it or because it died in whatever way, the command and everything it started are
+ended: SIGTERM, and SIGKILL to what is left after ten seconds. Only the standard library is
+imported, so a guard costs a few milliseconds and megabytes.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+_PR_SET_CHILD_SUBREAPER = 36
+_GRACE_S = 10.0
+
+
+def main() -> int:
+    # Ctrl-C and hang-ups go to the whole terminal group; the parent decides what they mean.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # Orphans of the command become children of this process, so that none can hide.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    command = subprocess.Popen(
+        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals
+    )
+    while command.poll() is None and not _parent_is_done():
+        pass
+    _signal_descendants(signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_S
+    while _reap() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while _reap():
+        _signal_descendants(signal.SIGKILL)
+        time.sleep(0.05)
+    return command.returncode or 0
+
+
+def _default_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _parent_is_done() -> bool:
+    """Waits up to a fifth of a second; nothing is ever written, so readable means closed."""
+    readable, _, _ = select.select([sys.stdin], [], [], 0.2)
+    return bool(readable)
+
+
+def _reap() -> bool:
+    """Collects children that have ended; are there others?"""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+        return True
+    return False
+
+
+def _signal_descendants(number: int) -> None:
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat") as file:
+                # pid (name) state parent: the name may contain anything
+                parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
+    descendants = {os.getpid()}
+    while found := {pid for pid, parent in parents.items() if parent in descendants} - descendants:
+        descendants |= found
+    for pid in descendants - {os.getpid()}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Starting SGLang servers, waiting until they answer, and stopping them for certain."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from klear_megatron import platform
+from klear_megatron.errors import UserError
+from klear_megatron.rollout import guard
+from klear_megatron.rollout.config import RolloutConfig
+
+_CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
+_LOG_LINES = 20
+
+
+@contextlib.contextmanager
+def serving(
+    config: RolloutConfig, model_path: Path, log_dir: Path, *, seed: int = 0
+) -> Iterator[list[str]]:
+    """The servers' base URLs, all answering; those started here are stopped at the end.
+
+    Args:
+        model_path: Hugging Face checkpoint to serve.
+        log_dir: gets one `sglang_N.log` per started server.
+
+    Raises:
+        UserError: a port is in use, there is no SGLang, a server ends or does not answer in time
+            (with the last lines of its log), or a given URL does not answer.
+    """
+    if config.urls:
+        for url in config.urls:
+            _check_answers(url)
+        yield config.urls
+        return
+    if not config.python.is_file():
+        raise UserError(
+            f"rollout.python: {config.python} is not there; install SGLang into an environment of "
+            "its own (`make setup` does) or name its interpreter"
+        )
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for index in range(config.num_servers):
+            port = _take_port(config, index)
+            command = server_command(config, model_path, port, index=index, seed=seed)
+            log = log_dir / f"sglang_{index}.log"
+            process = stack.enter_context(_running(command, log))
+            servers.append((process, f"http://{config.host}:{port}", log))
+        for process, url, log in servers:
+            _wait_until_healthy(process, url, log, config.start_timeout_s)
+        yield [url for _, url, _ in servers]
+
+
+def server_command(
+    config: RolloutConfig, model_path: Path, port: int, *, index: int = 0, seed: int = 0
+) -> list[str]:
+    """The command line of server `index`."""
+    options = {
+        "model-path": str(model_path),
+        "host": config.host,
+        "port": str(port),
+        "dtype": config.dtype,
+        "tp-size": str(config.tensor_parallel_size),
+        "mem-fraction-static": str(config.mem_fraction_static),
+        "max-running-requests": str(config.max_running_requests),
+        "random-seed": str(seed + index),
+    }
+    if config.context_length is not None:
+        options["context-length"] = str(config.context_length)
+    flags = []
+    if platform.HAS_GPU:
+        gpus = config.tensor_parallel_size
+        options["base-gpu-id"] = str(config.base_gpu_id + index * gpus)
+    else:
+        options |= {
+            "device": "cpu",
+            "attention-backend": "torch_native",
+            "sampling-backend": "pytorch",
+        }
+        flags = ["--disable-overlap-schedule"]
+    pairs = [word for key, value in options.items() for word in (f"--{key}", value)]
+    return [str(config.python), "-m", "sglang.launch_server", *pairs, *flags, *config.extra_args]
+
+
+def server_environment() -> dict[str, str]:
+    """The environment of a server: this process's, less what belongs to torchrun's ranks."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not name.startswith(("TORCHELASTIC_", "PYTHONPATH"))
+    }
+    if not platform.HAS_GPU:
+        environment |= {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "PYTHONPATH": str(_CPU_STAND_INS),
+            "OMP_NUM_THREADS": "1",
+        }
+    return environment
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command under a guard, so that it ends when this process does."""
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=server_environment(),
+            start_new_session=True,
+        ) as process,
+    ):
+        yield process
+        # Leaving closes the guard's standard input, which ends the server, and waits for that.
+
+
+def _take_port(config: RolloutConfig, index: int) -> int:
+    """A port that nobody listens on now."""
+    port = 0 if config.port is None else config.port + index
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, port))
+        except OSError as error:
+            raise UserError(
+                f"rollout.port: cannot listen on {config.host}:{port}: {error.strerror}; stop what "
+                "uses it, choose another port, or leave rollout.port out to have a free one taken"
+            ) from error
+        taken: int = probe.getsockname()[1]
+        return taken
+
+
+def _wait_until_healthy(
+    process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not _is_healthy(url):
+        if process.poll() is not None:
+            raise UserError(f"the SGLang server at {url} did not start; {_last_lines(log)}")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the SGLang server at {url} did not answer within {timeout_s:.0f} s "
+                f"(rollout.start_timeout_s); {_last_lines(log)}"
+            )
+        time.sleep(0.25)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _check_answers(url: str) -> None:
+    if not _is_healthy(url):
+        raise UserError(
+            f"rollout.urls: no healthy SGLang server answers at {url}/health; start it "
+            "(`klear-megatron serve`) or correct the address"
+        )
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    return "\n".join([f"the end of {log}:", *(f"    {line}" for line in lines)])

@@ -1,0 +1,85 @@
+"""Settings of a training run."""
+
+import math
+from pathlib import Path
+
+from pydantic import PositiveInt, model_validator
+
+from klear_megatron.config import Section
+from klear_megatron.data import DataConfig
+from klear_megatron.losses import LossConfig
+from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.rewards import RewardConfig
+from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
+
+
+class RunConfig(Section):
+    """What every training run has."""
+
+    run_dir: Path
+    """Everything the run writes: config, metrics, logs, rollouts, checkpoints. A run that finds a
+    checkpoint there goes on from it."""
+    seed: int = 0
+    save_every: PositiveInt | None = None
+    """Steps between checkpoints; one is always written at the end."""
+    policy: PolicyConfig
+
+
+class SFTDataConfig(Section):
+    """Which conversations to train on."""
+
+    path: Path
+    """A .jsonl or .parquet file of `{"messages": [...]}` rows."""
+    max_length: PositiveInt = 32768
+    """In tokens; longer conversations are left out."""
+
+
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning: `klear-megatron sft`."""
+
+    data: SFTDataConfig
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt
+    """Conversations per optimizer step."""
+
+
+class RLConfig(RunConfig):
+    """Reinforcement learning with verifiable rewards: `klear-megatron rl`."""
+
+    data: DataConfig
+    steps: PositiveInt
+    """Each draws responses once and takes several optimizer steps on them."""
+    prompts_per_step: PositiveInt = 128
+    responses_per_prompt: PositiveInt = 8
+    prompts_per_mini_batch: PositiveInt = 16
+    """Prompts per optimizer step; fewer than `prompts_per_step` makes training off-policy."""
+    max_generation_batches: PositiveInt = 2
+    """Groups whose responses all have the same reward are dropped. While fewer than
+    `prompts_per_step` are left, another batch of prompts is drawn, up to this many in all."""
+    mask_truncated: bool = False
+    """Keep responses that hit the length limit out of the loss; advised below 32K."""
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RLConfig":
+        if self.prompts_per_mini_batch > self.prompts_per_step:
+            raise ValueError(
+                f"prompts_per_mini_batch ({self.prompts_per_mini_batch}) is larger than "
+                f"prompts_per_step ({self.prompts_per_step}); make it a part of it"
+            )
+        if self.responses_per_prompt < 2:
+            raise ValueError("responses_per_prompt must be at least 2 to compare responses")
+        if self.sampling.top_p < 1 or self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling: responses to train on are drawn from the whole distribution; use "
+                "top_p 1.0 and a temperature above 0"
+            )
+        return self
+
+    @property
+    def optimizer_steps(self) -> int:
+        """At most; a step whose groups were dropped takes fewer."""
+        return self.steps * math.ceil(self.prompts_per_step / self.prompts_per_mini_batch)

@@ -1,0 +1,207 @@
+"""Reinforcement learning with verifiable rewards: generate, grade, train, sync, repeat."""
+
+import collections
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.data import Prompt, PromptSampler, encode_prompts, read_prompts
+from klear_megatron.errors import UserError
+from klear_megatron.losses import PolicyObjective
+from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
+from klear_megatron.observability import Phases, Progress, Recorder
+from klear_megatron.policy.batch import Batch
+from klear_megatron.policy.parallel import leader_rank
+from klear_megatron.policy.policy import Policy
+from klear_megatron.rewards import RewardPool, check_data_sources
+from klear_megatron.rollout import Generator, serving
+from klear_megatron.rollout.weight_sync import WeightSync
+from klear_megatron.trainers import run
+from klear_megatron.trainers.config import RLConfig
+from klear_megatron.trainers.rollouts import RolloutWorker
+
+
+def train_rl(config: RLConfig) -> None:
+    """Runs to the end, from the beginning or from the run's newest checkpoint.
+
+    Raises:
+        UserError: bad data, a bad model, a config that does not fit them, or a server that fails.
+    """
+    run.start(config)
+    tokenizer = read_tokenizer(config.policy.path)
+    prompts = read_training_prompts(config, tokenizer)
+    policy = Policy(
+        config.policy,
+        total_steps=config.optimizer_steps,
+        temperature=config.sampling.temperature,
+        seed=config.seed,
+    )
+    sampler = PromptSampler(len(prompts), config.seed)
+    objective, phases = PolicyObjective(config.loss), Phases()
+    first = 1
+    if state := run.resume(policy, config.run_dir):
+        sampler.load_state_dict(state["sampler"])
+        first = state["step"] + 1
+
+    with contextlib.ExitStack() as stack:
+        urls = start_servers(config, stack)
+        worker = make_worker(config, tokenizer, prompts, sampler, urls, policy, stack)
+        main = run.is_main_rank()
+        sync = stack.enter_context(WeightSync(urls, config.rollout)) if main else None
+        recorder = stack.enter_context(Recorder(config.run_dir, next_step=first)) if main else None
+        progress = stack.enter_context(Progress("RL", config.steps, start=first - 1, enabled=main))
+        sync_weights(policy, sync, version=first - 1)
+        for step in range(first, config.steps + 1):
+            rollouts = worker.collect(step, phases)
+            metrics = rollouts.metrics
+            if rollouts.groups:
+                with phases("log_probs"):
+                    batch, differences = with_old_log_probs(policy, rollouts.batch)
+                with phases("train"):
+                    trained = [
+                        policy.train_step(mini_batch, objective)
+                        for mini_batch in mini_batches(config, batch, rollouts.groups, step)
+                    ]
+                metrics |= differences | summarize(trained)
+            with phases("sync"):
+                sync_weights(policy, sync, version=step)
+            metrics |= throughput(metrics, phases.take(), rollouts.batch)
+            if recorder is not None:
+                recorder.write(step, metrics)
+            progress.advance(
+                note=f"reward {metrics['reward/mean']:.3f} accuracy "
+                f"{metrics['reward/accuracy']:.3f} length {metrics['response/length_mean']:.0f}"
+            )
+            run.save(policy, config, step, config.steps, {"sampler": sampler.state_dict()})
+
+
+def read_training_prompts(
+    config: RLConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[Prompt, list[int]]]:
+    """The prompts that are short enough, with their token ids.
+
+    Raises:
+        UserError: a malformed row, a row that no verifier is known for, or prompts all too long.
+    """
+    prompts = read_prompts(config.data.path)
+    check_data_sources(prompt.data_source for prompt in prompts)
+    return list(
+        zip(*encode_prompts(tokenizer, prompts, config.data.max_prompt_length), strict=True)
+    )
+
+
+def start_servers(config: RLConfig, stack: contextlib.ExitStack) -> list[str]:
+    """The servers' URLs on every rank; the main rank starts and, at the end, stops them."""
+    urls: list[list[str]] = [[]]
+    if run.is_main_rank():
+        urls = [
+            stack.enter_context(
+                serving(
+                    config.rollout, config.policy.path, config.run_dir / "logs", seed=config.seed
+                )
+            )
+        ]
+    dist.broadcast_object_list(urls)
+    return urls[0]
+
+
+def make_worker(
+    config: RLConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[tuple[Prompt, list[int]]],
+    sampler: PromptSampler,
+    urls: list[str],
+    policy: Policy,
+    stack: contextlib.ExitStack,
+) -> RolloutWorker:
+    """This rank's rollout worker, with a generator and graders if it leads."""
+    longest = config.data.max_prompt_length + config.sampling.max_response_length
+    limit = config.rollout.context_length or policy.hf.max_position_embeddings
+    if longest > limit:
+        raise UserError(
+            f"data.max_prompt_length + sampling.max_response_length = {longest} tokens, but the "
+            f"servers take {limit} (rollout.context_length, or the model's max_position_embeddings)"
+        )
+    leader, leaders = leader_rank()
+    generator, rewards = None, None
+    if leader is not None:
+        generator = Generator(
+            urls,
+            config.rollout,
+            vocab_size=policy.hf.vocab_size,
+            stop_token_ids=read_stop_token_ids(config.policy.path, tokenizer),
+        )
+        rewards = stack.enter_context(RewardPool(config.rewards))
+    return RolloutWorker(
+        config,
+        tokenizer,
+        prompts,
+        sampler,
+        leader=leader,
+        leaders=leaders,
+        generator=generator,
+        rewards=rewards,
+    )
+
+
+def sync_weights(policy: Policy, sync: WeightSync | None, version: int) -> None:
+    """Collective: streams the policy's weights to the servers through the rank that has `sync`."""
+    tensors = policy.named_hf_tensors()
+    if sync is None:
+        collections.deque(tensors, maxlen=0)
+    else:
+        sync.push(tensors, version)
+
+
+def with_old_log_probs(policy: Policy, batch: Batch) -> tuple[Batch, dict[str, float]]:
+    """Adds the trainer's own log-probabilities before the first update, as `old_log_probs`, and
+    tells how far the servers' are from them."""
+    log_probs, _ = policy.log_probs(batch)
+    trained = batch.fields["loss_mask"] > 0
+    metrics = {}
+    if trained.any():
+        difference = (log_probs - batch.fields["rollout_log_probs"])[trained].abs()
+        metrics = {
+            "rollout/log_prob_difference_mean": difference.mean().item(),
+            "rollout/log_prob_difference_max": difference.max().item(),
+        }
+    return batch.with_fields(old_log_probs=log_probs), metrics
+
+
+def mini_batches(config: RLConfig, batch: Batch, groups: int, step: int) -> Iterator[Batch]:
+    """The step's groups in random order, `prompts_per_mini_batch` at a time."""
+    size = config.responses_per_prompt
+    order = np.random.default_rng([config.seed, step]).permutation(groups)
+    for start in range(0, groups, config.prompts_per_mini_batch):
+        chosen = order[start : start + config.prompts_per_mini_batch]
+        yield batch.select([int(group) * size + i for group in chosen for i in range(size)])
+
+
+def summarize(mini_batches: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the mini-batches; of the extremes, the most extreme."""
+    metrics = {}
+    for name in mini_batches[0]:
+        values = [mini_batch[name] for mini_batch in mini_batches]
+        if name.endswith("_min"):
+            metrics[f"train/{name}"] = min(values)
+        elif name.endswith("_max"):
+            metrics[f"train/{name}"] = max(values)
+        else:
+            metrics[f"train/{name}"] = sum(values) / len(values)
+    return metrics
+
+
+def throughput(
+    metrics: dict[str, float], seconds: dict[str, float], batch: Batch
+) -> dict[str, float]:
+    """The seconds, and tokens per second of generation, of training, and of the whole step."""
+    generated = metrics["rollout/tokens"]
+    rates = {"throughput/tokens_per_second": generated / seconds["seconds/total"]}
+    if "seconds/generate" in seconds:
+        rates["throughput/generated_per_second"] = generated / seconds["seconds/generate"]
+    if "seconds/train" in seconds:
+        rates["throughput/trained_per_second"] = len(batch.tokens) / seconds["seconds/train"]
+    return seconds | rates

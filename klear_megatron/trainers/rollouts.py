@@ -1,0 +1,221 @@
+"""One step's rollouts: draw, grade, compare, drop what teaches nothing, and share with all ranks.
+
+The first rank of each model-parallel group leads: it draws and grades its share of the prompts.
+Every rank ends up with the whole batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.data import Prompt, PromptSampler
+from klear_megatron.losses import group_advantages
+from klear_megatron.models.tokenizer import decode_response
+from klear_megatron.observability import Phases, Progress
+from klear_megatron.observability.responses import response_row, write_rows
+from klear_megatron.policy.batch import Batch
+from klear_megatron.rewards import Reward, RewardPool
+from klear_megatron.rollout import GenerationError, Generator, Response
+from klear_megatron.trainers.config import RLConfig
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt and what they were worth."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    responses: list[Response]
+    rewards: list[Reward]
+    advantages: list[float]
+
+    @property
+    def informative(self) -> bool:
+        """Some responses were better than others."""
+        return any(self.advantages)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What a step trains on, the same on every rank."""
+
+    batch: Batch
+    """Of groups of `responses_per_prompt` sequences each. Fields: `loss_mask`, `correct`,
+    `advantages`, and `rollout_log_probs`, the servers' own."""
+    groups: int
+    metrics: dict[str, float]
+
+
+class RolloutWorker:
+    """Makes rollouts; on ranks that do not lead it only takes part in sharing them.
+
+    Args:
+        prompts: with their token ids; the sampler hands out indices into them.
+        generator, rewards: None on a rank that does not lead.
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[tuple[Prompt, list[int]]],
+        sampler: PromptSampler,
+        *,
+        leader: int | None,
+        leaders: int,
+        generator: Generator | None,
+        rewards: RewardPool | None,
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._sampler = sampler
+        self._leader, self._leaders = leader, leaders
+        self._generator, self._rewards = generator, rewards
+        self._dumps = config.run_dir / "rollouts"
+        self._dumps.mkdir(parents=True, exist_ok=True)
+
+    def collect(self, step: int, phases: Phases) -> Rollouts:
+        """Collective. Groups until `prompts_per_step` of them are informative, if the config's
+        limit on generation batches allows; possibly none.
+
+        Raises:
+            GenerationError: a server failed, or answered with weights other than the last step's.
+        """
+        wanted = self._config.prompts_per_step
+        drawn: list[Group] = []
+        for _ in range(self._config.max_generation_batches):
+            rows = self._sampler.next_batch(wanted)
+            if self._leader is not None:
+                drawn += self._draw(rows[self._leader :: self._leaders], step, phases)
+            informative = [group for group in drawn if group.informative]
+            if sum(_all_gather(len(informative))) >= wanted:
+                break
+        if self._leader is not None:
+            write_rows(self._dumps / f"step_{step:08}_{self._leader}.jsonl", self._rows(drawn))
+        with phases("share"):
+            batches = _all_gather(self._batch(informative))
+            statistics = torch.cat(_all_gather(_statistics(drawn)))
+        batch = Batch.concatenate(batches)
+        size = self._config.responses_per_prompt
+        groups = min(wanted, len(batch.lengths) // size)
+        metrics = _summary(statistics)
+        metrics["rollout/groups"] = groups
+        return Rollouts(batch.select(range(groups * size)), groups, metrics)
+
+    def _draw(self, rows: Sequence[int], step: int, phases: Phases) -> list[Group]:
+        assert self._generator is not None
+        assert self._rewards is not None
+        prompts = [self._prompts[row] for row in rows]
+        size = self._config.responses_per_prompt
+        with (
+            phases("generate"),
+            Progress("  generate", len(rows), enabled=self._leader == 0, keep=False) as progress,
+        ):
+            drawn = self._generator.generate(
+                [ids for _, ids in prompts],
+                self._config.sampling,
+                responses_per_prompt=size,
+                on_done=lambda _: progress.advance(),
+            )
+        for responses in drawn:
+            for response in responses:
+                if response.weight_version != str(step - 1):
+                    raise GenerationError(
+                        f"a response was drawn with weight version {response.weight_version}, not "
+                        f"with the trainer's, {step - 1}"
+                    )
+        with phases("reward"):
+            jobs = [
+                (
+                    prompt.data_source,
+                    decode_response(self._tokenizer, response.token_ids),
+                    prompt.ground_truth,
+                )
+                for (prompt, _), responses in zip(prompts, drawn, strict=True)
+                for response in responses
+            ]
+            graded = self._rewards.grade(jobs)
+        groups = []
+        for i, ((prompt, ids), responses) in enumerate(zip(prompts, drawn, strict=True)):
+            rewards = graded[i * size : (i + 1) * size]
+            scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
+            advantages = group_advantages(scores, torch.zeros(size, dtype=torch.int64))
+            groups.append(Group(prompt, ids, responses, rewards, advantages.tolist()))
+        return groups
+
+    def _batch(self, groups: Sequence[Group]) -> Batch:
+        rows: dict[str, list[Sequence[float]]] = {
+            name: []
+            for name in ("tokens", "loss_mask", "correct", "advantages", "rollout_log_probs")
+        }
+        for group in groups:
+            for response, reward, advantage in zip(
+                group.responses, group.rewards, group.advantages, strict=True
+            ):
+                prompt, length = group.prompt_ids, len(response.token_ids)
+                trained = not (self._config.mask_truncated and response.truncated)
+                rows["tokens"].append(prompt + response.token_ids)
+                for name, values in {
+                    "loss_mask": [float(trained)] * length,
+                    "correct": [float(reward.correct)] * length,
+                    "advantages": [advantage] * length,
+                    "rollout_log_probs": response.log_probs,
+                }.items():
+                    rows[name].append([0.0] * len(prompt) + values)
+        return Batch.from_sequences(rows.pop("tokens"), **rows)  # type: ignore[arg-type]
+
+    def _rows(self, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+        for group in groups:
+            for response, reward, advantage in zip(
+                group.responses, group.rewards, group.advantages, strict=True
+            ):
+                text = decode_response(self._tokenizer, response.token_ids)
+                yield response_row(group.prompt, text, response, reward, advantage=advantage)
+
+
+_STATISTICS = ("score", "correct", "formatted", "timed_out", "tokens", "truncated", "informative")
+
+
+def _statistics(groups: Sequence[Group]) -> Tensor:
+    """[responses, len(_STATISTICS)] float64."""
+    rows = [
+        (
+            reward.score,
+            reward.correct,
+            reward.formatted,
+            reward.timed_out,
+            len(response.token_ids),
+            response.truncated,
+            group.informative,
+        )
+        for group in groups
+        for response, reward in zip(group.responses, group.rewards, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, len(_STATISTICS))
+
+
+def _summary(statistics: Tensor) -> dict[str, float]:
+    column = dict(zip(_STATISTICS, statistics.T, strict=True))
+    return {
+        "reward/mean": column["score"].mean().item(),
+        "reward/accuracy": column["correct"].mean().item(),
+        "reward/formatted": column["formatted"].mean().item(),
+        "reward/timed_out": column["timed_out"].sum().item(),
+        "response/length_mean": column["tokens"].mean().item(),
+        "response/length_max": column["tokens"].max().item(),
+        "response/truncated": column["truncated"].mean().item(),
+        "rollout/dropped_groups": 1 - column["informative"].mean().item(),
+        "rollout/tokens": column["tokens"].sum().item(),
+    }
+
+
+def _all_gather(value: Any) -> list[Any]:
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone

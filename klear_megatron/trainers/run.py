@@ -1,0 +1,57 @@
+"""What the training loops share: the run directory, checkpoints, and who talks to the user."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from klear_megatron import platform
+from klear_megatron.config import write_config
+from klear_megatron.models.hf_checkpoint import read_config
+from klear_megatron.observability import say
+from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
+from klear_megatron.policy.policy import Policy
+from klear_megatron.trainers.config import RunConfig
+
+
+def start(config: RunConfig) -> None:
+    """Joins the other ranks and prepares the run directory.
+
+    Raises:
+        UserError: a model or a world size that the config cannot be carried out with.
+    """
+    config.policy.parallel.check_model(read_config(config.policy.path))
+    platform.init_distributed()
+    config.policy.parallel.data_parallel_size(dist.get_world_size())
+    if is_main_rank():
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(config, config.run_dir / "config.yaml")
+    dist.barrier()
+
+
+def is_main_rank() -> bool:
+    """The one rank that talks to the user, writes metrics and holds the full weights."""
+    return dist.get_rank() == 0
+
+
+def resume(policy: Policy, run_dir: Path) -> dict[str, Any] | None:
+    """The trainer's state at the newest complete checkpoint of the run, loaded; None without."""
+    path = latest_checkpoint(run_dir)
+    if path is None:
+        return None
+    state = policy.load(path)
+    if is_main_rank():
+        say(f"resuming from {path}")
+    return state
+
+
+def save(
+    policy: Policy, config: RunConfig, step: int, last_step: int, state: dict[str, Any]
+) -> None:
+    """Writes a checkpoint if one is due after `step`."""
+    due = config.save_every is not None and step % config.save_every == 0
+    if due or step == last_step:
+        path = checkpoint_path(config.run_dir, step)
+        policy.save(path, {**state, "step": step})
+        if is_main_rank():
+            say(f"saved {path}")
