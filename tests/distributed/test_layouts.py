@@ -1,23 +1,11 @@
 """One answer whatever the layout: loss, metrics, every gradient, clipping, three steps' weights."""
 
-import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from klear_megatron.losses import LossConfig, PolicyObjective, SFTObjective
-from tests.distributed import laboratory, reference
+from tests.distributed.comparison import deviations
 from tests.distributed.ranks import run_ranks
-from tests.models import tiny
-
-TOLERANCE = 1e-5
-
-OBJECTIVES = {
-    "sft": SFTObjective(),
-    "gppo": PolicyObjective(LossConfig(sft_alpha=reference.ALPHA)),
-}
 
 
 def layout(name: str, world_size: int = 1, **settings: Any) -> Any:
@@ -77,57 +65,6 @@ LAYOUTS = [
     layout("tp2-pp2-vpp2-dp2-overlap", 8, tp=2, pp=2, vpp=2, **OVERLAP),
     layout("tp2-cp2-dp2-all-packed", 8, tp=2, cp=2, tokens_per_micro_batch=10_000),
 ]
-MODELS = {"untied": tiny.qwen3(), "tied": tiny.qwen3(tie_word_embeddings=True)}
-CASES = list(itertools.product(MODELS, OBJECTIVES))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints, how Hugging Face trains them, and the metrics of one of our ranks."""
-    folder = tmp_path_factory.mktemp("layouts")
-    for model, config in MODELS.items():
-        tiny.write(folder / model, config)
-    run_ranks(1, _write_references, folder)
-    return folder
-
-
-def _write_references(folder: Path) -> None:
-    for model, objective in CASES:
-        steps = reference.train(folder / model, reference.BATCHES, objective)
-        metrics = [metrics for metrics, *_ in _train(folder, model, objective, {})]
-        torch.save((steps, metrics), folder / f"{model}-{objective}.pt")
-
-
-def _train(folder: Path, model: str, objective: str, settings: dict[str, Any]) -> Any:
-    policy = laboratory.make_policy(folder / model, optimizer=reference.OPTIMIZER, **settings)
-    return laboratory.train(policy, reference.BATCHES, OBJECTIVES[objective])
-
-
-def deviations(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """What differs from the reference by more than the tolerance; on rank 0."""
-    found = []
-    for model, objective in CASES:
-        steps, one_rank_metrics = torch.load(folder / f"{model}-{objective}.pt", weights_only=False)
-        ours = _train(folder, model, objective, settings)
-        for number, (step, one_rank) in enumerate(zip(steps, one_rank_metrics, strict=True)):
-            metrics, gradients, weights = ours[number]
-            where = f"{model} {objective} step {number}: "
-            for name in metrics.keys() | one_rank.keys():
-                expected = {"loss": step.loss, "grad_norm": step.grad_norm}.get(
-                    name, one_rank[name]
-                )
-                if metrics[name] != pytest.approx(expected, rel=TOLERANCE, abs=1e-6):
-                    found.append(f"{where}{name} {metrics[name]} instead of {expected}")
-            if not gradients:  # not global rank 0
-                continue
-            assert gradients.keys() == step.gradients.keys() == weights.keys()
-            for name, expected in step.gradients.items():
-                if (error := tiny.relative_error(gradients[name], expected)) > TOLERANCE:
-                    found.append(f"{where}gradient of {name} off by {error:.1e}")
-            for name, expected in step.weights.items():
-                if (error := tiny.relative_error(weights[name], expected)) > TOLERANCE:
-                    found.append(f"{where}{name} off by {error:.1e}")
-    return found
 
 
 @pytest.mark.parametrize(("world_size", "settings"), LAYOUTS)
