@@ -81,6 +81,7 @@ def install() -> None:
         setattr(torch.cuda, name, answer)
     _CudaMeansCpu().__enter__()
     _track_cpu_random_states()
+    _dispatch_experts_on_cpu()
 
 
 def _track_cpu_random_states() -> None:
@@ -106,3 +107,15 @@ def _track_cpu_random_states() -> None:
     random.CudaRNGStatesTracker = CpuRandomStates
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _dispatch_experts_on_cpu() -> None:
+    """Mixture of experts: what Megatron-Core does only for tensors that are on a GPU."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    # Named in the router's code, defined only where Transformer Engine is.
+    moe_utils.te_general_gemm = None

@@ -41,6 +41,8 @@ def transformer_config(config: PolicyConfig, hf: PretrainedConfig) -> Transforme
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.tensor_model_parallel_size > 1,
         bf16=config.dtype == "bfloat16",
         params_dtype=dtype,
@@ -50,6 +52,7 @@ def transformer_config(config: PolicyConfig, hf: PretrainedConfig) -> Transforme
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         moe_token_dispatcher_type="alltoall",  # the one that takes variable lengths
+        moe_router_load_balancing_type="aux_loss" if config.moe_aux_loss_coeff else "none",
         attention_dropout=0.0,
         hidden_dropout=0.0,
         recompute_granularity=config.recompute_granularity,

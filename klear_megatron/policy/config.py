@@ -17,6 +17,10 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     context_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks, of those that tensor, context and data parallelism have, that share the experts."""
+    expert_tensor_parallel_size: PositiveInt = 1
+    """Ranks that each expert's matrices are cut over, in place of tensor_model_parallel_size."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while backward is still computing others."""
     overlap_param_gather: bool = False
@@ -56,17 +60,37 @@ class ParallelConfig(Section):
                 f"{self.context_parallel_size} = {self.model_parallel_size}; start a multiple of "
                 f"{self.model_parallel_size} ranks or choose smaller sizes"
             )
+        experts = (
+            self.pipeline_model_parallel_size
+            * self.expert_model_parallel_size
+            * self.expert_tensor_parallel_size
+        )
+        if world_size % experts:
+            raise UserError(
+                f"policy.parallel: world size {world_size} is not divisible by PP x EP x expert TP "
+                f"= {self.pipeline_model_parallel_size} x {self.expert_model_parallel_size} x "
+                f"{self.expert_tensor_parallel_size} = {experts}"
+            )
         return world_size // self.model_parallel_size
 
     def check_model(self, hf: PretrainedConfig) -> None:
         """Raises UserError where the model cannot be cut so."""
-        tp = self.tensor_model_parallel_size
-        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            if getattr(hf, field) % tp:
+        cut = {
+            "num_attention_heads": "tensor_model_parallel_size",
+            "num_key_value_heads": "tensor_model_parallel_size",
+            "intermediate_size": "tensor_model_parallel_size",
+            "num_experts": "expert_model_parallel_size",
+            "moe_intermediate_size": "expert_tensor_parallel_size",
+        }
+        for field, name in cut.items():
+            if getattr(hf, field, 0) % getattr(self, name):
                 raise UserError(
-                    f"policy.parallel.tensor_model_parallel_size: the model's {field} = "
-                    f"{getattr(hf, field)} is not divisible by {tp}"
+                    f"policy.parallel.{name}: the model's {field} = {getattr(hf, field)} is not "
+                    f"divisible by {getattr(self, name)}"
                 )
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(self, name) > 1 and not hasattr(hf, "num_experts"):
+                raise UserError(f"policy.parallel.{name}: the model has no experts; leave it at 1")
         stages = self.pipeline_model_parallel_size * (
             self.virtual_pipeline_model_parallel_size or 1
         )
@@ -106,5 +130,8 @@ class PolicyConfig(Section):
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = (
         "core_attn",
     )
+    moe_aux_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss of mixtures of experts. It is computed per micro-batch, as
+    Megatron does: with it on, gradients depend a little on how a mini-batch is packed."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig

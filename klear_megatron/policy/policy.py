@@ -74,6 +74,10 @@ class Policy:
             FloatingPointError: a gradient is not finite; weights and optimizer are unchanged.
         """
         denominators = objective.denominators(batch.fields)
+        # Megatron multiplies by the tokens that each rank sees, to be divided by all of them.
+        self.chunks[0].config.moe_aux_loss_coeff = self.config.moe_aux_loss_coeff / len(
+            batch.tokens
+        )
         for chunk in self._model:
             chunk.train()
             chunk.zero_grad_buffer()
