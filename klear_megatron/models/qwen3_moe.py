@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, and in every layer a router that sends a token to its top k experts."""
+"""Qwen3-MoE: Qwen3's attention, and in every layer a router that picks k experts per token."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -18,6 +19,34 @@ _CPU = torch.device("cpu")
 
 def _on_cpu(device: Any) -> Any:
     return _CPU if device is not None and str(device).startswith("cuda") else device
+
+
+def _all_gather(pieces: list[torch.Tensor], mine: torch.Tensor, **options: Any) -> Any:
+    if len({len(piece) for piece in pieces}) == 1:
+        return dist.all_gather(pieces, mine, **options)
+    longest = max(len(piece) for piece in pieces)
+    padded = [mine.new_zeros(longest, *mine.shape[1:]) for _ in pieces]
+    sent = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
+    dist.all_gather(padded, sent, **options)
+    for piece, row in zip(pieces, padded, strict=True):
+        piece.copy_(row[: len(piece)])
+    return None
+
+
+def _reduce_scatter(mine: torch.Tensor, pieces: list[torch.Tensor], **options: Any) -> Any:
+    if len({len(piece) for piece in pieces}) == 1:
+        return dist.reduce_scatter(mine, pieces, **options)
+    whole = torch.cat(pieces)
+    dist.all_reduce(whole, **options)
+    mine.copy_(whole.split([len(piece) for piece in pieces])[dist.get_rank(options["group"])])
+    return None
+
+
+_FOR_UNEVEN_PIECES: dict[Any, Callable[..., Any]] = {
+    dist.all_gather: _all_gather,
+    dist.reduce_scatter: _reduce_scatter,
+}
+"""Collectives over lists of tensors, which gloo wants to be of one size, unlike NCCL."""
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -36,7 +65,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"}
             if "device" in kwargs:
                 kwargs["device"] = _on_cpu(kwargs["device"])
-        result = func(*args, **(kwargs or {}))
+        result = _FOR_UNEVEN_PIECES.get(func, func)(*args, **(kwargs or {}))
         if func is torch.Tensor.type and isinstance(result, str):
             # The optimizers tell a parameter's dtype by the name "torch.cuda.FloatTensor".
             return result.replace("torch.", "torch.cuda.", 1)

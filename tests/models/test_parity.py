@@ -16,7 +16,7 @@ LENGTHS = [5, 64, 17, 1, 100, 23]  # beyond YaRN's original length, and one of a
 MODELS = {
     "qwen3": tiny.qwen3(),
     "qwen3-tied": tiny.qwen3(tie_word_embeddings=True),
-    "qwen3-yarn": tiny.qwen3(rope_parameters=tiny.yarn()),
+    "qwen3-yarn": tiny.qwen3(rope_parameters=tiny.yarn(factor=4.0)),
     "qwen2": tiny.qwen2(),
     "qwen2-tied": tiny.qwen2(tie_word_embeddings=True),
     "llama3": tiny.llama3(),
