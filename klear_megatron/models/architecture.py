@@ -61,7 +61,7 @@ def get_architecture(hf: PretrainedConfig) -> Architecture:
         raise UserError(
             f"{hf.name_or_path or 'config.json'}: unknown architecture {name!r}{hint}; known: "
             f"{', '.join(sorted(_ARCHITECTURES))}. Register your own with "
-            "klear_megatron.models.register_architecture."
+            "klear_megatron.models.register_architecture, in a module that policy.imports names."
         )
     return _ARCHITECTURES[name]
 

@@ -15,38 +15,11 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_torch_all_gather, _torch_reduce_scatter = dist.all_gather, dist.reduce_scatter
 
 
 def _on_cpu(device: Any) -> Any:
     return _CPU if device is not None and str(device).startswith("cuda") else device
-
-
-def _all_gather(pieces: list[torch.Tensor], mine: torch.Tensor, **options: Any) -> Any:
-    if len({len(piece) for piece in pieces}) == 1:
-        return dist.all_gather(pieces, mine, **options)
-    longest = max(len(piece) for piece in pieces)
-    padded = [mine.new_zeros(longest, *mine.shape[1:]) for _ in pieces]
-    sent = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
-    dist.all_gather(padded, sent, **options)
-    for piece, row in zip(pieces, padded, strict=True):
-        piece.copy_(row[: len(piece)])
-    return None
-
-
-def _reduce_scatter(mine: torch.Tensor, pieces: list[torch.Tensor], **options: Any) -> Any:
-    if len({len(piece) for piece in pieces}) == 1:
-        return dist.reduce_scatter(mine, pieces, **options)
-    whole = torch.cat(pieces)
-    dist.all_reduce(whole, **options)
-    mine.copy_(whole.split([len(piece) for piece in pieces])[dist.get_rank(options["group"])])
-    return None
-
-
-_FOR_UNEVEN_PIECES: dict[Any, Callable[..., Any]] = {
-    dist.all_gather: _all_gather,
-    dist.reduce_scatter: _reduce_scatter,
-}
-"""Collectives over lists of tensors, which gloo wants to be of one size, unlike NCCL."""
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -65,7 +38,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"}
             if "device" in kwargs:
                 kwargs["device"] = _on_cpu(kwargs["device"])
-        result = _FOR_UNEVEN_PIECES.get(func, func)(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.type and isinstance(result, str):
             # The optimizers tell a parameter's dtype by the name "torch.cuda.FloatTensor".
             return result.replace("torch.", "torch.cuda.", 1)
@@ -138,13 +111,45 @@ def _track_cpu_random_states() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
+def _all_gather(
+    pieces: list[torch.Tensor], mine: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    if len({len(piece) for piece in pieces}) == 1:
+        return _torch_all_gather(pieces, mine, group, async_op)
+    longest = max(len(piece) for piece in pieces)
+    padded = [mine.new_zeros(longest, *mine.shape[1:]) for _ in pieces]
+    sent = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
+    _torch_all_gather(padded, sent, group)
+    for piece, row in zip(pieces, padded, strict=True):
+        piece.copy_(row[: len(piece)])
+    return None
+
+
+def _reduce_scatter(
+    mine: torch.Tensor,
+    pieces: list[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    if len({len(piece) for piece in pieces}) == 1:
+        return _torch_reduce_scatter(mine, pieces, op, group, async_op)
+    whole = torch.cat(pieces)
+    dist.all_reduce(whole, op, group)
+    mine.copy_(whole.split([len(piece) for piece in pieces])[dist.get_rank(group)])
+    return None
+
+
 def _dispatch_experts_on_cpu() -> None:
-    """Mixture of experts: what Megatron-Core does only for tensors that are on a GPU."""
+    """Mixture of experts: what Megatron-Core does only for tensors that are on a GPU, and
+    collectives over lists of tensors of different sizes, which NCCL has and gloo has not."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    for name, collective in {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}.items():
+        setattr(dist, name, collective)
     # Named in the router's code, defined only where Transformer Engine is.
     moe_utils.te_general_gemm = None

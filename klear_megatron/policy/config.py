@@ -1,5 +1,6 @@
 """Settings of the policy: the model, how it is laid out over ranks, and its optimizer."""
 
+import importlib
 from pathlib import Path
 from typing import Literal
 
@@ -116,11 +117,26 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0 does not clip."""
 
 
+def import_extensions(config: "PolicyConfig") -> None:
+    """Imports the user's own modules.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    for module in config.imports:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"policy.imports: cannot import {module}: {error}") from error
+
+
 class PolicyConfig(Section):
     """The model that is trained."""
 
     path: Path
     """Hugging Face checkpoint to start from: config, safetensors, tokenizer."""
+    imports: tuple[str, ...] = ()
+    """Modules of your own to import first, such as one that registers an architecture."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations. Optimizer state and gradient sums are float32 either way."""
     tokens_per_micro_batch: PositiveInt = 16384

@@ -26,7 +26,7 @@ from klear_megatron.policy.build import (
     is_logging_rank,
     wrap_data_parallel,
 )
-from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.config import PolicyConfig, import_extensions
 from klear_megatron.policy.micro_batches import MicroBatch, build_micro_batch, plan_micro_batches
 from klear_megatron.policy.parallel import initialize_model_parallel
 from klear_megatron.policy.weights import gather_hf_tensors, load_hf_weights, local_parameters
@@ -51,6 +51,7 @@ class Policy:
         self, config: PolicyConfig, *, total_steps: int, temperature: float = 1.0, seed: int = 0
     ) -> None:
         self.config = config
+        import_extensions(config)
         self.hf = read_config(config.path)
         initialize_model_parallel(config.parallel, seed)
         padded = padded_vocab_size(self.hf.vocab_size, config.parallel.tensor_model_parallel_size)

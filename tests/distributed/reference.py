@@ -68,13 +68,28 @@ def train(checkpoint: Path, batches: list[Batch], loss_name: str) -> list[Step]:
         log_probs, _ = tiny.hf_log_probs(model, batch_sequences(batch))
         loss = LOSSES[loss_name](log_probs, batch)
         loss.backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+        gradients = _as_in_files({n: p.grad.clone() for n, p in model.named_parameters()})
         norm = torch.nn.utils.clip_grad_norm_(parameters, OPTIMIZER["clip_grad"])
         adam.step()
         adam.zero_grad()
-        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        weights = _as_in_files({n: p.detach().clone() for n, p in model.named_parameters()})
         steps.append(Step(loss.item(), norm.item(), gradients, weights))
     return steps
+
+
+def _as_in_files(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face stacks experts in memory; in files each has tensors of its own."""
+    named = {}
+    for name, tensor in tensors.items():
+        prefix, experts, kind = name.rpartition(".experts.")
+        if not experts:
+            named[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+            for part, piece in zip(parts, expert.chunk(len(parts)), strict=True):
+                named[f"{prefix}.experts.{number}.{part}.weight"] = piece
+    return named
 
 
 def batch_sequences(batch: Batch) -> list[list[int]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.comparison import deviations
+from tests.distributed.comparison import DENSE, MOE, deviations
 from tests.distributed.ranks import run_ranks
 
 
@@ -15,11 +15,14 @@ def layout(name: str, world_size: int = 1, **settings: Any) -> Any:
         "pp": "pipeline_model_parallel_size",
         "vpp": "virtual_pipeline_model_parallel_size",
         "cp": "context_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "expert_tp": "expert_tensor_parallel_size",
         "overlap_grad_reduce": "overlap_grad_reduce",
         "overlap_param_gather": "overlap_param_gather",
     }
     parallel = {sizes[key]: settings.pop(key) for key in list(settings) if key in sizes}
-    return pytest.param(world_size, {**settings, "parallel": parallel}, id=name)
+    cases = MOE if name.startswith("moe") else DENSE
+    return pytest.param(world_size, {**settings, "parallel": parallel}, cases, id=name)
 
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -64,10 +67,19 @@ LAYOUTS = [
     layout("tp2-pp2-cp2", 8, tp=2, pp=2, cp=2),
     layout("tp2-pp2-vpp2-dp2-overlap", 8, tp=2, pp=2, vpp=2, **OVERLAP),
     layout("tp2-cp2-dp2-all-packed", 8, tp=2, cp=2, tokens_per_micro_batch=10_000),
+    layout("moe"),
+    layout("moe-dp2", 2),
+    layout("moe-ep2-dp2", 2, ep=2),
+    layout("moe-ep2-dp2-recompute", 2, ep=2, recompute_granularity="full"),
+    layout("moe-tp2-ep2", 2, tp=2, ep=2),
+    layout("moe-cp2-ep2", 2, cp=2, ep=2),
+    layout("moe-ep2-dp4-overlap", 4, ep=2, **OVERLAP),
+    layout("moe-tp2-ep2-expert_tp2", 4, tp=2, ep=2, expert_tp=2),
+    layout("moe-pp2-ep2", 4, pp=2, ep=2),
 ]
 
 
-@pytest.mark.parametrize(("world_size", "settings"), LAYOUTS)
-def test_every_layout_gives_hugging_faces_answer(world_size, settings, folder):
-    for rank, found in enumerate(run_ranks(world_size, deviations, folder, settings)):
+@pytest.mark.parametrize(("world_size", "settings", "cases"), LAYOUTS)
+def test_every_layout_gives_hugging_faces_answer(world_size, settings, cases, folder):
+    for rank, found in enumerate(run_ranks(world_size, deviations, folder, settings, cases)):
         assert not found, f"rank {rank}:\n" + "\n".join(found)
