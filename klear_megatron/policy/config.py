@@ -117,6 +117,23 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0 does not clip."""
 
 
+class CheckpointConfig(Section):
+    """How checkpoints are written, and how many are kept."""
+
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+    keep_last: PositiveInt | None = None
+    """Only the newest so many are kept; by default all are."""
+    keep_every: PositiveInt | None = None
+    """Those of steps divisible by this are kept all the same."""
+
+    @model_validator(mode="after")
+    def _every_needs_last(self) -> "CheckpointConfig":
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every without keep_last: all are kept anyway; set both")
+        return self
+
+
 def import_extensions(config: "PolicyConfig") -> None:
     """Imports the user's own modules.
 
@@ -150,4 +167,5 @@ class PolicyConfig(Section):
     """Weight of the load-balancing loss of mixtures of experts. It is computed per micro-batch, as
     Megatron does: with it on, gradients depend a little on how a mini-batch is packed."""
     parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig

@@ -62,6 +62,7 @@ class Policy:
         self._optimizer, self._scheduler = build_optimizer(
             config.optimizer, self._model, total_steps
         )
+        self._writer = checkpoint.CheckpointWriter(config.checkpoint, companions=config.path)
 
     # ---- the four verbs -------------------------------------------------------------------------
 
@@ -74,6 +75,7 @@ class Policy:
         Raises:
             FloatingPointError: a gradient is not finite; weights and optimizer are unchanged.
         """
+        self._writer.finish(wait=False)
         denominators = objective.denominators(batch.fields)
         # Megatron multiplies by the tokens that each rank sees, to be divided by all of them.
         self.chunks[0].config.moe_aux_loss_coeff = self.config.moe_aux_loss_coeff / len(
@@ -143,15 +145,18 @@ class Policy:
         return gather_hf_tensors(shards, self._table)
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """Writes a Megatron distributed checkpoint; `path` appears only once it is complete.
+        """Writes a Megatron distributed checkpoint; `path` appears only once it is complete, which
+        with `checkpoint.asynchronous` is at a later step, or at `finish_saves`.
 
         Args:
             state: what the trainer needs to go on, the same on every rank (JSON-like values).
         """
         self._finish_param_gather()
-        checkpoint.save(
-            path, self.chunks, self._optimizer, self._scheduler, state, companions=self.config.path
-        )
+        self._writer.save(path, self.chunks, self._optimizer, self._scheduler, state)
+
+    def finish_saves(self) -> None:
+        """Waits until every checkpoint begun is complete."""
+        self._writer.finish(wait=True)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restores weights, optimizer and schedule from `save`, in whatever layout it ran.
