@@ -78,6 +78,8 @@ def _tests(parsed: Any) -> list[Test]:
         if all(isinstance(test, str) for test in parsed):
             return [CheckTest(code) for code in parsed]
         return _test_cases(parsed, function=None)
+    if not isinstance(parsed, dict):
+        raise ValueError("neither a list nor an object")
     if "functional" in parsed:
         return [CheckTest(parsed["functional"])]
     if "private_test_cases" in parsed or "public_test_cases" in parsed:

@@ -1,5 +1,6 @@
 """Reward functions of the user's own."""
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +17,7 @@ CustomReward = Callable[
 """`f(response, ground_truth, data_source)`; with a plain score, correct is what scores above 0."""
 
 
+@functools.cache
 def import_function(path: str) -> CustomReward:
     """The function that `package.module:function` or `some/file.py:function` names.
 

@@ -60,6 +60,8 @@ def _mentioned(code: CodeType) -> set[str]:
 
 
 def execute(code: CodeType, module_name: str, names: dict[str, object]) -> dict[str, object]:
+    # What the module `site` would have made, at a cost.
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
     module = ModuleType(module_name)
     module.__dict__.update(names, __builtins__=builtins)
     sys.modules[module_name] = module
