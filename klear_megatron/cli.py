@@ -11,7 +11,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from klear_megatron.config import load_config
+from klear_megatron.conversion import command
 from klear_megatron.errors import UserError
 
 _BAD_INPUT = 2
@@ -27,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, rest = _parser().parse_known_args(arguments)
     if rest and not parsed.takes_overrides:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    # What is and what is not installed is `doctor`'s to say, once.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    _silence_libraries()
     try:
         parsed.overrides = rest
         parsed.run(parsed)
@@ -43,49 +45,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _silence_libraries() -> None:
+    """Warnings that Megatron-Core and torch give at every start, on every rank, about themselves.
+
+    Which optional libraries are missing is `doctor`'s to say, once.
+    """
+    for module in (r"megatron\.core", r"torch\.distributed", r"klear_megatron\.platform\.cpu"):
+        warnings.filterwarnings("ignore", module=module)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="klear-megatron", description="Klear-Reasoner training on Megatron-Core."
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], about: str, *, config: bool
-    ) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=about, description=about)
-        verb.set_defaults(run=run, takes_overrides=config)
-        if config:
-            verb.add_argument("config", type=Path, help="YAML file")
-            verb.epilog = "Any key of the file can be given as --section.key value."
-        return verb
-
-    add(
-        "sft",
-        _sft,
-        "Supervised fine-tuning; start it with torchrun for several ranks.",
-        config=True,
-    )
-    add("rl", _rl, "Reinforcement learning; start it with torchrun for several ranks.", config=True)
-    add("eval", _eval, "Accuracy of a Hugging Face checkpoint on a set of problems.", config=True)
-    add("serve", _serve, "Serve a Hugging Face checkpoint with SGLang until Ctrl-C.", config=True)
-    add(
-        "doctor",
-        _doctor,
-        "What is installed, what would be used for what, what is wrong.",
-        config=False,
-    )
-
-    from klear_megatron.conversion import command
-
-    convert = add(
-        "convert", command.run, "Between Hugging Face and Megatron checkpoints.", config=False
-    )
-    command.add_arguments(convert)
+    for run in (_sft, _rl, _eval, _serve):
+        verb = _add_verb(verbs, run, takes_overrides=True)
+        verb.add_argument("config", type=Path, help="YAML file")
+        verb.epilog = "Any key of the file can be given as --section.key value."
+    command.add_arguments(_add_verb(verbs, _convert))
+    _add_verb(verbs, _doctor)
     return parser
 
 
+def _add_verb(
+    verbs: Any, run: Callable[[argparse.Namespace], None], *, takes_overrides: bool = False
+) -> argparse.ArgumentParser:
+    """A verb named and described after the function that carries it out."""
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        run.__name__.removeprefix("_"), help=run.__doc__, description=run.__doc__
+    )
+    verb.set_defaults(run=run, takes_overrides=takes_overrides)
+    return verb
+
+
 def _sft(arguments: argparse.Namespace) -> None:
-    from klear_megatron.config import load_config
+    """Supervised fine-tuning; start it with torchrun for several ranks."""
     from klear_megatron.trainers.config import SFTConfig
 
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
@@ -95,7 +90,7 @@ def _sft(arguments: argparse.Namespace) -> None:
 
 
 def _rl(arguments: argparse.Namespace) -> None:
-    from klear_megatron.config import load_config
+    """Reinforcement learning; start it with torchrun for several ranks."""
     from klear_megatron.trainers.config import RLConfig
 
     config = load_config(RLConfig, arguments.config, arguments.overrides)
@@ -105,7 +100,7 @@ def _rl(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from klear_megatron.config import load_config
+    """Accuracy of a Hugging Face checkpoint on a set of problems."""
     from klear_megatron.evaluation import EvalConfig, evaluate
 
     config = load_config(EvalConfig, arguments.config, arguments.overrides)
@@ -119,9 +114,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from klear_megatron.config import load_config
-    from klear_megatron.rollout.config import ServeConfig
-    from klear_megatron.rollout.servers import serving
+    """Serve a Hugging Face checkpoint with SGLang until Ctrl-C."""
+    from klear_megatron.rollout import ServeConfig, serving
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
     with serving(config.rollout, config.model, config.run_dir / "logs", seed=config.seed) as urls:
@@ -129,7 +123,13 @@ def _serve(arguments: argparse.Namespace) -> None:
         signal.pause()
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    """Between Hugging Face and Megatron checkpoints."""
+    command.run(arguments)
+
+
 def _doctor(arguments: argparse.Namespace) -> None:
+    """What is installed, what would be used for what, and what is wrong."""
     from klear_megatron.doctor import examine
 
     problems = examine()

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 16384, 4096, 256
+SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 11520, 4096, 256
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Not special: decoding must keep them, because the reward reads them.

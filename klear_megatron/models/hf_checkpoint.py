@@ -1,21 +1,31 @@
-"""Reading and writing Hugging Face checkpoints: config, safetensors, tokenizer files."""
+"""Reading Hugging Face checkpoints: config, safetensors, tokenizer files."""
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from klear_megatron.errors import UserError
 from klear_megatron.models.architecture import Weight
 
-_SHARD_BYTES = 5 * 10**9
+_INDEX = "model.safetensors.index.json"
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_NOT_COMPANIONS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"),  # other weights
+    *("SHA256SUMS", "README.md"),  # say something about this folder and not about the next
+}
 
 
 def read_config(path: Path) -> PretrainedConfig:
@@ -43,24 +53,41 @@ class HFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = {name: self._open(name) for name in self._shard_names()}
         self._file_of: dict[str, str] = {}
-        for shard, file in self._files.items():
-            for tensor in file.keys():  # noqa: SIM118 - not a dict
-                if tensor in self._file_of:
-                    raise UserError(f"{path}: {tensor} is in {self._file_of[tensor]} and {shard}")
-                self._file_of[tensor] = shard
+        self._specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+        weight_map = self._weight_map()
+        self.shards = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
+        for shard in self.shards:
+            with self._open(shard) as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    if name in self._file_of:
+                        raise UserError(f"{path}: {name} is in {self._file_of[name]} and {shard}")
+                    piece = file.get_slice(name)
+                    self._file_of[name] = shard
+                    self._specs[name] = piece.get_dtype(), tuple(piece.get_shape())
+        if weight_map and (wrong := dict(weight_map.items() ^ self._file_of.items())):
+            name = min(wrong)
+            raise UserError(
+                f"{path}/{_INDEX}: {len(wrong)} entries do not match the files; {name} is in "
+                f"{self._file_of.get(name, 'no file')}, by the index in "
+                f"{weight_map.get(name, 'none')}"
+            )
 
-    def _shard_names(self) -> list[str]:
-        index = self.path / "model.safetensors.index.json"
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor name -> shard by the index; empty if there is none."""
+        index = self.path / _INDEX
         if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if (self.path / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        raise UserError(
-            f"{self.path}: neither model.safetensors nor model.safetensors.index.json there "
-            "(pickled .bin weights are not loaded; convert them with safetensors first)"
-        )
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                return weight_map
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{index}: not a safetensors index ({error!r})") from error
+        if not (self.path / "model.safetensors").is_file():
+            raise UserError(
+                f"{self.path}: neither model.safetensors nor {_INDEX} there "
+                "(pickled .bin weights are not loaded; convert them with safetensors first)"
+            )
+        return {}
 
     def _open(self, shard: str) -> safe_open:
         try:
@@ -77,11 +104,11 @@ class HFCheckpoint:
             UserError: listing every missing, unexpected and mis-shaped tensor (20 at most of each).
         """
         expected = {name: shape for row in table for name, shape in row.sources.items()}
-        found = {name: self._shape(name) for name in self._file_of}
+        found = {name: shape for name, (_, shape) in self._specs.items()}
         for copy, original in _TIED.items():
             # Some tied checkpoints carry the output weight all the same, as a copy.
             if copy in found and copy not in expected and original in found:
-                if not bool((self.tensor(copy) == self.tensor(original)).all()):
+                if not torch.equal(self.tensor(copy), self.tensor(original)):
                     raise UserError(
                         f"{self.path}: config.json says tie_word_embeddings, but {copy} differs "
                         f"from {original}"
@@ -95,6 +122,9 @@ class HFCheckpoint:
                 for n in expected
                 if n in found and found[n] != expected[n]
             ],
+            "not of a floating-point dtype": [
+                n for n in expected if n in found and self._specs[n][0] not in _DTYPES
+            ],
         }
         lines = [
             f"  {len(names)} {what}: {', '.join(names[:20])}{' …' if len(names) > 20 else ''}"
@@ -106,66 +136,20 @@ class HFCheckpoint:
                 f"{self.path}: config.json and the weights do not match\n" + "\n".join(lines)
             )
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, as the file has it."""
+        return _DTYPES[self._specs[name][0]]
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in the dtype of the file."""
-        return self._files[self._file_of[name]].get_tensor(name)
+        # Opened anew for each, so that a tensor's pages are given back together with the tensor.
+        with self._open(self._file_of[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
-def write_checkpoint(
-    path: Path, named_tensors: Iterable[tuple[str, Tensor]], companions: Path
-) -> None:
-    """Writes a Hugging Face checkpoint; it appears under its name only when it is complete.
-
-    Args:
-        named_tensors: consumed as a stream; at most one shard (5 GB) is in memory.
-        companions: folder whose other files (config, tokenizer, chat template) come along.
-
-    Raises:
-        UserError: `path` exists already.
-    """
-    if path.exists():
-        raise UserError(f"{path}: exists already; remove it or choose another output")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in sorted(companions.iterdir()):
-        if file.is_file() and ".safetensors" not in file.name:
-            shutil.copy2(file, partial)
-    shards: list[dict[str, int]] = []
-    for shard in _shards(named_tensors):
-        save_file(shard, partial / f"{len(shards)}", metadata={"format": "pt"})
-        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
-    _name_shards(partial, shards)
-    partial.rename(path)
-
-
-def _shards(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in named_tensors:
-        if shard and size + tensor.nbytes > _SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    yield shard
-
-
-def _name_shards(folder: Path, shards: Sequence[Mapping[str, int]]) -> None:
-    """Gives the numbered shards their final names; their count is known only at the end."""
-    if len(shards) == 1:
-        (folder / "0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (folder / f"{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    index = {
-        "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
-        "weight_map": weight_map,
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what belongs to a checkpoint beside its weights: config, tokenizer, chat template."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not _NOT_COMPANIONS & {file.name, *file.suffixes}:
+            shutil.copy2(file, target)

@@ -1,6 +1,6 @@
 """SGLang: starting servers, drawing responses from them, and keeping their weights current."""
 
-from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
+from klear_megatron.rollout.config import RolloutConfig, SamplingConfig, ServeConfig
 from klear_megatron.rollout.generation import GenerationError, Generator, Response
 from klear_megatron.rollout.servers import serving
 
@@ -10,5 +10,6 @@ __all__ = [
     "Response",
     "RolloutConfig",
     "SamplingConfig",
+    "ServeConfig",
     "serving",
 ]

@@ -132,7 +132,11 @@ class RolloutWorker:
                     )
         with phases("reward"):
             jobs = [
-                (prompt.data_source, decode_response(self._tokenizer, response.token_ids), prompt.ground_truth)
+                (
+                    prompt.data_source,
+                    decode_response(self._tokenizer, response.token_ids),
+                    prompt.ground_truth,
+                )
                 for (prompt, _), responses in zip(prompts, drawn, strict=True)
                 for response in responses
             ]

@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine with Python 3.11:
+#   make quickstart   sets up and runs the whole loop, from a base model to a trained checkpoint
+#   make test         sets up and passes the tests
+SHELL := /bin/bash
+PYTHON ?= python3.11
+PLATFORM := $(shell command -v nvidia-smi >/dev/null && echo gpu || echo cpu)
+
+.PHONY: setup quickstart test lint clean
+
+quickstart: setup
+	bash examples/quickstart/run.sh
+
+test: setup lint
+	@echo "==> tests"
+	.venv/bin/python -m pytest
+
+lint: setup
+	@echo "==> ruff and mypy"
+	.venv/bin/ruff format --check --quiet .
+	.venv/bin/ruff check --quiet .
+	.venv/bin/mypy
+
+setup: .venv/ready .venv-rollout/ready
+
+# A stamp is written last, so an interrupted set-up is taken up again.
+.venv/ready: requirements/$(PLATFORM).txt setup.py
+	@echo "==> setting up .venv for $(PLATFORM): torch, Megatron-Core, Transformers (a minute or two)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements/$(PLATFORM).txt
+	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv-rollout/ready: requirements/rollout-$(PLATFORM).txt
+	@echo "==> setting up .venv-rollout for $(PLATFORM): SGLang (a minute or two)"
+	$(PYTHON) -m venv .venv-rollout
+	.venv-rollout/bin/pip install --quiet $$(grep '^torch==' $<)
+	.venv-rollout/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
+
+clean:
+	rm -rf .venv .venv-rollout runs

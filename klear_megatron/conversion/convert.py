@@ -1,0 +1,219 @@
+"""The two conversions, and the export of a policy in training.
+
+All of them move one row of the architecture's table after another.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from klear_megatron.conversion.checksums import check_weights, write_checksums
+from klear_megatron.conversion.dtypes import DTYPES
+from klear_megatron.conversion.hf_writer import (
+    set_config_dtype,
+    shard_names,
+    write_index,
+    write_shard,
+)
+from klear_megatron.conversion.job import carry_out
+from klear_megatron.conversion.megatron_reader import MegatronCheckpoint
+from klear_megatron.conversion.megatron_writer import Chunk, write_metadata, write_row
+from klear_megatron.conversion.plan import SHARD_BYTES, Move, describe, in_shards
+from klear_megatron.conversion.processes import Processes
+from klear_megatron.conversion.progress import Progress
+from klear_megatron.errors import UserError
+from klear_megatron.models import Weight, get_architecture, padded_vocab_size
+from klear_megatron.models.hf_checkpoint import HFCheckpoint, copy_companions, read_config
+
+if TYPE_CHECKING:
+    from klear_megatron.policy.policy import Policy
+
+
+def megatron_to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dry_run: bool = False,
+    resume: bool = False,
+) -> None:
+    """Writes a training checkpoint's weights as a Hugging Face folder.
+
+    Whatever layout trained it; without GPUs or ranks; with one row of the table in memory.
+
+    Args:
+        checkpoint: folder of a Megatron distributed checkpoint with the Hugging Face config and
+            tokenizer of its model under `hf/`, as `Policy.save` writes it.
+        dtype: "float32", "bfloat16" or "float16"; that of the checkpoint by default.
+        shard_bytes: largest safetensors file, except where one row alone is larger.
+        dry_run: print the plan and write nothing.
+        resume: keep the files that an interrupted run of the same conversion has completed.
+
+    Raises:
+        UserError: weights that do not fit the config, are not finite or are corrupt; no space.
+    """
+    source = MegatronCheckpoint(checkpoint)
+    hf = read_config(checkpoint / "hf")
+    table = list(get_architecture(hf).weights(hf, source.padded_vocab_size))
+    source.check(table)
+    moves = [Move(row, DTYPES[dtype] if dtype else source.dtype(row)) for row in table]
+
+    def tensors(move: Move) -> list[Tensor]:
+        return move.row.layout.split(move.checked(source.tensor(move.row), checkpoint))
+
+    processes = Processes.join()
+    files = _hf_files(moves, shard_bytes)
+    if dry_run:
+        _print_plan(files, processes, to_hf=True)
+    else:
+        _write_hf(files, tensors, checkpoint, checkpoint / "hf", out, resume, processes)
+
+
+def export_hf(policy: "Policy", out: Path) -> None:
+    """Writes the weights of a policy in training as a Hugging Face folder. Collective.
+
+    Raises:
+        UserError: `out` exists, weights are not finite, or the disk is full.
+    """
+    named_tensors = policy.named_hf_tensors()
+    if dist.get_rank() > 0:
+        for _ in named_tensors:
+            pass
+        return
+    model = policy.config.path
+    table = get_architecture(policy.hf).weights(policy.hf, policy.hf.vocab_size)
+    files = _hf_files([Move(row, DTYPES[policy.config.dtype]) for row in table], SHARD_BYTES)
+
+    def tensors(move: Move) -> list[Tensor]:
+        return [move.checked(next(named_tensors)[1].cpu(), model) for _ in move.row.sources]
+
+    _write_hf(files, tensors, model, model, out, resume=False, processes=Processes(0, 1))
+    for _ in named_tensors:
+        pass
+
+
+def hf_to_megatron(
+    hf_dir: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    tensor_parallel_size: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+    dry_run: bool = False,
+    resume: bool = False,
+) -> None:
+    """Writes a Hugging Face folder's weights as a Megatron distributed checkpoint.
+
+    Every layout loads it. One row of the table is in memory. The config and the tokenizer come
+    along, under `hf/`. Where the folder has SHA256SUMS, the weights are compared with them first.
+
+    Args:
+        tensor_parallel_size: tensors are stored in so many pieces, so that each of so many
+            tensor-parallel ranks reads its own and no more.
+        dtype, shard_bytes, dry_run, resume: as of `megatron_to_hf`.
+
+    Raises:
+        UserError: weights that do not fit the config, are not finite or are corrupt; no space.
+    """
+    hf = read_config(hf_dir)
+    padded = padded_vocab_size(hf.vocab_size, tensor_parallel_size)
+    table = list(get_architecture(hf).weights(hf, padded))
+    source = HFCheckpoint(hf_dir)
+    source.check(table)
+    moves = [Move(row, DTYPES[dtype] if dtype else _common_dtype(source, row)) for row in table]
+
+    def write(shard: Sequence[Move], progress: Progress, file: BinaryIO) -> list[dict[str, Any]]:
+        chunks: list[Chunk] = []
+        for move in shard:
+            full = move.row.layout.merge([source.tensor(name) for name in move.row.sources])
+            chunks += write_row(file, move.row, move.checked(full, hf_dir), tensor_parallel_size)
+            progress.advance(move.nbytes)
+        return [asdict(chunk) for chunk in chunks]
+
+    def finish(folder: Path, receipts: Mapping[str, list[dict[str, Any]]]) -> None:
+        (folder / "hf").mkdir(exist_ok=True)
+        copy_companions(hf_dir, folder / "hf")
+        set_config_dtype(folder / "hf", (move.dtype for move in moves))
+        chunks = {name: [Chunk(**chunk) for chunk in receipts[name]] for name in receipts}
+        write_metadata(folder, {move.row.name: move.dtype for move in moves}, table, chunks)
+
+    processes = Processes.join()
+    shards = in_shards(moves, shard_bytes)
+    files = {f"__{number}_0.distcp": shard for number, shard in enumerate(shards)}
+    if dry_run:
+        _print_plan(files, processes, to_hf=False)
+        return
+    if processes.rank == 0:
+        check_weights(hf_dir)
+    carry_out(
+        files,
+        write,
+        finish,
+        source=hf_dir,
+        out=out,
+        settings={"tensor_parallel_size": tensor_parallel_size},
+        resume=resume,
+        processes=processes,
+    )
+
+
+def _hf_files(moves: Sequence[Move], shard_bytes: int) -> dict[str, list[Move]]:
+    shards = in_shards(moves, shard_bytes)
+    return dict(zip(shard_names(len(shards)), shards, strict=True))
+
+
+def _write_hf(
+    files: Mapping[str, Sequence[Move]],
+    tensors_of: Callable[[Move], list[Tensor]],
+    source: Path,
+    companions: Path,
+    out: Path,
+    resume: bool,
+    processes: Processes,
+) -> None:
+    def write(moves: Sequence[Move], progress: Progress, file: BinaryIO) -> str:
+        def tensors() -> Iterator[Tensor]:
+            for move in moves:
+                yield from tensors_of(move)
+                progress.advance(move.nbytes)
+
+        return write_shard(file, [spec for move in moves for spec in move.specs], tensors())
+
+    def finish(folder: Path, sums: Mapping[str, str]) -> None:
+        copy_companions(companions, folder)
+        specs = [(file, spec) for file, moves in files.items() for m in moves for spec in m.specs]
+        set_config_dtype(folder, (dtype for _, (_, dtype, _) in specs))
+        if len(files) > 1:
+            total = sum(move.nbytes for moves in files.values() for move in moves)
+            write_index(folder, {name: file for file, (name, _, _) in specs}, total)
+        write_checksums(folder, sums)
+
+    carry_out(
+        files,
+        write,
+        finish,
+        source=source,
+        out=out,
+        resume=resume,
+        processes=processes,
+        settings={},
+    )
+
+
+def _common_dtype(source: HFCheckpoint, row: Weight) -> torch.dtype:
+    dtypes = {name: source.dtype(name) for name in row.sources}
+    if len(set(dtypes.values())) > 1:
+        raise UserError(f"{source.path}: {dtypes} become one tensor: choose its dtype with --dtype")
+    return next(iter(dtypes.values()))
+
+
+def _print_plan(files: Mapping[str, Sequence[Move]], processes: Processes, *, to_hf: bool) -> None:
+    if processes.rank == 0:
+        for line in describe(files, to_hf=to_hf):
+            print(line)

@@ -1,0 +1,72 @@
+"""Writing Hugging Face checkpoints in a stream: a shard's header is known before its data is."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from klear_megatron.conversion.dtypes import SAFETENSORS_NAMES, dtype_name
+from klear_megatron.conversion.plan import Spec
+
+
+def write_shard(file: BinaryIO, specs: Sequence[Spec], tensors: Iterable[Tensor]) -> str:
+    """Writes a safetensors file of tensors that are made one after another.
+
+    Returns:
+        its SHA-256, in hexadecimal.
+    """
+    digest = hashlib.sha256()
+    header = _header(specs)
+    file.write(header)
+    digest.update(header)
+    for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
+        assert tensor.dtype == dtype, name
+        assert tensor.shape == shape, name
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        file.write(data)
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _header(specs: Sequence[Spec]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape in specs:
+        end = position + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": shape,
+            "data_offsets": [position, end],
+        }
+        position = end
+    content = json.dumps(entries, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def shard_names(count: int) -> list[str]:
+    """The file names that transformers gives to `count` shards."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Writes the index of a sharded checkpoint: tensor name -> file."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def set_config_dtype(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
+    """Lets config.json name the weights' dtype, since loaders trust it; the widest if mixed."""
+    dtype = dtype_name(max(set(dtypes), key=lambda dtype: dtype.itemsize))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) != dtype:
+        path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n")

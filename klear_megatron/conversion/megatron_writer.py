@@ -1,0 +1,100 @@
+"""Writing Megatron's distributed checkpoints in a stream, without Megatron, ranks or a model."""
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from klear_megatron.conversion.megatron_reader import full_shape, stacked
+from klear_megatron.models import Weight
+from klear_megatron.models.layouts import GatedMLP, Sharded
+
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a row's full tensor, and where it was written."""
+
+    name: str
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+    position: int
+    length: int
+
+
+def write_row(file: BinaryIO, row: Weight, full: Tensor, tensor_parallel_size: int) -> list[Chunk]:
+    """Appends the row's full Megatron tensor, in the pieces that tensor-parallel ranks load."""
+    dim, count = _cut(row, tensor_parallel_size)
+    chunks: list[Chunk] = []
+    start = 0
+    _, index = stacked(row.name)
+    for piece in full.chunk(count, dim):
+        # torch.save would write all that a view is a part of.
+        alone = piece.clone(memory_format=torch.contiguous_format) if count > 1 else piece
+        position = file.tell()
+        torch.save(alone.contiguous()[(None,) * len(index)], file)
+        offsets = [start if d == dim else 0 for d in range(full.dim())]
+        chunks.append(Chunk(row.name, offsets, list(piece.shape), position, file.tell() - position))
+        start += piece.shape[dim]
+    return chunks
+
+
+def _cut(row: Weight, tensor_parallel_size: int) -> tuple[int, int]:
+    """Along which dimension the ranks' pieces lie, and how many there are."""
+    if isinstance(row.layout, GatedMLP):  # each rank has one of the gate's and one of up's
+        return 0, 2 * tensor_parallel_size if tensor_parallel_size > 1 else 1
+    if isinstance(row.layout, Sharded):
+        return row.layout.dim, tensor_parallel_size
+    return 0, 1
+
+
+def write_metadata(
+    folder: Path,
+    dtypes: Mapping[str, torch.dtype],
+    table: Sequence[Weight],
+    chunks: Mapping[str, Sequence[Chunk]],
+) -> None:
+    """Writes what makes the files in `folder` a checkpoint, once all of them are complete.
+
+    Args:
+        dtypes: row name -> dtype.
+        chunks: file name -> what is in it.
+    """
+    layers = Counter(stacked(row.name)[0] for row in table)
+    tensors: dict[str, Any] = {}
+    for row in table:
+        key, index = stacked(row.name)
+        size = torch.Size([*([layers[key]] if index else []), *full_shape(row)])
+        properties = TensorProperties(dtype=dtypes[row.name])
+        tensors.setdefault(key, TensorStorageMetadata(properties, size, []))
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for file, file_chunks in chunks.items():
+        for chunk in file_chunks:
+            key, index = stacked(chunk.name)
+            offsets = torch.Size([*index, *chunk.offsets])
+            sizes = torch.Size([*(1 for _ in index), *chunk.sizes])
+            tensors[key].chunks.append(ChunkStorageMetadata(offsets, sizes))
+            storage[MetadataIndex(key, offsets)] = _StorageInfo(file, chunk.position, chunk.length)
+    torch.save({}, folder / "common.pt")
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, storage_data=storage)))
+    (folder / "metadata.json").write_text(json.dumps(_FORMAT))

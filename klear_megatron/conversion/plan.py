@@ -1,0 +1,90 @@
+"""What a conversion is going to do, known before it begins."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from klear_megatron.conversion.dtypes import dtype_name
+from klear_megatron.errors import UserError
+from klear_megatron.models import Weight
+
+SHARD_BYTES = 5 * 10**9
+"""Largest output file, unless told otherwise."""
+
+Spec = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One row of the architecture's table on its way from one format to the other."""
+
+    row: Weight
+    dtype: torch.dtype
+    """Of the output."""
+
+    @property
+    def specs(self) -> list[Spec]:
+        """The row's Hugging Face tensors."""
+        return [(name, self.dtype, shape) for name, shape in self.row.sources.items()]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the row's Hugging Face tensors; a padded vocabulary has a few more in Megatron."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self.specs)
+
+    def checked(self, tensor: Tensor, path: Path) -> Tensor:
+        """A tensor of the row in the output's dtype.
+
+        Args:
+            path: where it comes from.
+
+        Raises:
+            UserError: it has a number that is not finite.
+        """
+        out = tensor.to(self.dtype)
+        if not _is_finite(out):
+            name = f"{' / '.join(self.row.sources)} ({self.row.name})"
+            if _is_finite(tensor):
+                raise UserError(
+                    f"{path}: {name} has values too large for {dtype_name(self.dtype)}; "
+                    "choose another dtype"
+                )
+            raise UserError(f"{path}: {name} has NaN or infinite values")
+        return out
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes are NaN if anything is. One pass, and no tensor of booleans.
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def in_shards(moves: Sequence[Move], shard_bytes: int) -> list[list[Move]]:
+    """The moves in their order, in groups of at most `shard_bytes`; a larger one is by itself."""
+    shards: list[list[Move]] = [[]]
+    size = 0
+    for move in moves:
+        if shards[-1] and size + move.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(move)
+        size += move.nbytes
+    return shards
+
+
+def describe(files: Mapping[str, Sequence[Move]], *, to_hf: bool) -> Iterator[str]:
+    """The plan in lines: every tensor from, to, shape, dtype and bytes; and the sums."""
+    for file, moves in files.items():
+        yield f"{file}: {sum(move.nbytes for move in moves):,} bytes"
+        for move in moves:
+            for name, dtype, shape in move.specs:
+                ends = (move.row.name, name) if to_hf else (name, move.row.name)
+                nbytes = torch.Size(shape).numel() * dtype.itemsize
+                what = f"{list(shape)} {dtype_name(dtype)}, {nbytes:,} bytes"
+                yield f"  {ends[0]} -> {ends[1]}: {what}"
+    moves = [move for shard in files.values() for move in shard]
+    total = sum(move.nbytes for move in moves)
+    yield f"{sum(len(move.specs) for move in moves)} tensors, {len(files)} files, {total:,} bytes"

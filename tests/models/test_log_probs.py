@@ -1,0 +1,61 @@
+"""Chunked, vocabulary-parallel log-probabilities against log_softmax over whole logits."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from klear_megatron.models import log_probs, padded_vocab_size
+from tests.distributed.ranks import run_ranks
+from tests.models import tiny
+
+TOKENS, HIDDEN, VOCAB = 37, 24, 131
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator)
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    labels[:2] = torch.tensor([0, VOCAB - 1])
+    return hidden, weight, labels
+
+
+def _chunked(chunk_logits: int, temperature: float) -> Any:
+    """log-probs, entropy, gradients of hidden (summed over ranks) and of this rank's weights."""
+    log_probs._CHUNK_LOGITS = chunk_logits
+    group = dist.group.WORLD
+    hidden, weight, labels = _inputs()
+    padding = padded_vocab_size(VOCAB, group.size()) - VOCAB
+    # Padding rows that would win every softmax if they took part in it.
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, padding), value=100.0)
+    hidden.requires_grad_()
+    mine = padded.chunk(group.size())[group.rank()].clone().requires_grad_()
+    answer, entropy = log_probs.vocab_parallel_log_probs(
+        hidden, mine, labels, vocab_size=VOCAB, temperature=temperature, group=group
+    )
+    (answer * torch.arange(TOKENS)).sum().backward()
+    dist.all_reduce(hidden.grad)
+    return answer.detach(), entropy, hidden.grad, mine.grad
+
+
+# 3 ranks share 384 rows, the last of them has nothing but padding.
+@pytest.mark.parametrize(("world_size", "chunk_logits"), [(1, 2**24), (1, 256), (2, 1), (3, 2000)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients(world_size, chunk_logits, temperature):
+    ranks = run_ranks(world_size, _chunked, chunk_logits, temperature)
+    hidden, weight, labels = (x.double() if x.is_floating_point() else x for x in _inputs())
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    log_softmax = (hidden @ weight.T / temperature).log_softmax(-1)
+    expected = log_softmax.gather(1, labels[:, None])[:, 0]
+    (expected * torch.arange(TOKENS)).sum().backward()
+    for ours, entropy, hidden_grad, _ in ranks:
+        assert tiny.relative_error(ours, expected.detach()) < 1e-6
+        expected_entropy = -(log_softmax.exp() * log_softmax).sum(-1).detach()
+        assert tiny.relative_error(entropy, expected_entropy) < 1e-5
+        assert tiny.relative_error(hidden_grad, hidden.grad) < 1e-6
+    weight_grad = torch.cat([grad for *_, grad in ranks])
+    assert tiny.relative_error(weight_grad[:VOCAB], weight.grad) < 1e-6
+    assert not weight_grad[VOCAB:].any()
