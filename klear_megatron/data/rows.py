@@ -116,7 +116,10 @@ def parse_prompt(row: Row, index: int) -> Prompt:
 def parse_rows(
     path: Path, parse: Callable[[Row, int], Parsed], on_bad_row: OnBadRow | None, start: int = 0
 ) -> Iterator[tuple[Row, Parsed]]:
-    """Streams the rows of a data set, as they are and parsed; they are numbered from `start`."""
+    """Streams the rows of a data set, as they are and parsed; they are numbered from `start`.
+
+    `parse(row, index)` raises ValidationError, or a UserError that begins with the field.
+    """
     for index, (where, row) in enumerate(read_rows(path), start):
         try:
             if isinstance(row, str):
@@ -125,6 +128,8 @@ def parse_rows(
                 parsed = parse(row, index)
             except ValidationError as error:
                 raise UserError(_describe(error, where)) from error
+            except UserError as error:
+                raise UserError(f"{where}, field {error}\nCorrect or remove the row.") from error
         except UserError as error:
             if on_bad_row is None:
                 raise

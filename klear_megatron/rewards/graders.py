@@ -125,6 +125,15 @@ class CustomGrader:
 _VERIFIERS = {"math_longcot_math_verify": "math", "coder1_longcot": "code"}
 
 
+def verifier_of(data_source: str) -> str | None:
+    """ "math", "code", or None where there is none."""
+    # Benchmarks are named after the verifier: math_longcot_math_verify_aime2024.
+    for name, kind in _VERIFIERS.items():
+        if data_source == name or data_source.startswith(f"{name}_"):
+            return kind
+    return None
+
+
 def graders_of(data_source: str, config: RewardConfig) -> list[Grader]:
     """Its verifier first, if it has one, then the custom functions that grade it.
 
@@ -132,14 +141,11 @@ def graders_of(data_source: str, config: RewardConfig) -> list[Grader]:
         UserError: there is none at all.
     """
     graders: list[Grader] = []
-    # Benchmarks are named after the verifier: math_longcot_math_verify_aime2024.
-    for prefix, kind in _VERIFIERS.items():
-        if data_source == prefix or data_source.startswith(f"{prefix}_"):
-            graders.append(
-                MathGrader(config.math, config.verifier_weight)
-                if kind == "math"
-                else CodeGrader(config.code, config.verifier_weight)
-            )
+    match verifier_of(data_source):
+        case "math":
+            graders.append(MathGrader(config.math, config.verifier_weight))
+        case "code":
+            graders.append(CodeGrader(config.code, config.verifier_weight))
     graders += [
         CustomGrader(custom)
         for custom in config.custom
