@@ -110,7 +110,8 @@ def test_guard_ends_even_what_hides_and_ignores_signals(number, tmp_path, monkey
     Path(marker).write_text(STUBBORN)
     script = (
         "import subprocess, sys, time\n"
-        "with subprocess.Popen([sys.executable, *sys.argv[1:]], stdin=subprocess.PIPE):\n"
+        "command = [sys.executable, *sys.argv[1:]]\n"
+        "with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):\n"
         "    time.sleep(600)\n"
     )
     with subprocess.Popen(
