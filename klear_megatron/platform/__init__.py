@@ -1,7 +1,7 @@
 """Where this process runs: its device, its collective backend, and how Megatron-Core gets there.
 
-The only package that knows CPU from GPU. Import it before Megatron-Core: where there is no GPU it
-first puts the stand-ins in place that Megatron-Core needs (`klear_megatron.platform.cpu`).
+The only package that knows CPU from GPU. Where there is no GPU, `init_distributed` first puts the
+stand-ins in place that Megatron-Core needs (`klear_megatron.platform.cpu`).
 """
 
 import os
@@ -11,14 +11,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from klear_megatron.platform import cpu
+
 HAS_GPU = torch.cuda.is_available()
 DEVICE_TYPE: Literal["cpu", "cuda"] = "cuda" if HAS_GPU else "cpu"
 BACKEND: Literal["gloo", "nccl"] = "nccl" if HAS_GPU else "gloo"
-
-if not HAS_GPU:
-    from klear_megatron.platform import cpu
-
-    cpu.install()
 
 
 def device() -> torch.device:
@@ -29,7 +26,12 @@ def device() -> torch.device:
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Joins the process group that torchrun describes; without torchrun, makes a world of one."""
+    """Joins the process group that torchrun describes; without torchrun, makes a world of one.
+
+    Call it before any model, optimizer or process group of Megatron-Core's is made.
+    """
+    if not HAS_GPU:
+        cpu.install()
     if dist.is_initialized():
         return
     if HAS_GPU:

@@ -7,6 +7,7 @@ that are right for a CPU; and the random-state tracker works on the CPU generato
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,8 +65,9 @@ class _Stream:
     def wait(self, stream: "_Stream | None" = None) -> None: ...
 
 
+@functools.cache
 def install() -> None:
-    """Puts the stand-ins in place for the rest of the process, for this thread."""
+    """Puts the stand-ins in place for the rest of the process, for this thread; once."""
     answers: dict[str, Any] = {
         "current_device": lambda: _CPU,
         "set_device": lambda device: None,
