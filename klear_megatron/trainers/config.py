@@ -22,6 +22,8 @@ class RunConfig(Section):
     seed: int = 0
     save_every: PositiveInt | None = None
     """Steps between checkpoints; one is always written at the end."""
+    export_every: PositiveInt | None = None
+    """Steps between Hugging Face checkpoints, written to `hf/` under the run directory."""
     policy: PolicyConfig
 
 

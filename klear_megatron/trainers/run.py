@@ -1,5 +1,6 @@
 """What the training loops share: the run directory, checkpoints, and who talks to the user."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch.distributed as dist
 
 from klear_megatron import platform
 from klear_megatron.config import write_config
+from klear_megatron.conversion import export_hf
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import say
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
@@ -48,7 +50,7 @@ def resume(policy: Policy, run_dir: Path) -> dict[str, Any] | None:
 def save(
     policy: Policy, config: RunConfig, step: int, last_step: int, state: dict[str, Any]
 ) -> None:
-    """Writes a checkpoint if one is due after `step`."""
+    """Writes the checkpoints that are due after `step`, Megatron's and Hugging Face's."""
     due = config.save_every is not None and step % config.save_every == 0
     if due or step == last_step:
         path = checkpoint_path(config.run_dir, step)
@@ -57,3 +59,8 @@ def save(
             policy.finish_saves()
         if is_main_rank():
             say(f"checkpoint {path}")
+    if config.export_every is not None and step % config.export_every == 0:
+        out = config.run_dir / "hf" / f"step_{step:08}"
+        if is_main_rank():
+            shutil.rmtree(out, ignore_errors=True)  # of a run that was resumed before this step
+        export_hf(policy, out)

@@ -11,12 +11,16 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from klear_megatron.config import load_config
 from klear_megatron.trainers.config import RLConfig
 from tests.e2e.conftest import ROOT, run_command
 
 SMALL = ["--prompts_per_step", "4", "--prompts_per_mini_batch", "2", "--save_every", "1"]
+SMALL += ["--export_every", "1"]
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -104,4 +108,9 @@ def test_rl_trains_syncs_dumps_and_goes_on_after_it_is_killed(make_config, tmp_p
         assert {row["weight_version"] for row in responses} == {str(step - 1)}
         assert len({row["index"] for row in responses}) == 4
     assert list((run_dir / "tensorboard").iterdir())
+    exported = AutoModelForCausalLM.from_pretrained(run_dir / "hf" / "step_00000003")
+    converted = run_command("convert", f"{run_dir}/checkpoints/step_00000003", f"{tmp_path}/hf")
+    assert converted.returncode == 0, converted.stderr
+    for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items():
+        assert torch.equal(tensor, exported.state_dict()[name]), name
     assert load_config(RLConfig, run_dir / "config.yaml").steps == 3
