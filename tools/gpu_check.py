@@ -28,7 +28,7 @@ _H100_BF16_FLOPS = 989e12
 
 
 def training_flops(hf: Qwen3Config, tokens: int) -> float:
-    """Of one step on one sequence: three times the forward pass's, causal attention counted half."""
+    """Of one step on one sequence: thrice the forward pass's, with half of the attention matrix."""
     head, width = hf.head_dim, hf.num_attention_heads * hf.head_dim
     projections = hf.hidden_size * (2 * width + 2 * hf.num_key_value_heads * head)
     layer = projections + 3 * hf.hidden_size * hf.intermediate_size
@@ -56,7 +56,7 @@ def train(config: PolicyConfig, tokens: int, steps: int) -> list[float]:
     mfu = training_flops(policy.hf, tokens) / min(seconds) / _H100_BF16_FLOPS
     memory = torch.cuda.max_memory_allocated() / 2**30 if platform.HAS_GPU else math.nan
     print(
-        f"{config.fp8 or config.dtype}: {rate:,.0f} tokens/s, MFU {mfu:.1%} (of an H100's BF16 peak), "
+        f"{config.fp8 or config.dtype}: {rate:,.0f} tokens/s, MFU {mfu:.1%} (H100, BF16), "
         f"peak memory {memory:.1f} GiB, losses {[round(loss, 4) for loss in losses]}",
         flush=True,
     )
