@@ -1,18 +1,22 @@
 """Reading prompts and conversations, encoding them, and the order they are trained in."""
 
-from klear_megatron.data.config import DataConfig
+from klear_megatron.data.config import DataConfig, StageConfig
 from klear_megatron.data.encoding import encode_conversation, encode_prompt, encode_prompts
+from klear_megatron.data.loading import LoadedPrompts, load_prompts
 from klear_megatron.data.rows import Conversation, Prompt, read_conversations, read_prompts
 from klear_megatron.data.sampler import PromptSampler
 
 __all__ = [
     "Conversation",
     "DataConfig",
+    "LoadedPrompts",
     "Prompt",
     "PromptSampler",
+    "StageConfig",
     "encode_conversation",
     "encode_prompt",
     "encode_prompts",
+    "load_prompts",
     "read_conversations",
     "read_prompts",
 ]

@@ -1,6 +1,7 @@
 """From messages to token ids, through the tokenizer's chat template only."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -67,6 +68,40 @@ def encode_prompts(
             f"the shortest has {shortest}"
         )
     return [prompt for prompt, _ in fitting], [ids for _, ids in fitting]
+
+
+def cut_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int
+) -> tuple[Prompt, list[int]]:
+    """The prompt with its longest message shortened at its start, so that it fits; its token ids.
+
+    What is kept is the end, where the question usually is; as much of it as fits, to the character.
+
+    Raises:
+        UserError: it would not fit without that message either.
+    """
+    longest = max(range(len(prompt.messages)), key=lambda i: len(prompt.messages[i]["content"]))
+    content = prompt.messages[longest]["content"]
+
+    def shortened(characters: int) -> tuple[Prompt, list[int]]:
+        messages = [dict(message) for message in prompt.messages]
+        messages[longest]["content"] = content[len(content) - characters :]
+        return replace(prompt, messages=messages), encode_prompt(tokenizer, messages)
+
+    fits, too_many = 0, len(content)
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if len(shortened(middle)[1]) <= max_length:
+            fits = middle
+        else:
+            too_many = middle
+    cut, ids = shortened(fits)
+    if len(ids) > max_length:
+        raise UserError(
+            f"data.max_prompt_length: row {prompt.index} does not fit {max_length} tokens even "
+            "without its longest message; raise the limit, or drop long prompts"
+        )
+    return cut, ids
 
 
 def _apply_template(

@@ -1,6 +1,6 @@
-"""What a row of a data file must look like, and reading a file of such rows."""
+"""What a row of a data file must look like."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -8,17 +8,20 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from klear_megatron.data.files import Row, read_rows
+from klear_megatron.data.livecodebench import LiveCodeBenchRow
 from klear_megatron.errors import UserError
 
 Message = dict[str, str]
 NonEmptyText = Annotated[str, Field(min_length=1)]
+OnBadRow = Callable[[UserError], object]
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A problem to be answered, and what its answer is checked against.
 
-    `data_source` chooses the verifier; `index` is the row number in the file, from 0.
+    `data_source` chooses the verifier; `index` is the number of the row, from 0, among those read.
     """
 
     data_source: str
@@ -29,7 +32,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A worked example for SFT; `index` is the row number in the file, from 0."""
+    """A worked example for SFT; `index` is the number of the row, from 0, among those read."""
 
     messages: list[Message]
     index: int
@@ -76,75 +79,80 @@ class _ConversationRow(BaseModel):
         return messages
 
 
-Row = TypeVar("Row", bound=BaseModel)
+Parsed = TypeVar("Parsed")
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Read problems in Klear's format from a .jsonl or .parquet file.
+def read_prompts(path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None) -> list[Prompt]:
+    """Read problems, in Klear's format or LiveCodeBench's, from one or several data sets.
 
-    Raises:
-        UserError: no such file, no rows, or a malformed row (file, line and field are named).
-    """
-    return [
-        Prompt(
-            data_source=row.data_source,
-            messages=[message.model_dump() for message in row.prompt],
-            ground_truth=row.reward_model.ground_truth,
-            index=index,
-        )
-        for index, row in enumerate(_read_rows(path, _KlearRow))
-    ]
-
-
-def read_conversations(path: Path) -> list[Conversation]:
-    """Read SFT rows, `{"messages": [{"role", "content"}, ...]}`, from a .jsonl or .parquet file.
+    Args:
+        path: each as `read_rows` takes it; read one after another.
+        on_bad_row: is given the error of each malformed row, which is then skipped; without it,
+            the first such error is raised.
 
     Raises:
         UserError: no such file, no rows, or a malformed row (file, line and field are named).
     """
-    return [
-        Conversation(messages=[message.model_dump() for message in row.messages], index=index)
-        for index, row in enumerate(_read_rows(path, _ConversationRow))
-    ]
+    return _read_all(path, parse_prompt, on_bad_row)
 
 
-def _read_rows(path: Path, row_type: type[Row]) -> list[Row]:
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: cannot read this kind of file; give a .jsonl or .parquet file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such data file; check the path")
-    rows = list(readers[path.suffix](path, row_type))
-    if not rows:
-        raise UserError(f"{path}: the data file has no rows")
-    return rows
+def read_conversations(
+    path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None
+) -> list[Conversation]:
+    """Read SFT rows, `{"messages": [{"role", "content"}, ...]}`; otherwise like `read_prompts`."""
+    return _read_all(path, _parse_conversation, on_bad_row)
 
 
-def _read_jsonl(path: Path, row_type: type[Row]) -> Iterator[Row]:
-    # `datasets` could read this too, but it neither keeps line numbers nor lets the type of
-    # ground_truth differ from row to row.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield row_type.model_validate_json(line)
-                except ValidationError as error:
-                    raise UserError(_describe(error, f"{path}, line {number}")) from error
+def parse_prompt(row: Row, index: int) -> Prompt:
+    """Raises ValidationError."""
+    if "question_content" in row:
+        problem = LiveCodeBenchRow.model_validate(row)
+        return Prompt(problem.data_source, problem.messages, problem.ground_truth, index)
+    parsed = _KlearRow.model_validate(row)
+    messages = [message.model_dump() for message in parsed.prompt]
+    return Prompt(parsed.data_source, messages, parsed.reward_model.ground_truth, index)
 
 
-def _read_parquet(path: Path, row_type: type[Row]) -> Iterator[Row]:
-    from datasets import load_dataset  # two seconds, which readers of JSONL need not wait
+def parse_rows(
+    path: Path, parse: Callable[[Row, int], Parsed], on_bad_row: OnBadRow | None, start: int = 0
+) -> Iterator[tuple[Row, Parsed]]:
+    """Streams the rows of a data set, as they are and parsed; they are numbered from `start`.
 
-    try:
-        # Streaming reads the file itself; otherwise a converted copy is left in the user's home.
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    except ValueError as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from error
-    for number, row in enumerate(rows, start=1):
+    `parse(row, index)` raises ValidationError, or a UserError that begins with the field.
+    """
+    for index, (where, row) in enumerate(read_rows(path), start):
         try:
-            yield row_type.model_validate(row)
-        except ValidationError as error:
-            raise UserError(_describe(error, f"{path}, row {number}")) from error
+            if isinstance(row, str):
+                raise UserError(f"{where}: {row}\nCorrect or remove the row.")
+            try:
+                parsed = parse(row, index)
+            except ValidationError as error:
+                raise UserError(_describe(error, where)) from error
+            except UserError as error:
+                raise UserError(f"{where}, field {error}\nCorrect or remove the row.") from error
+        except UserError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(error)
+        else:
+            yield row, parsed
+
+
+def _parse_conversation(row: Row, index: int) -> Conversation:
+    parsed = _ConversationRow.model_validate(row)
+    return Conversation([message.model_dump() for message in parsed.messages], index)
+
+
+def _read_all(
+    path: Path | Sequence[Path], parse: Callable[[Row, int], Parsed], on_bad_row: OnBadRow | None
+) -> list[Parsed]:
+    rows: list[Parsed] = []
+    for one in [path] if isinstance(path, Path) else path:
+        before = len(rows)
+        rows += (parsed for _, parsed in parse_rows(one, parse, on_bad_row, start=before))
+        if len(rows) == before:
+            raise UserError(f"{one}: the data file has no rows")
+    return rows
 
 
 def _describe(error: ValidationError, where: str) -> str:
@@ -152,7 +160,5 @@ def _describe(error: ValidationError, where: str) -> str:
     problems = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])
-        # A row is one line, so the parser's own "line 1" would contradict `where`.
-        message = problem["msg"].replace(" at line 1 column", " at column")
-        problems.append(f"{where}{f', field {field}' if field else ''}: {message}")
+        problems.append(f"{where}{f', field {field}' if field else ''}: {problem['msg']}")
     return "\n".join([*problems, "Correct or remove the row."])

@@ -1,14 +1,25 @@
 """Grading responses."""
 
-from klear_megatron.rewards.config import MathRewardConfig, RewardConfig
-from klear_megatron.rewards.math import Reward, math_reward
-from klear_megatron.rewards.pool import RewardPool, check_data_sources
+from klear_megatron.rewards.code import code_reward
+from klear_megatron.rewards.config import (
+    CodeRewardConfig,
+    CustomRewardConfig,
+    MathRewardConfig,
+    RewardConfig,
+)
+from klear_megatron.rewards.graders import check_data_sources
+from klear_megatron.rewards.math import math_reward
+from klear_megatron.rewards.pool import RewardPool
+from klear_megatron.rewards.reward import Reward
 
 __all__ = [
+    "CodeRewardConfig",
+    "CustomRewardConfig",
     "MathRewardConfig",
     "Reward",
     "RewardConfig",
     "RewardPool",
     "check_data_sources",
+    "code_reward",
     "math_reward",
 ]

@@ -1,4 +1,6 @@
 import os
+from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -17,10 +19,71 @@ class MathRewardConfig(Section):
     """Seconds the verification of one answer may take; then it is ended and counts as wrong."""
 
 
+class CodeRewardConfig(Section):
+    """Scores of a program, and what it may use while it is tested."""
+
+    mode: Literal["soft", "hard"] = "soft"
+    """soft: the share of the tests that pass. hard: `correct` where all pass, else `wrong`; the
+    tests after the first failure are not run."""
+
+    correct: float = 1.0
+    wrong: float = -1.0
+    format_penalty: float = Field(default=0.5, ge=0)
+    """Subtracted where the reasoning is not inside exactly one well-formed <think>...</think>."""
+
+    float_tolerance: float = Field(default=1e-6, ge=0)
+    """Relative and absolute, for numbers that are not both written as whole ones; 0 is
+    LiveCodeBench's rule."""
+
+    test_timeout_s: float = Field(default=6.0, gt=0)
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds for all tests of a program; those it has not passed by then count as failed."""
+
+    memory_mb: int = Field(default=1024, ge=64)
+    """For all processes of a program together."""
+
+    processes: int = Field(default=32, ge=1)
+    """Processes and threads that a program may have at a time."""
+
+    output_mb: int = Field(default=16, ge=1)
+    python: Path | None = None
+    """The interpreter that runs the programs, which can import what is installed for it; by default
+    the one that this process's environment was made from."""
+
+    sandbox: Literal["bubblewrap", "unsafe"] = "bubblewrap"
+    """unsafe runs the programs without a sandbox: they may do whatever your user may."""
+
+
+class CustomRewardConfig(Section):
+    """A reward function of your own, `f(response, ground_truth, data_source)`, sync or async.
+
+    It returns a number or a Reward. Async functions run at the same time, in one thread.
+    """
+
+    function: str = Field(pattern=r".+:\w+$")
+    """package.module:function, or some/file.py:function."""
+
+    weight: float = 1.0
+    """Of its score in the sum that is the reward."""
+
+    data_sources: tuple[str, ...] = ()
+    """Which it grades; all, where none is named. A data source without a verifier needs one."""
+
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds for one response; then it is ended and its score is 0."""
+
+
 class RewardConfig(Section):
     """How responses are graded."""
 
     math: MathRewardConfig = MathRewardConfig()
+    code: CodeRewardConfig = CodeRewardConfig()
+    custom: tuple[CustomRewardConfig, ...] = ()
+    verifier_weight: float = 1.0
+    """Of the verifier's score, beside those of `custom`."""
+
+    max_concurrent: int = Field(default=64, ge=1)
+    """Calls of an async custom function under way at a time."""
 
     workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
     """Processes that grade at the same time; all cores of this process by default."""

@@ -1,11 +1,12 @@
-"""Is the final answer of a response right, and is its reasoning where it belongs?"""
+"""Is the final answer of a response right?"""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from math_verify import parse, verify
 
 from klear_megatron.rewards.config import MathRewardConfig
+from klear_megatron.rewards.reward import Reward, answer_of, is_formatted
 
 # math-verify warns once per process that its own time limits are off. They are off on purpose: they
 # are signals to the main thread, and cannot interrupt a long integer operation. RewardPool's can.
@@ -13,24 +14,9 @@ for _module in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(_module).setLevel(logging.ERROR)
 
 
-@dataclass(frozen=True)
-class Reward:
-    """The grade of one response.
-
-    `score` is what training maximises. `correct` says whether the answer is right whatever the
-    format, `formatted` whether the reasoning is in one well-formed think block whatever the answer.
-    A response whose verification did not end in time is `timed_out`, and not correct.
-    """
-
-    score: float
-    correct: bool
-    formatted: bool
-    timed_out: bool = False
-
-
 def math_reward(
     response: str,
-    ground_truth: str | list[str],
+    ground_truth: str | Sequence[str],
     config: MathRewardConfig = MathRewardConfig(),
 ) -> Reward:
     r"""Grade a response by math-verify's verdict on what follows its last `</think>`.
@@ -42,27 +28,22 @@ def math_reward(
     Here nothing limits the time, and an answer such as `\boxed{9^{9^{9}}}` takes for ever: grade a
     model's responses with RewardPool, which applies `config.timeout_s`.
     """
-    _, end_of_thinking, answer = response.rpartition("</think>")
-    correct = bool(end_of_thinking) and _agrees(answer, ground_truth)
-    return score_response(response, config, correct=correct)
+    correct = _agrees(answer_of(response), ground_truth)
+    return score_answer(response, config, correct=correct)
 
 
-def score_response(
+def score_answer(
     response: str, config: MathRewardConfig, *, correct: bool, timed_out: bool = False
 ) -> Reward:
     """The reward of a response whose answer has been judged."""
-    formatted = (
-        response.lstrip().startswith("<think>")
-        and response.count("<think>") == 1
-        and response.count("</think>") == 1
-    )
+    formatted = is_formatted(response)
     score = config.correct if correct else config.wrong
     if not formatted:
         score -= config.format_penalty
     return Reward(score=score, correct=correct, formatted=formatted, timed_out=timed_out)
 
 
-def _agrees(answer: str, ground_truth: str | list[str]) -> bool:
+def _agrees(answer: str, ground_truth: str | Sequence[str]) -> bool:
     golds = [ground_truth] if isinstance(ground_truth, str) else ground_truth
     parsed_answer = parse(answer, parsing_timeout=None)
     # Boxed, a ground truth is read as the LaTeX it is: bare, "2\sqrt{2}" would be read as 2.

@@ -1,22 +1,30 @@
 """Grading many responses at once, each within its time limit."""
 
+import asyncio
 import multiprocessing
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired, ProcessPool
 
-from klear_megatron.errors import UserError
-from klear_megatron.rewards.config import MathRewardConfig, RewardConfig
-from klear_megatron.rewards.math import Reward, math_reward, score_response
+from klear_megatron.rewards.config import RewardConfig
+from klear_megatron.rewards.graders import (
+    CustomGrader,
+    Grader,
+    GroundTruth,
+    check_data_sources,
+    combine,
+    graders_of,
+)
+from klear_megatron.rewards.math import math_reward
+from klear_megatron.rewards.reward import Reward
 
-Job = tuple[str, str, str | list[str]]
+Job = tuple[str, str, GroundTruth]
 """data_source, response, ground truth."""
-
-_VERIFIERS = {"math_longcot_math_verify": math_reward}
 
 
 class RewardPool:
@@ -24,7 +32,8 @@ class RewardPool:
 
     An answer that takes longer than its time limit costs the process that verifies it, which is
     replaced, and the answer counts as wrong. So does one that makes its process crash; `crashes`
-    counts those. The processes end with the one that started them, however that ends.
+    counts those. The processes end with the one that started them, however that ends. Async
+    functions of the user's run in a thread of this process, many at a time.
 
     `grade` may be called from any thread, and from several at once.
     """
@@ -36,6 +45,10 @@ class RewardPool:
 
     def __enter__(self) -> "RewardPool":
         self._pool = self._start()
+        self._loop = asyncio.new_event_loop()
+        self._calls = asyncio.Semaphore(self._config.max_concurrent)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -46,6 +59,9 @@ class RewardPool:
     ) -> None:
         self._pool.stop()
         self._pool.join()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def grade(
         self, jobs: Sequence[Job], on_done: Callable[[int], None] | None = None
@@ -55,26 +71,31 @@ class RewardPool:
         `on_done(i)` is called in this thread as job i is finished, in any order.
 
         Raises:
-            UserError: no verifier is known for a job's data_source.
+            UserError: a job cannot be graded: no verifier is known for its data_source, or none
+                that runs here; or its ground truth has no tests.
             RuntimeError: the processes cannot be started, or were all killed.
         """
-        check_data_sources(data_source for data_source, _, _ in jobs)
+        check_data_sources((data_source for data_source, _, _ in jobs), self._config)
         pool = self._running_pool()
-        finished: queue.SimpleQueue[ProcessFuture[Reward]] = queue.SimpleQueue()
-        job_of_future: dict[ProcessFuture[Reward], int] = {}
-        for i, (data_source, response, ground_truth) in enumerate(jobs):
-            arguments = _verifier(data_source), response, ground_truth, self._config.math
-            future = pool.schedule(_grade_within_limit, args=arguments)
-            job_of_future[future] = i
-            future.add_done_callback(finished.put)  # type: ignore[arg-type]
-        rewards: dict[int, Reward] = {}
-        while len(rewards) < len(jobs):
+        finished: queue.SimpleQueue[Future[Reward]] = queue.SimpleQueue()
+        graders = [graders_of(data_source, self._config) for data_source, _, _ in jobs]
+        job_of_future: dict[Future[Reward], tuple[int, int]] = {}
+        for i, job in enumerate(jobs):
+            for j, grader in enumerate(graders[i]):
+                future = self._schedule(pool, grader, job)
+                job_of_future[future] = i, j
+                future.add_done_callback(finished.put)
+        grades: list[dict[int, Reward]] = [{} for _ in jobs]
+        for _ in range(len(job_of_future)):
             future = _next_finished(finished, pool)
-            i = job_of_future[future]
-            rewards[i] = self._result(future, response=jobs[i][1])
-            if on_done is not None:
+            i, j = job_of_future[future]
+            grades[i][j] = self._result(future, graders[i][j], response=jobs[i][1])
+            if on_done is not None and len(grades[i]) == len(graders[i]):
                 on_done(i)
-        return [rewards[i] for i in range(len(jobs))]
+        return [
+            combine(graders[i], [grade[j] for j in range(len(graders[i]))])
+            for i, grade in enumerate(grades)
+        ]
 
     def _start(self) -> ProcessPool:
         pool = ProcessPool(
@@ -96,35 +117,36 @@ class RewardPool:
                 self._pool = self._start()
             return self._pool
 
-    def _result(self, future: "ProcessFuture[Reward]", response: str) -> Reward:
+    def _schedule(self, pool: ProcessPool, grader: Grader, job: Job) -> "Future[Reward]":
+        data_source, response, ground_truth = job
+        arguments = response, ground_truth, data_source
+        if isinstance(grader, CustomGrader) and grader.is_async:
+            call = self._call_within_limit(grader, *arguments)
+            return asyncio.run_coroutine_threadsafe(call, self._loop)
+        future: Future[Reward] = pool.schedule(_grade_within_limit, args=(grader, *arguments))
+        return future
+
+    async def _call_within_limit(
+        self, grader: CustomGrader, response: str, ground_truth: GroundTruth, data_source: str
+    ) -> Reward:
+        async with self._calls:
+            call = grader.grade_async(response, ground_truth, data_source)
+            return await asyncio.wait_for(call, grader.limit_s)
+
+    def _result(self, future: "Future[Reward]", grader: Grader, response: str) -> Reward:
         try:
             return future.result()
         except ProcessExpired as death:
             timed_out = death.exitcode == -signal.SIGALRM
             self.crashes += not timed_out
-            return score_response(response, self._config.math, correct=False, timed_out=timed_out)
-
-
-def check_data_sources(data_sources: Iterable[str]) -> None:
-    """Raises UserError where there is no verifier for one of them."""
-    for data_source in data_sources:
-        _verifier(data_source)
-
-
-def _verifier(data_source: str) -> Callable[[str, str | list[str], MathRewardConfig], Reward]:
-    # Benchmarks are named after the verifier: math_longcot_math_verify_aime2024.
-    for name, verifier in _VERIFIERS.items():
-        if data_source == name or data_source.startswith(f"{name}_"):
-            return verifier
-    raise UserError(
-        f"data_source {data_source!r}: no verifier is known for it; "
-        f"known ones: {', '.join(sorted(_VERIFIERS))}"
-    )
+            return grader.failed(response, timed_out=timed_out)
+        except TimeoutError:
+            return grader.failed(response, timed_out=True)
 
 
 def _next_finished(
-    finished: "queue.SimpleQueue[ProcessFuture[Reward]]", pool: ProcessPool
-) -> "ProcessFuture[Reward]":
+    finished: "queue.SimpleQueue[Future[Reward]]", pool: ProcessPool
+) -> "Future[Reward]":
     while True:
         try:
             return finished.get(timeout=1.0)
@@ -143,16 +165,13 @@ def _prepare_worker() -> None:
 
 
 def _grade_within_limit(
-    verifier: Callable[[str, str | list[str], MathRewardConfig], Reward],
-    response: str,
-    ground_truth: str | list[str],
-    config: MathRewardConfig,
+    grader: Grader, response: str, ground_truth: GroundTruth, data_source: str
 ) -> Reward:
     # The kernel ends this process at the limit: nothing running in it could be relied on to do so,
     # as a long integer operation lets no other thread or signal handler run, and the process that
     # started it may be gone by then.
-    signal.setitimer(signal.ITIMER_REAL, config.timeout_s)
+    signal.setitimer(signal.ITIMER_REAL, grader.limit_s)
     try:
-        return verifier(response, ground_truth, config)
+        return grader.grade(response, ground_truth, data_source)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

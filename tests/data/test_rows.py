@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -6,6 +7,7 @@ import pytest
 
 from klear_megatron.data import Conversation, Prompt, read_conversations, read_prompts
 from klear_megatron.errors import UserError
+from klear_megatron.rewards import RewardConfig, RewardPool
 
 # As published by the paper's authors, keys beyond ours included.
 AUTHORS_ROW = {
@@ -59,7 +61,7 @@ def test_reads_conversations(tmp_path):
         ('"\\ud800"', None, "Invalid JSON"),
         (changed(data_source=None), "data_source", "required"),
         (changed(data_source=7), "data_source", "string"),
-        (changed(prompt="1+1"), "prompt", "array"),
+        (changed(prompt="1+1"), "prompt", "list"),
         (changed(prompt=[]), "prompt", "at least 1 item"),
         (changed(prompt=[{"role": "user"}]), "prompt.0.content", "required"),
         (changed(prompt=[{"role": "robot", "content": ""}]), "prompt.0.role", "'assistant'"),
@@ -124,3 +126,68 @@ def test_unreadable_file_is_refused(tmp_path, name, content, what):
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}: .*{what}"):
         read_prompts(tmp_path / name)
+
+
+def test_folder_of_files_is_read_as_a_hub_data_set_is(tmp_path, monkeypatch):
+    rows = [{**AUTHORS_ROW, "ability": str(i)} for i in range(3)]
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "owner" / "name" / "train.parquet")
+    write_lines(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts(Path("owner/name")) == read_prompts(tmp_path / "a.jsonl")
+
+
+def test_name_that_is_no_data_set_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nobody/nothing: no data set that can be read"):
+        read_prompts(Path("nobody/nothing"))
+
+
+def test_several_data_sets_are_read_one_after_another(tmp_path):
+    one = write_lines(tmp_path / "a.jsonl", changed(), changed(data_source="b"))
+    other = write_lines(tmp_path / "b.jsonl", changed(data_source="c"))
+    prompts = read_prompts([one, other])
+    assert [prompt.data_source for prompt in prompts] == [AUTHORS_ROW["data_source"], "b", "c"]
+    assert [prompt.index for prompt in prompts] == [0, 1, 2]
+
+
+def test_bad_rows_are_skipped_and_told_where_asked(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", changed(), "{", changed(prompt=[]), changed())
+    problems = []
+    assert [prompt.index for prompt in read_prompts(path, problems.append)] == [0, 3]
+    first, second = map(str, problems)
+    assert first.startswith(f"{path}, line 2: Invalid JSON")
+    assert second.startswith(f"{path}, line 3, field prompt: ")
+    with pytest.raises(UserError, match="no rows"):
+        read_prompts(write_lines(tmp_path / "b.jsonl", "{"), problems.append)
+
+
+LCB_ROW = {
+    "question_title": "Sum",
+    "question_content": "Print a + b.",
+    "platform": "atcoder",
+    "question_id": "abc_1",
+    "contest_date": "2025-01-01T00:00:00",
+    "starter_code": "",
+    "difficulty": "easy",
+    "public_test_cases": json.dumps([{"input": "1 2", "output": "3", "testtype": "stdin"}]),
+    "private_test_cases": json.dumps([{"input": "3 4", "output": "7", "testtype": "stdin"}]),
+    "metadata": "{}",
+}
+
+
+def test_livecodebench_rows_are_read_and_graded(tmp_path):
+    starter = "class Solution:\n    def add(self, a: int, b: int) -> int:\n        "
+    path = write_lines(
+        tmp_path / "a.jsonl", json.dumps(LCB_ROW), json.dumps({**LCB_ROW, "starter_code": starter})
+    )
+    from_stdin, from_starter = read_prompts(path)
+    assert "Print a + b." in from_stdin.messages[0]["content"]
+    assert "standard input" in from_stdin.messages[0]["content"]
+    assert starter in from_starter.messages[0]["content"]
+    program = "<think></think>\n```python\nprint(sum(map(int, input().split())))\n```"
+    with RewardPool(RewardConfig(workers=1)) as pool:
+        (reward,) = pool.grade([(from_stdin.data_source, program, from_stdin.ground_truth)])
+    assert reward.correct

@@ -1,6 +1,8 @@
 import pytest
+from math_verify import parse, verify
 
 from klear_megatron.rewards import MathRewardConfig, math_reward
+from tests.rewards.hard_answers import HARD_ANSWERS, MATH_VERIFY_DIFFERS
 
 ANSWERS = [
     # ground truth, what follows </think>, right?
@@ -72,3 +74,34 @@ def test_format_is_judged_apart_from_the_answer(response, correct, formatted):
     reward = math_reward(response, "4", config)
     assert (reward.correct, reward.formatted) == (correct, formatted)
     assert reward.score == (2.0 if correct else -3.0) - (0.0 if formatted else 0.25)
+
+
+@pytest.mark.parametrize(("ground_truth", "answer", "right"), HARD_ANSWERS)
+def test_hard_answers_are_judged_as_by_hand_and_as_by_math_verify(ground_truth, answer, right):
+    verdict = math_reward(f"<think></think>{answer}", ground_truth).correct
+    assert verdict is (right ^ ((ground_truth, answer) in MATH_VERIFY_DIFFERS))
+    golds = ground_truth if isinstance(ground_truth, list) else [ground_truth]
+    assert verdict is any(verify(parse(rf"\boxed{{{gold}}}"), parse(answer)) for gold in golds)
+
+
+def test_there_are_enough_hard_answers_and_each_exception_is_one_of_them():
+    cases = {(str(ground_truth), answer) for ground_truth, answer, _ in HARD_ANSWERS}
+    assert len(cases) >= 200
+    assert set(MATH_VERIFY_DIFFERS) <= cases
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("word " * 500_000 + r"\boxed{4}", True),
+        (r"\boxed{4}" + " word" * 500_000, True),
+        ("\n" * 2_000_000 + r"\boxed{4}", True),
+        ("12 " * 300_000 + r"\boxed{4}", True),
+        ("{" * 300_000 + r"\boxed{4}", True),
+        (r"\boxed{" * 10_000, False),
+        (r"\boxed{" + "1" * 100_000 + "}", False),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_megabytes_of_text_are_judged_like_little_text(answer, right):
+    assert math_reward(f"<think></think>{answer}", "4").correct is right

@@ -1,0 +1,80 @@
+"""Settings of `curate`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from klear_megatron.config import Section
+
+
+class DecontaminationConfig(Section):
+    """Drops prompts that have an n-gram of words in common with an evaluation problem."""
+
+    against: tuple[Path, ...] = Field(min_length=1)
+    """Evaluation sets, in any format that prompts are read from."""
+
+    n: PositiveInt = 9
+    """Words in a row. Of a shorter text all words are one n-gram."""
+
+    boilerplate: PositiveInt = 10
+    """An n-gram that more than so many different problems of one evaluation set share is of its
+    instructions («You are an expert Python programmer…»), not of a problem, and does not count."""
+
+
+class PassRateConfig(Section):
+    """Keeps prompts of which a teacher gets the right share right."""
+
+    responses: tuple[Path, ...] = Field(min_length=1)
+    """The teacher's graded responses, several for each prompt: `responses.jsonl` of `eval`."""
+
+    above: float = Field(default=0.5, ge=0, lt=1)
+    """The share of correct responses has to be greater than this: a majority, as in the paper."""
+
+    at_most: float = Field(default=1.0, gt=0, le=1)
+    """And no greater than this; 1 keeps what the teacher always gets right."""
+
+
+class TopSourcesConfig(Section):
+    """Keeps the rows of the best few sources only."""
+
+    count: PositiveInt
+    field: str = "data_source"
+    """The key of a row that says where it comes from."""
+
+    ranking: tuple[str, ...] = ()
+    """Sources, best first, as your experiments say; without any, those with most rows are best."""
+
+
+class SubsetConfig(Section):
+    """Keeps a few prompts that cover all others: K-center-greedy selection."""
+
+    size: PositiveInt
+    embeddings: Path | None = None
+    """A .npy file with a vector for each row read, in their order; without it, hashed words and
+    pairs of words are the vectors."""
+
+    seed: int = 0
+
+
+class CurateConfig(Section):
+    """Choosing prompts: `klear-megatron curate`. Rows are written as they were read."""
+
+    path: Path | tuple[Path, ...]
+    """One or several data sets, as in `data.path` of a training run."""
+
+    output: Path
+    """A .jsonl file. What was dropped is listed in `.dropped.jsonl` beside it, and the numbers are
+    in `.report.json`."""
+
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    deduplicate: bool = True
+    """Drop prompts that are the same but for white space as one kept before."""
+
+    decontaminate: DecontaminationConfig | None = None
+    min_tests: PositiveInt | None = None
+    """Of the rows whose responses are programs; the paper has 16."""
+
+    pass_rate: PassRateConfig | None = None
+    top_sources: TopSourcesConfig | None = None
+    subset: SubsetConfig | None = None

@@ -1,0 +1,194 @@
+"""From raw data sets to the prompts to train on."""
+
+import contextlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klear_megatron.curation.config import CurateConfig, SubsetConfig, TopSourcesConfig
+from klear_megatron.curation.filters import Candidate, count_tests, make_filters
+from klear_megatron.curation.k_center import k_center_greedy
+from klear_megatron.curation.text import DIMENSIONS, hashed_vector
+from klear_megatron.data.files import Row
+from klear_megatron.data.rows import parse_prompt, parse_rows
+from klear_megatron.errors import UserError
+
+Drop = Callable[[int | None, str, str], None]
+"""Of a row: its number, the reason in general, and in particular."""
+
+
+@dataclass
+class CurationReport:
+    """How many rows there were, what became of them, and where those that are left come from."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    sources: Counter[str] = field(default_factory=Counter)
+    """Of the kept rows, by data_source, or by the field that top_sources names."""
+
+
+def curate(config: CurateConfig) -> CurationReport:
+    """Writes the rows that are kept, those that are not with the reason, and the numbers.
+
+    Rows are streamed: what stays in memory is a digest of each, and a vector where a subset is
+    selected.
+
+    Raises:
+        UserError: data that cannot be read, or nothing left of it.
+    """
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    report = CurationReport()
+    spool = config.output.with_suffix(".partial")
+    with _dropped_rows(config.output, report) as drop:
+        survivors = _filter(config, spool, report, drop)
+        kept = np.ones(len(survivors.rows), dtype=bool)
+        if config.top_sources is not None:
+            kept &= _of_top_sources(config.top_sources, survivors)
+            _tell(drop, survivors, ~kept, "not a top source")
+        if config.subset is not None:
+            chosen = kept & _of_subset(config.subset, survivors, kept)
+            _tell(drop, survivors, kept & ~chosen, "not in the subset")
+            kept = chosen
+    if not kept.any():
+        raise UserError(f"curate: nothing is left; {config.output} would be empty. {report}")
+    report.kept = int(kept.sum())
+    report.sources = Counter(
+        survivors.source_names[source] for source in np.array(survivors.sources)[kept]
+    )
+    _copy(spool, config.output, kept)
+    numbers = json.dumps(vars(report), indent=2, ensure_ascii=False)
+    config.output.with_suffix(".report.json").write_text(numbers + "\n")
+    return report
+
+
+@dataclass
+class _Survivors:
+    """Of the filters: what is remembered of each, in the order of the spooled rows."""
+
+    rows: "array[int]" = field(default_factory=lambda: array("q"))
+    """Number among the rows read."""
+    sources: "array[int]" = field(default_factory=lambda: array("i"))
+    """Number of its source in `source_names`."""
+    source_names: list[str] = field(default_factory=list)
+    vectors: bytearray = field(default_factory=bytearray)
+    """[rows, DIMENSIONS] float32, where a subset is selected by them."""
+
+
+def _filter(config: CurateConfig, spool: Path, report: CurationReport, drop: Drop) -> _Survivors:
+    survivors = _Survivors()
+    filters = make_filters(config)
+    wants_vectors = config.subset is not None and config.subset.embeddings is None
+    source_field = config.top_sources.field if config.top_sources else "data_source"
+    numbers: dict[str, int] = {}
+    with spool.open("w", encoding="utf-8", errors="surrogatepass") as file:
+        for row, candidate in _candidates(config, report, drop):
+            for reason, why_drop in filters.items():
+                why = why_drop(candidate)
+                if why is not None:
+                    drop(candidate.prompt.index, reason, why)
+                    break
+            else:
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                survivors.rows.append(candidate.prompt.index)
+                source = str(row.get(source_field))
+                survivors.sources.append(numbers.setdefault(source, len(numbers)))
+                if wants_vectors:
+                    survivors.vectors += hashed_vector(candidate.words).tobytes()
+    survivors.source_names = list(numbers)
+    return survivors
+
+
+def _candidates(
+    config: CurateConfig, report: CurationReport, drop: Drop
+) -> Iterator[tuple[Row, Candidate]]:
+    def parse(row: Row, index: int) -> Candidate:
+        prompt = parse_prompt(row, index)
+        return Candidate(prompt, count_tests(prompt))
+
+    def skip(error: UserError) -> None:
+        report.rows += 1
+        drop(None, "malformed", str(error))
+
+    on_bad_row = skip if config.bad_rows == "skip" else None
+    for path in [config.path] if isinstance(config.path, Path) else config.path:
+        for row, candidate in parse_rows(path, parse, on_bad_row, start=report.rows):
+            report.rows += 1
+            yield row, candidate
+
+
+@contextlib.contextmanager
+def _dropped_rows(output: Path, report: CurationReport) -> Iterator[Drop]:
+    """A function that writes down, and counts, a row that is dropped."""
+
+    def drop(index: int | None, reason: str, why: str) -> None:
+        report.dropped[reason] += 1
+        json.dump({"row": index, "reason": reason, "why": why}, file, ensure_ascii=False)
+        file.write("\n")
+
+    file: TextIO
+    with output.with_suffix(".dropped.jsonl").open("w", errors="surrogatepass") as file:
+        yield drop
+
+
+def _tell(drop: Drop, survivors: _Survivors, dropped: NDArray[np.bool_], reason: str) -> None:
+    for i in np.flatnonzero(dropped):
+        drop(survivors.rows[i], reason, survivors.source_names[survivors.sources[i]])
+
+
+def _of_top_sources(config: TopSourcesConfig, survivors: _Survivors) -> NDArray[np.bool_]:
+    sources = np.array(survivors.sources)
+    names = survivors.source_names
+    unknown = set(config.ranking) - set(names)
+    if unknown:
+        raise UserError(
+            f"curate.top_sources.ranking: no row has {config.field} = {', '.join(sorted(unknown))};"
+            f" there are: {', '.join(sorted(names))}"
+        )
+    if config.ranking:
+        best = [names.index(name) for name in config.ranking[: config.count]]
+    else:
+        counts = np.bincount(sources, minlength=len(names))
+        best = list(np.argsort(-counts, kind="stable")[: config.count])
+    return np.isin(sources, best)
+
+
+def _of_subset(
+    config: SubsetConfig, survivors: _Survivors, among: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    candidates = np.flatnonzero(among)
+    if config.embeddings is None:
+        vectors = np.frombuffer(survivors.vectors, np.float32).reshape(-1, DIMENSIONS)
+        vectors = vectors if among.all() else vectors[candidates]
+    else:
+        stored = np.load(config.embeddings, mmap_mode="r")
+        numbers = np.array(survivors.rows)[candidates]
+        if numbers.size and numbers.max() >= len(stored):
+            raise UserError(
+                f"curate.subset.embeddings: {config.embeddings} has {len(stored)} vectors, fewer "
+                "than there are rows; make one for each row"
+            )
+        vectors = np.asarray(stored[numbers], np.float32)
+    chosen = np.zeros(len(among), dtype=bool)
+    if config.size >= len(candidates):
+        chosen[candidates] = True
+    else:
+        chosen[candidates[k_center_greedy(vectors, config.size, config.seed)]] = True
+    return chosen
+
+
+def _copy(spool: Path, output: Path, kept: Iterable[bool]) -> None:
+    """Moves the kept rows into place; `output` appears once all of them are there."""
+    ready = output.with_suffix(".ready")
+    with spool.open("rb") as source, ready.open("wb") as target:
+        target.writelines(line for line, keep in zip(source, kept, strict=True) if keep)
+    spool.unlink()
+    ready.rename(output)

@@ -1,0 +1,77 @@
+"""Reading the rows of data files as they are."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from klear_megatron.errors import UserError
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+    """Streams a .jsonl or .parquet file, a folder of such files, or a data set of the hub.
+
+    Yields:
+        Where the row is, for messages, and the row; or, if it is none, what is wrong with it.
+
+    Raises:
+        UserError: no such file or data set, or one that cannot be read.
+    """
+    if path.suffix == ".jsonl":
+        return _read_jsonl(_existing(path))
+    if path.suffix == ".parquet":
+        return _read_dataset(_existing(path), "parquet", data_files=str(path))
+    if path.is_dir() or _is_hub_name(path):
+        return _read_dataset(path, str(path))
+    raise UserError(
+        f"{path}: cannot read this kind of file; give a .jsonl or .parquet file, a folder of them, "
+        "or the name of a data set on the Hugging Face hub (owner/name)"
+    )
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such data file; check the path")
+    return path
+
+
+def _is_hub_name(path: Path) -> bool:
+    return len(path.parts) == 2 and not path.is_absolute() and not path.exists()
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row | str]]:
+    # `datasets` could read this too, but it neither keeps line numbers nor lets the type of
+    # ground_truth differ from row to row.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _parse(line)
+
+
+def _parse(line: bytes) -> Row | str:
+    try:
+        row = from_json(line)
+    except ValueError as error:
+        # A row is one line, so the parser's own "line 1" would contradict where it is.
+        return "Invalid JSON: " + str(error).replace(" at line 1 column", " at column")
+    return row if isinstance(row, dict) else "A row should be an object"
+
+
+def _read_dataset(path: Path, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Row | str]]:
+    from datasets import load_dataset  # two seconds, which readers of JSONL need not wait
+
+    try:
+        # Streaming reads the files themselves; otherwise a converted copy is left in the user's
+        # home.
+        splits = load_dataset(*args, streaming=True, **kwargs)
+    except (ValueError, OSError) as error:
+        kind = "not a Parquet file" if kwargs else "no data set that can be read"
+        raise UserError(f"{path}: {kind} ({error})") from error
+    if "train" not in splits and len(splits) > 1:
+        raise UserError(f"{path}: no split named train, but {', '.join(splits)}; use its files")
+    rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row

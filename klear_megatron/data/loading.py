@@ -1,0 +1,52 @@
+"""From a config to encoded prompts."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.data.config import DataConfig
+from klear_megatron.data.encoding import cut_prompt, encode_prompt
+from klear_megatron.data.rows import Prompt, read_prompts
+from klear_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoadedPrompts:
+    """Prompts with their token ids, and what became of the other rows."""
+
+    prompts: list[Prompt]
+    token_ids: list[list[int]]
+    bad_rows: list[UserError]
+    """Of the rows that were skipped because they are malformed."""
+    too_long: int
+    """Prompts that were dropped or cut."""
+
+
+def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
+    """Reads and encodes the prompts of a config.
+
+    Raises:
+        UserError: data that cannot be read, a malformed row that is not to be skipped, or no
+            prompt that is short enough.
+    """
+    bad_rows: list[UserError] = []
+    skip = bad_rows.append if config.bad_rows == "skip" else None
+    limit = config.max_prompt_length
+    kept, kept_ids, too_long = [], [], 0
+    shortest = 0
+    for prompt in read_prompts(config.path, on_bad_row=skip):
+        ids = encode_prompt(tokenizer, prompt.messages)
+        if len(ids) > limit:
+            too_long += 1
+            shortest = min(shortest or len(ids), len(ids))
+            if config.too_long == "drop":
+                continue
+            prompt, ids = cut_prompt(tokenizer, prompt, limit)
+        kept.append(prompt)
+        kept_ids.append(ids)
+    if not kept:
+        raise UserError(
+            f"data.max_prompt_length: no prompt has at most {limit} tokens; the shortest has "
+            f"{shortest}"
+        )
+    return LoadedPrompts(kept, kept_ids, bad_rows, too_long)

@@ -1,0 +1,187 @@
+"""What grades a response: the verifier of its data source, and the user's own functions."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from klear_megatron.errors import UserError
+from klear_megatron.rewards.code import code_reward, score_program
+from klear_megatron.rewards.config import (
+    CodeRewardConfig,
+    CustomRewardConfig,
+    MathRewardConfig,
+    RewardConfig,
+)
+from klear_megatron.rewards.custom import as_reward, import_function, is_async
+from klear_megatron.rewards.math import math_reward, score_answer
+from klear_megatron.rewards.reward import Reward
+from klear_megatron.rewards.sandbox import check_sandbox
+
+GroundTruth = str | list[str]
+
+
+class Grader(Protocol):
+    """Picklable, since it grades in another process."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def limit_s(self) -> float:
+        """Seconds after which its process is ended."""
+
+    def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward: ...
+
+    def failed(self, response: str, *, timed_out: bool) -> Reward:
+        """The reward where `grade` did not return: at its limit, or because its process ended."""
+
+    def check(self) -> None:
+        """Raises UserError where it cannot grade here."""
+
+
+@dataclass(frozen=True)
+class MathGrader:
+    config: MathRewardConfig
+    weight: float
+    name: str = "math"
+
+    @property
+    def limit_s(self) -> float:
+        return self.config.timeout_s
+
+    def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
+        return math_reward(response, ground_truth, self.config)
+
+    def failed(self, response: str, *, timed_out: bool) -> Reward:
+        return score_answer(response, self.config, correct=False, timed_out=timed_out)
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class CodeGrader:
+    config: CodeRewardConfig
+    weight: float
+    name: str = "code"
+
+    @property
+    def limit_s(self) -> float:
+        # The sandbox keeps to its own limit; this is for the comparison of what it has printed.
+        return self.config.timeout_s + 10
+
+    def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
+        return code_reward(response, ground_truth, self.config)
+
+    def failed(self, response: str, *, timed_out: bool) -> Reward:
+        return score_program(response, self.config, 1, Counter(["time" if timed_out else "ended"]))
+
+    def check(self) -> None:
+        check_sandbox(self.config)
+
+
+@dataclass(frozen=True)
+class CustomGrader:
+    config: CustomRewardConfig
+
+    @property
+    def name(self) -> str:
+        return self.config.function.rpartition(":")[2]
+
+    @property
+    def weight(self) -> float:
+        return self.config.weight
+
+    @property
+    def limit_s(self) -> float:
+        return self.config.timeout_s
+
+    @property
+    def is_async(self) -> bool:
+        return is_async(import_function(self.config.function))
+
+    def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
+        function = import_function(self.config.function)
+        value = function(response, ground_truth, data_source)
+        return as_reward(value, response, self.config.function)
+
+    async def grade_async(
+        self, response: str, ground_truth: GroundTruth, data_source: str
+    ) -> Reward:
+        function = import_function(self.config.function)
+        value = await function(response, ground_truth, data_source)  # type: ignore[misc]
+        return as_reward(value, response, self.config.function)
+
+    def failed(self, response: str, *, timed_out: bool) -> Reward:
+        reward = as_reward(0.0, response, self.config.function)
+        return Reward(0.0, correct=False, formatted=reward.formatted, timed_out=timed_out)
+
+    def check(self) -> None:
+        import_function(self.config.function)
+
+
+_VERIFIERS = {"math_longcot_math_verify": "math", "coder1_longcot": "code"}
+
+
+def verifier_of(data_source: str) -> str | None:
+    """ "math", "code", or None where there is none."""
+    # Benchmarks are named after the verifier: math_longcot_math_verify_aime2024.
+    for name, kind in _VERIFIERS.items():
+        if data_source == name or data_source.startswith(f"{name}_"):
+            return kind
+    return None
+
+
+def graders_of(data_source: str, config: RewardConfig) -> list[Grader]:
+    """Its verifier first, if it has one, then the custom functions that grade it.
+
+    Raises:
+        UserError: there is none at all.
+    """
+    graders: list[Grader] = []
+    match verifier_of(data_source):
+        case "math":
+            graders.append(MathGrader(config.math, config.verifier_weight))
+        case "code":
+            graders.append(CodeGrader(config.code, config.verifier_weight))
+    graders += [
+        CustomGrader(custom)
+        for custom in config.custom
+        if not custom.data_sources or data_source in custom.data_sources
+    ]
+    if not graders:
+        raise UserError(
+            f"data_source {data_source!r}: no verifier is known for it; "
+            f"known ones: {', '.join(sorted(_VERIFIERS))}, or your own under rewards.custom"
+        )
+    return graders
+
+
+def check_data_sources(data_sources: Iterable[str], config: RewardConfig = RewardConfig()) -> None:
+    """Raises UserError where one of them cannot be graded: no verifier, or none that runs here."""
+    for data_source in set(data_sources):
+        for grader in graders_of(data_source, config):
+            grader.check()
+
+
+def combine(graders: Sequence[Grader], rewards: Sequence[Reward]) -> Reward:
+    """One reward of those that several graders gave: the weighted sum of their scores.
+
+    Whether it is correct and formatted is the first one's to say: the verifier's, if there is one.
+    The scores themselves are among the parts.
+    """
+    first = rewards[0]
+    if len(rewards) == 1 and graders[0].weight == 1:
+        return first
+    parts = {name: value for reward in rewards for name, value in reward.parts.items()}
+    parts |= {grader.name: reward.score for grader, reward in zip(graders, rewards, strict=True)}
+    pairs = zip(graders, rewards, strict=True)
+    return Reward(
+        score=sum(grader.weight * reward.score for grader, reward in pairs),
+        correct=first.correct,
+        formatted=first.formatted,
+        timed_out=any(reward.timed_out for reward in rewards),
+        parts=parts,
+    )

@@ -1,0 +1,96 @@
+"""The command line that starts a process in a sandbox."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from klear_megatron.errors import UserError
+
+INSIDE = Path(__file__).parent / "inside"
+_LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """What a Python needs to see: its executable, its folders, and where it looks for modules."""
+
+    executable: str
+    folders: tuple[str, ...]
+    search_path: tuple[str, ...]
+
+
+@functools.cache
+def find_interpreter(python: Path | None) -> Interpreter:
+    """That of `python`; None is the one that this process's environment was made from.
+
+    Raises:
+        UserError: it does not run.
+    """
+    executable = str(python or sys._base_executable)  # type: ignore[attr-defined]
+    script = (
+        "import json, os, sys;"
+        "print(json.dumps([os.path.realpath(sys.executable), sys.base_prefix, sys.path]))"
+    )
+    try:
+        output = subprocess.check_output([executable, "-I", "-c", script], text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"rewards.code.python: {executable} does not run: {error}") from error
+    real, prefix, search_path = json.loads(output)
+    search_path = tuple(path for path in search_path if os.path.isdir(path))
+    # A system's interpreter lives in /usr, beside everything else.
+    home = real if prefix == "/usr" else prefix
+    return Interpreter(real, (home, *search_path), search_path)
+
+
+def bubblewrap_command(interpreter: Interpreter, seccomp_fd: int) -> list[str]:
+    """No network, no writable file, no host file but the interpreter and its libraries.
+
+    The first process keeps no privilege but, where root starts it, to become another user and to
+    end that user's processes: as root it would be above the limit on processes. Who is not root
+    gets a user namespace, which has a count of processes of its own.
+    """
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise UserError(
+            "rewards.code.sandbox: bubblewrap (bwrap) is not installed, and a model's programs are "
+            "not run without it; install it (apt-get install bubblewrap, dnf install bubblewrap)"
+            + UNSAFE_HINT
+        )
+    command = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    if os.getuid() == 0:
+        command += ["--cap-drop", "ALL"]
+        for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
+            command += ["--cap-add", capability]
+    else:
+        command += ["--unshare-user", "--disable-userns"]
+    for folder in _LIBRARIES:
+        if os.path.islink(folder):
+            command += ["--symlink", os.readlink(folder), folder]
+        elif os.path.isdir(folder):
+            command += _show(folder)
+    for path in ("/etc/ld.so.cache", *interpreter.folders):
+        if os.path.exists(path):
+            command += _show(path)
+    command += ["--ro-bind", str(INSIDE), "/inside", "--dir", "/tmp", "--chdir", "/tmp"]
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/"]
+    return [
+        *(*command, "--clearenv", "--setenv", "OPENBLAS_NUM_THREADS", "1"),
+        *("--new-session", "--die-with-parent", "--as-pid-1", "--seccomp", str(seccomp_fd), "--"),
+    ]
+
+
+def _show(path: str) -> list[str]:
+    options = []
+    for parent in reversed(Path(path).parents[:-1]):  # which only its owner could enter, by default
+        options += ["--perms", "0755", "--dir", str(parent)]
+    return [*options, "--ro-bind", path, path]
+
+
+UNSAFE_HINT = (
+    ", or, where these programs may do whatever your user may, set rewards.code.sandbox to unsafe"
+)

@@ -1,0 +1,184 @@
+"""The first process of a sandbox: runs each test of a program in a process of its own.
+
+`main.py CONTROL_FD USER MEMORY_BYTES PROCESSES FILE_BYTES SEARCH_PATH` is told what to do over the
+SOCK_SEQPACKET socket CONTROL_FD, one packet and its file descriptors at a time:
+
+    load KIND       [source]          compile a Python text, for the tests that follow
+    test SECONDS    [stdin, stdout]   run a "script"
+                    [connection]      serve the names of a "module"; run a "check" against them
+
+Each test is answered by one packet: `exit STATUS`, `time` or `memory`. Nothing here is secret: no
+expected output ever enters the sandbox of a program, so that a program which takes over this
+process gains nothing by it.
+"""
+
+# The bare C modules: `socket` and `signal` would take longer to import than the rest to run.
+import _signal
+import _socket
+import gc
+import os
+import resource
+import sys
+import time
+
+TYPE_CHECKING = False  # importing `typing` would take longer than a test
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MEMORY_EXHAUSTED = 113  # the exit status of a test that ended in a MemoryError
+WATCH_INTERVAL_S = 0.05
+FIRST_PROCESS = os.getpid() == 1
+
+
+class Limits:
+    def __init__(self, user: str, memory: str, processes: str, file_size: str) -> None:
+        self.user = int(user)
+        self.memory = int(memory)
+        self.processes = int(processes)
+        self.file_size = int(file_size)
+
+    def apply(self, seconds: float) -> None:
+        """Applies to the calling process and its children, for good."""
+        if os.getuid() == 0 and FIRST_PROCESS:
+            os.setgroups([])
+            os.setresgid(self.user, self.user, self.user)
+            os.setresuid(self.user, self.user, self.user)
+        limits = {
+            resource.RLIMIT_AS: self.memory,
+            resource.RLIMIT_CPU: int(seconds) + 1,
+            resource.RLIMIT_FSIZE: self.file_size,
+            resource.RLIMIT_NOFILE: 64,
+            resource.RLIMIT_CORE: 0,
+        }
+        if FIRST_PROCESS:  # elsewhere the other processes of this user would be counted as well
+            limits[resource.RLIMIT_NPROC] = self.processes
+        for name, value in limits.items():
+            resource.setrlimit(name, (value, value))
+
+
+def main(control_fd: str, *arguments: str) -> None:
+    *limit_arguments, search_path = arguments
+    limits = Limits(*limit_arguments)
+    sys.path[:] = [os.path.dirname(__file__), *search_path.split(":")]
+    control = _socket.socket(fileno=int(control_fd))
+    control.send(b"ready")
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGCHLD})
+    runner = None
+    while True:
+        (command, argument), fds = receive(control)
+        if command == "load":
+            runner = load(argument, read_file(fds[0]))
+            gc.freeze()
+        elif runner is None:
+            control.send(b"exit 1")
+        else:
+            child = os.fork()
+            if child == 0:
+                control.close()
+                prepare_test(limits, float(argument))
+                runner(fds)
+                return  # and what it raises is raised here, as the interpreter would
+            control.send(wait(child, float(argument), limits.memory).encode())
+        for fd in fds:
+            os.close(fd)
+
+
+def receive(control: _socket.socket) -> tuple[list[str], list[int]]:
+    packet, ancillary, _, _ = control.recvmsg(100, 256)
+    if not packet:
+        sys.exit(0)
+    fds = [
+        int.from_bytes(data[start : start + 4], sys.byteorder)
+        for _, _, data in ancillary
+        for start in range(0, len(data), 4)
+    ]
+    return packet.decode().split(), fds
+
+
+def read_file(fd: int) -> str:
+    return os.pread(fd, os.fstat(fd).st_size, 0).decode()
+
+
+def load(kind: str, source: str) -> "Callable[[list[int]], None] | None":
+    """How to run a test of this text, given its file descriptors; None where it is no program."""
+    try:
+        code = compile(source, "program.py", "exec")
+    except Exception:
+        return None
+    # Each kind imports what it needs: `json`, of no use to scripts, takes longer than a test.
+    if kind == "check":
+        from remote import check
+
+        return lambda fds: check(code, _socket.socket(fileno=fds[0]))
+    from scripts import import_names, run
+
+    names = import_names(code)
+    if kind == "script":
+        return lambda fds: run(code, names, *fds)
+    from serving import serve
+
+    return lambda fds: serve(code, names, _socket.socket(fileno=fds[0]))
+
+
+def prepare_test(limits: Limits, seconds: float) -> None:
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {_signal.SIGCHLD})
+    _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)  # too much output is the end, not an OSError
+    del sys.path[0]
+    if not FIRST_PROCESS:
+        os.setsid()  # so that its children can be found, and ended, together
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    limits.apply(seconds)
+
+
+def wait(child: int, seconds: float, memory: int) -> str:
+    """Waits for the end of a test, or makes one; nothing that it started is left afterwards."""
+    deadline = time.monotonic() + seconds
+    verdict = ""
+    while not verdict:
+        left = deadline - time.monotonic()
+        _signal.sigtimedwait({_signal.SIGCHLD}, max(0.0, min(left, WATCH_INTERVAL_S)))
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            verdict = "memory" if code == MEMORY_EXHAUSTED else f"exit {code}"
+        elif left <= 0:
+            verdict = "time"
+        elif FIRST_PROCESS and resident_bytes() > memory:
+            verdict = "memory"
+    kill_all(child)
+    return verdict
+
+
+def resident_bytes() -> int:
+    """The memory of all processes of the sandbox but this one."""
+    pages = 0
+    for pid in os.listdir("/proc"):
+        if pid.isdigit() and pid != "1":
+            try:
+                with open(f"/proc/{pid}/statm", "rb") as file:
+                    pages += int(file.read().split()[1])
+            except OSError:
+                pass  # it has just ended
+    return pages * resource.getpagesize()
+
+
+def kill_all(child: int) -> None:
+    try:
+        if FIRST_PROCESS:
+            os.kill(-1, _signal.SIGKILL)  # all at once: not even a fork bomb gets away
+        else:
+            os.killpg(child, _signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # all of them had ended
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

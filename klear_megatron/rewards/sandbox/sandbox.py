@@ -1,0 +1,154 @@
+"""One program in one sandbox, and its tests."""
+
+import contextlib
+import functools
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Literal
+
+from klear_megatron.errors import UserError
+from klear_megatron.rewards.config import CodeRewardConfig
+from klear_megatron.rewards.sandbox.bubblewrap import (
+    INSIDE,
+    UNSAFE_HINT,
+    bubblewrap_command,
+    find_interpreter,
+)
+from klear_megatron.rewards.sandbox.seccomp import seccomp_filter
+
+Kind = Literal["script", "module", "check"]
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself could not be started; no program is to blame."""
+
+
+class Sandbox:
+    """A context manager: a sandbox with one text in it, of which tests are run one after another.
+
+    A text is a "script", which is run once for each test; a "module", whose names are served to
+    each test; or a "check", which tests a module. Nothing of one test is left when the next one
+    starts. `seconds` after its start the sandbox and all in it are ended, whatever goes on there.
+
+    Raises:
+        SandboxError: it does not start.
+        UserError: bubblewrap is not installed.
+    """
+
+    def __init__(self, config: CodeRewardConfig, seconds: float) -> None:
+        self._config = config
+        self._seconds = seconds
+        self._expired = False
+
+    def __enter__(self) -> "Sandbox":
+        self._control, inner_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with memory_file() as messages:
+            with inner_control:
+                self._process = self._start(inner_control.fileno(), messages)
+            self._watch = threading.Timer(self._seconds, self._end)
+            self._watch.start()
+            if self._receive() != "ready":
+                self.__exit__(None, None, None)
+                said = os.pread(messages, 10_000, 0).decode(errors="replace").strip()
+                raise SandboxError(said or "ended before its first test")
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._watch.cancel()
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+    def load(self, kind: Kind, text: str) -> None:
+        """The tests that follow are of this text."""
+        with memory_file(text.encode(errors="surrogatepass")) as source:
+            self._send(f"load {kind}", [source])
+
+    def start_test(self, seconds: float, fds: list[int]) -> None:
+        """Starts a test: with [stdin, stdout] for a script, else with [stream socket]."""
+        self._send(f"test {seconds:.3f}", fds)
+
+    def wait(self) -> str:
+        """How the test ended: `exit STATUS`, `time`, `memory`, or "" where it ended the sandbox."""
+        ending = self._receive()
+        return "time" if not ending and self._expired else ending
+
+    def _end(self) -> None:
+        self._expired = True
+        self._process.kill()
+
+    def _send(self, packet: str, fds: list[int]) -> None:
+        with contextlib.suppress(OSError):  # the sandbox has ended, which `wait` will tell
+            socket.send_fds(self._control, [packet.encode()], fds)
+
+    def _receive(self) -> str:
+        try:
+            return self._control.recv(100).decode(errors="replace")
+        except OSError:
+            return ""
+
+    def _start(self, control: int, messages: int) -> subprocess.Popen[bytes]:
+        config = self._config
+        interpreter = find_interpreter(config.python)
+        limits = [
+            # An ID that no other process on this host is likely to have, so that the limit on
+            # processes counts those of this sandbox only.
+            *(str(20_000 + os.getpid() % 40_000), str(config.memory_mb << 20)),
+            *(str(config.processes), str(config.output_mb << 20)),
+        ]
+        with memory_file(seccomp_filter()) as seccomp:
+            if config.sandbox == "unsafe":
+                command, folder, fds = [], str(INSIDE), [control]
+            else:
+                command = bubblewrap_command(interpreter, seccomp)
+                folder, fds = "/inside", [control, seccomp]
+            # No environment, no site-packages by themselves, no compiled files written.
+            command += [interpreter.executable, "-I", "-S", "-B", "-X", "utf8"]
+            command += [f"{folder}/main.py", str(control), *limits]
+            return subprocess.Popen(
+                [*command, ":".join(interpreter.search_path)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=messages,
+                pass_fds=fds,
+                cwd="/",
+            )
+
+
+@contextlib.contextmanager
+def memory_file(content: bytes = b"") -> Iterator[int]:
+    """A file descriptor of a file in memory, at its start."""
+    fd = os.memfd_create("sandbox")
+    try:
+        with memoryview(content) as rest:
+            written = 0
+            while written < len(content):
+                written += os.write(fd, rest[written:])
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@functools.cache
+def check_sandbox(config: CodeRewardConfig) -> None:
+    """Raises UserError where programs cannot be run as the config asks; tried once per process."""
+    try:
+        with Sandbox(config, seconds=60):
+            pass
+    except SandboxError as error:
+        raise UserError(
+            "rewards.code.sandbox: bubblewrap does not run here, and a model's programs are not "
+            f"run without it. It said: {error}. In a container it needs the right to make "
+            "namespaces (docker run --security-opt seccomp=unconfined --cap-add SYS_ADMIN, or "
+            f"user namespaces switched on){UNSAFE_HINT}"
+        ) from error

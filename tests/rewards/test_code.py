@@ -1,0 +1,347 @@
+import base64
+import json
+import pickle
+import textwrap
+import zlib
+
+import pytest
+
+from klear_megatron.errors import UserError
+from klear_megatron.rewards import CodeRewardConfig, RewardConfig, RewardPool, code_reward
+from klear_megatron.rewards.code import extract_program
+from klear_megatron.rewards.code_tests import CallTest, CheckTest, ScriptTest, parse_tests
+from klear_megatron.rewards.comparison import outputs_agree, values_agree
+
+
+def respond(program):
+    return f"<think>Well.</think>\nHere:\n```python\n{textwrap.dedent(program)}\n```\nDone."
+
+
+def compress(cases):
+    """As the public LiveCodeBench files have their private tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(cases)))).decode()
+
+
+STDIN_CASES = [
+    {"input": "2 3\n", "output": "5\n", "testtype": "stdin"},
+    {"input": "3 4\n", "output": "7", "testtype": "stdin"},
+]
+CALL_CASES = [
+    {"input": "2\n3", "output": "5", "testtype": "functional"},
+    {"input": "3\n4", "output": "7", "testtype": "functional"},
+]
+ADD_NUMBERS = "print(sum(map(int, input().split())))"
+ADD = "def add(a: int, b: int) -> List[int]:\n    return a + b"
+ADD_METHOD = "class Solution:\n    def add(self, a: int, b: int) -> int:\n        return a + b"
+FUNCTION = json.dumps({"func_name": "add"})
+
+FORMATS = {
+    "stdin texts": ({"inputs": ["2 3\n", "3 4"], "outputs": ["5\n", "7"]}, ADD_NUMBERS),
+    "stdin lines": (
+        {"inputs": [["2", "3"]], "outputs": [["5", "6"]]},
+        "a, b = int(input()), int(input())\nprint(a + b)\nprint(a * b)",
+    ),
+    "fn_name": ({"fn_name": "add", "inputs": [[2, 3], [3, 4]], "outputs": [5, [7]]}, ADD),
+    "fn_name of a Solution": (
+        {"fn_name": "add", "inputs": ["2\n3"], "outputs": ["5"]},
+        ADD_METHOD,
+    ),
+    "case by case": (STDIN_CASES, ADD_NUMBERS),
+    "calls case by case": (
+        [{**case, "metadata": {"func_name": "add"}} for case in CALL_CASES],
+        ADD,
+    ),
+    "assertions": (["assert add(2, 3) == 5", "assert add(b=3, a=4) == 7"], ADD),
+    "functional": (
+        {"functional": "def check(f):\n    assert all(f(i, 1) == i + 1 for i in (1,))\ncheck(add)"},
+        ADD,
+    ),
+    "LiveCodeBench stdin": (
+        {
+            "public_test_cases": json.dumps(STDIN_CASES[:1]),
+            "private_test_cases": compress(STDIN_CASES[1:]),
+            "metadata": "{}",
+        },
+        ADD_NUMBERS,
+    ),
+    "LiveCodeBench calls": (
+        {
+            "public_test_cases": json.dumps(CALL_CASES[:1]),
+            "private_test_cases": compress(CALL_CASES[1:]),
+            "metadata": FUNCTION,
+        },
+        ADD_METHOD,
+    ),
+}
+
+
+@pytest.mark.parametrize(("tests", "program"), FORMATS.values(), ids=FORMATS)
+def test_each_format_of_tests_passes_right_programs_and_fails_wrong_ones(tests, program):
+    ground_truth = json.dumps(tests)
+    right = code_reward(respond(program), ground_truth)
+    assert right.correct
+    assert right.score == 1
+    assert right.parts["tests/passed"] == 1
+    wrong = code_reward(respond(program.replace("+ b", "- b").replace("sum", "max")), ground_truth)
+    assert not wrong.correct
+    assert wrong.score == 0
+
+
+def test_ground_truth_may_be_a_list_of_assertions():
+    assert code_reward(respond(ADD), ["assert add(2, 3) == 5"]).correct
+
+
+def test_authors_rows_and_benchmarks_named_after_them_are_graded_as_code():
+    jobs = [
+        (source, respond(ADD_NUMBERS), json.dumps({"inputs": ["2 3"], "outputs": ["5"]}))
+        for source in ("coder1_longcot", "coder1_longcot_lcbv5")
+    ]
+    with RewardPool(RewardConfig(workers=1)) as pool:
+        assert [reward.correct for reward in pool.grade(jobs)] == [True, True]
+
+
+SIXTEEN = json.dumps(
+    {"inputs": [str(i) for i in range(16)], "outputs": ["ok" if i < 4 else "no" for i in range(16)]}
+)
+
+
+def test_soft_reward_is_the_share_of_passed_tests_and_hard_is_all_or_nothing():
+    four_of_16 = respond("print('ok')")
+    assert code_reward(four_of_16, SIXTEEN).score == 0.25
+    hard = CodeRewardConfig(mode="hard", correct=2.0, wrong=-3.0, format_penalty=0.5)
+    assert code_reward(four_of_16, SIXTEEN, hard).score == -3
+    assert code_reward(four_of_16.removeprefix("<think>"), SIXTEEN, hard).score == -3.5
+    all_right = respond("print('ok' if int(input()) < 4 else 'no')")
+    assert code_reward(all_right, SIXTEEN, hard).score == 2
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "<think></think>",
+        "<think></think> print('ok')",
+        "<think>\n```python\nprint('ok')\n```\n</think>",
+        "```python\nprint('ok')\n```",
+        "<think></think>\n```python\nprint('ok')",
+        "<think></think>\n```cpp\nint main() {}\n```",
+    ],
+)
+def test_answer_without_a_program_passes_no_test(response):
+    reward = code_reward(response, SIXTEEN)
+    assert reward.score == (
+        0 if response.startswith("<think>") and "</think>" in response else -0.5
+    )
+    assert not reward.correct
+    assert not any(reward.parts.values())
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("```python\na\n```", "a"),
+        ("```\na\n```", "a"),
+        ("```Python3\na\n\nb\n```\n", "a\n\nb"),
+        ("```py\na\n```\n```python\nb\n```", "b"),
+        ("```python\na\n```\nIt prints:\n```\n5\n```", "a"),
+        ("```python\na\n```\n```text\n5\n```", "a"),
+        ("  ```python\n  a\n  ```", "  a"),
+        ("```python\ns = '''\n``` no end\n'''\n```", "s = '''\n``` no end\n'''"),
+        ("```python\na\n```\n```python\nb", "a"),
+        ("```python\n```", ""),
+        ("``` python\na\n```", "a"),
+        ("`a`", None),
+        ("```python a ```", None),
+        ("x" * 5_000_000, None),
+        ("```\n" * 1_000_001, ""),
+    ],
+)
+def test_last_fenced_program_is_extracted(answer, program):
+    assert extract_program(answer) == program
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "agree"),
+    [
+        ("5", "5\n", True),
+        ("5 \n", "5", True),
+        ("\n\n 1  2\t3 \r\n4\n", "1 2 3\n4", True),
+        ("1 2 3", "1\n2\n3", False),
+        ("1\n\n2", "1\n2", False),
+        ("", "", True),
+        ("", "0", False),
+        ("YES", "Yes", False),
+        ("0.3333333", "0.33333333333", True),
+        ("0.3334", "0.3333", False),
+        ("1e-7", "0", True),
+        ("2.0", "2", True),
+        ("5", "5.0000000001", True),
+        ("007", "7", True),
+        ("1000000007", "1000000008", False),
+        ("1" + "0" * 400, "1" + "0" * 399 + "1", False),
+        ("1" + "0" * 400 + ".5", "1" + "0" * 400, False),
+        ("nan", "nan", True),
+        ("nan", "1.5", False),
+        ("inf", "1e999", False),
+        ("-0", "0", True),
+        ("a 0.1", "b 0.1", False),
+        ("[1, 2]", "[1,2]", False),
+    ],
+)
+def test_outputs_are_compared_by_lines_words_and_numbers(printed, expected, agree):
+    assert outputs_agree(printed, expected, 1e-6) is agree
+
+
+def test_without_tolerance_numbers_have_to_be_equal():
+    assert outputs_agree("2.50", "2.5", 0)
+    assert not outputs_agree("0.3333333", "0.33333333333", 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "agree"),
+    [
+        ((1, (2, 3)), [1, [2, 3]], True),
+        ([1, 2], [2, 1], False),
+        ([0.1 + 0.2], [0.3], True),
+        (10**9 + 7, 10**9 + 8, False),
+        (10**400, 0.5, False),
+        ("5", 5, False),
+        ({1: 2.0}, {"1": 2}, True),
+        ({1: 2}, {"1": 2, "3": 4}, False),
+        (True, True, True),
+        (None, False, False),
+        ([], None, False),
+        (float("nan"), 1.0, False),
+    ],
+)
+def test_returned_values_are_compared_as_data(value, expected, agree):
+    assert values_agree(value, expected, 1e-6) is agree
+
+
+CHECKS = {
+    "types are kept": (
+        "def f(): return (1, [2], {3}, {4: None}, b'5', 1j, frozenset())",
+        "assert f() == (1, [2], {3}, {4: None}, b'5', 1j, frozenset())",
+    ),
+    "a tuple is no list": ("def f(): return (1,)", "assert f() != [1]"),
+    "arguments changed in place": (
+        "def f(x, y):\n    x.sort()\n    y['a'] = 1",
+        "x, y = [3, 1], {}\nassert f(x, y) is None\nassert (x, y) == ([1, 3], {'a': 1})",
+    ),
+    "exceptions": (
+        "def f(): raise KeyError('x')",
+        "try:\n    f()\nexcept KeyError:\n    pass\nelse:\n    assert False",
+    ),
+    "objects": (
+        "class A:\n  def __init__(self, n): self.n = n\n  def twice(self): return A(self.n * 2)",
+        "assert A(n=4).twice().twice().n == 16",
+    ),
+    "containers of objects": (
+        "class A:\n    def __init__(self, n): self.n = n\ndef f(): return [A(1), A(2)]",
+        "assert [a.n for a in f()] == [1, 2]",
+    ),
+    "constants": ("LIMIT = 3", "assert LIMIT == 3"),
+    "tests' own imports and helpers": (
+        "def f(x): return x ** 0.5",
+        "import math\ndef near(a, b): return math.isclose(a, b)\nassert near(f(2), math.sqrt(2))",
+    ),
+    "counters and deques": (
+        "from collections import Counter, deque\ndef f(): return Counter('aab'), deque([1])",
+        "assert f() == ({'a': 2, 'b': 1}, [1])",
+    ),
+}
+
+
+@pytest.mark.parametrize(("program", "check"), CHECKS.values(), ids=CHECKS)
+def test_checks_see_the_programs_values_as_they_are(program, check):
+    assert code_reward(respond(program), [check]).correct
+    assert not code_reward(respond(program), [check + "\nassert False"]).correct
+    assert not code_reward(respond("pass"), [check]).correct
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys\nprint(sys.stdin.read().strip().upper())",
+        "import sys\nfor line in sys.stdin:\n    print(line.strip().upper())",
+        "import sys\nsys.stdout.write(sys.stdin.buffer.readline().decode().upper())",
+        "def main():\n    print(input().upper())\nif __name__ == '__main__':\n    main()",
+        "import threading\nt = threading.Thread(target=lambda: print(input().upper()))\nt.start()",
+        "import atexit\natexit.register(lambda: print(input().upper()))",
+        "import os\nprint(os.read(0, 100).decode().upper())",
+        "print(input().upper())\nexit()",
+        "from string import ascii_uppercase\nprint(defaultdict(int) or deque() or input().upper())",
+        "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\n"
+        "assert f(50_000) == 50_000\nprint(input().upper())",
+        "import multiprocessing\nif __name__ == '__main__':\n"
+        "    print(input().upper(), flush=True)\n"
+        "    p = multiprocessing.get_context('fork').Process(target=print, args=())\n"
+        "    p.start(); p.join()",
+    ],
+)
+def test_programs_run_as_scripts_do(program):
+    tests = json.dumps({"inputs": ["straße é日本\n"], "outputs": ["STRASSE É日本"]})
+    reward = code_reward(respond(program), tests)
+    assert reward.correct, reward
+
+
+def test_large_inputs_and_outputs_arrive():
+    numbers = [str(i) for i in range(300_000)]
+    tests = json.dumps({"inputs": ["\n".join(numbers)], "outputs": ["\n".join(numbers)]})
+    assert code_reward(respond("import sys\nsys.stdout.write(sys.stdin.read())"), tests).correct
+
+
+def test_forms_of_tests_mean_what_they_say():
+    assert parse_tests(json.dumps(FORMATS["stdin lines"][0])) == [ScriptTest("2\n3", "5\n6")]
+    assert parse_tests(json.dumps(FORMATS["fn_name"][0])) == [
+        CallTest("add", [2, 3], (5,)),
+        CallTest("add", [3, 4], ([7], 7)),
+    ]
+    assert parse_tests(json.dumps(FORMATS["LiveCodeBench calls"][0])) == [
+        CallTest("add", [2, 3], (5,)),
+        CallTest("add", [3, 4], (7,)),
+    ]
+    assert parse_tests(["assert 1"]) == [CheckTest("assert 1")]
+
+
+class Witness:
+    """Its unpickling would be seen."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code in a data file was run",))
+
+
+def lcb_private(payload):
+    return json.dumps({"private_test_cases": base64.b64encode(payload).decode()})
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "what"),
+    [
+        ("", "JSONDecodeError"),
+        ("4", "neither a list nor an object"),
+        ("null", "neither"),
+        ("{}", "inputs"),
+        ("[]", "no tests"),
+        ('{"inputs": [], "outputs": []}', "no tests"),
+        ('{"inputs": ["1"], "outputs": []}', "1 inputs, but 0 outputs"),
+        ('[{"input": "1"}]', "output"),
+        ('[{"input": "1", "output": "1", "testtype": "functional"}]', "metadata"),
+        (json.dumps([CALL_CASES[0], STDIN_CASES[0]]), "some tests call a function"),
+        ("[" * 100_000, "Recursion"),
+        ('{"private_test_cases": "!"}', "private_test_cases"),
+        (lcb_private(b"junk"), "private_test_cases"),
+        (lcb_private(zlib.compress(b"junk")), "private_test_cases"),
+        (lcb_private(zlib.compress(pickle.dumps(Witness()))), "refused to load"),
+        (lcb_private(zlib.compress(pickle.dumps(["x"]))), "a pickled list"),
+    ],
+)
+def test_other_ground_truths_are_refused(ground_truth, what):
+    with pytest.raises(UserError, match=rf"reward_model\.ground_truth: .*{what}"):
+        code_reward(respond("print(5)"), ground_truth)
+
+
+def test_interpreter_that_does_not_run_is_refused(tmp_path):
+    config = CodeRewardConfig(python=tmp_path / "python")
+    with pytest.raises(UserError, match=r"rewards\.code\.python: .*does not run"):
+        code_reward(respond("print(5)"), SIXTEEN, config)

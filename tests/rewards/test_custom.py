@@ -1,0 +1,138 @@
+import asyncio
+import textwrap
+import time
+
+import pytest
+
+from klear_megatron.errors import UserError
+from klear_megatron.rewards import (
+    CustomRewardConfig,
+    MathRewardConfig,
+    Reward,
+    RewardConfig,
+    RewardPool,
+    check_data_sources,
+)
+from tests.rewards.test_code import SIXTEEN, respond
+
+SOURCE = "math_longcot_math_verify"
+RIGHT, WRONG = r"<think></think>\boxed{4}", r"<think></think>\boxed{5} or so"
+
+
+def length_reward(response, ground_truth, data_source):
+    assert data_source in (SOURCE, "essays")
+    return len(response) / 100
+
+
+async def judge(response, ground_truth, data_source):
+    await asyncio.sleep(0.5)
+    return Reward(score=0.25, correct=True, formatted=False, parts={"judge/clarity": 3.0})
+
+
+async def never(response, ground_truth, data_source):
+    await asyncio.sleep(1e6)
+
+
+def hang(response, ground_truth, data_source):
+    while True:
+        pass
+
+
+def words(response, ground_truth, data_source):
+    return "good"
+
+
+def fail(response, ground_truth, data_source):
+    raise KeyError("a bug of the user's")
+
+
+def custom(name, **settings):
+    return CustomRewardConfig(function=f"{__name__}:{name}", **settings)
+
+
+def grade(jobs, *functions, **settings):
+    with RewardPool(RewardConfig(custom=functions, workers=2, **settings)) as pool:
+        return pool.grade(jobs)
+
+
+def test_scores_are_weighted_together_and_each_is_kept():
+    jobs = [(SOURCE, RIGHT, "4"), (SOURCE, WRONG, "4")] * 10
+    functions = custom("length_reward", weight=2.0), custom("judge", weight=-1.0)
+    start = time.monotonic()
+    rewards = grade(jobs, *functions, verifier_weight=0.5)
+    assert time.monotonic() - start < 20 * 0.5  # the judge's calls overlap
+    for (_, response, _), reward in zip(jobs, rewards, strict=True):
+        right = response == RIGHT
+        verdict, length = (1.0 if right else -1.0), len(response) / 100
+        assert reward.score == pytest.approx(0.5 * verdict + 2 * length - 0.25)
+        assert (reward.correct, reward.formatted) == (right, True)  # as the verifier has it
+        assert reward.parts == {
+            "math": verdict,
+            "length_reward": length,
+            "judge": 0.25,
+            "judge/clarity": 3.0,
+        }
+
+
+def test_parts_of_the_verifier_are_kept_too():
+    config = custom("length_reward", data_sources=["essays"])
+    (reward,) = grade([("coder1_longcot", respond("print('ok')"), SIXTEEN)], config)
+    assert reward.score == reward.parts["tests/passed"] == 0.25
+    assert "length_reward" not in reward.parts
+
+
+def test_data_source_without_a_verifier_is_graded_by_functions_alone():
+    config = custom("length_reward", data_sources=["essays"])
+    (reward,) = grade([("essays", "An essay.", "")], config)
+    assert reward == Reward(score=0.09, correct=True, formatted=False)
+    with pytest.raises(UserError, match=r"'poems': no verifier.*rewards\.custom"):
+        check_data_sources(["poems"], RewardConfig(custom=[config]))
+
+
+def test_function_of_a_file_is_found_by_its_path(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            def three(response, ground_truth, data_source):
+                return 3
+            """
+        )
+    )
+    (reward,) = grade([("essays", "", "")], CustomRewardConfig(function=f"{path}:three"))
+    assert reward.score == 3
+
+
+@pytest.mark.parametrize("name", ["hang", "never"])
+def test_function_that_does_not_return_scores_nothing_and_delays_nothing(name):
+    jobs = [(SOURCE, RIGHT, "4")] * 3
+    settings = {"math": MathRewardConfig(correct=2.0)}
+    for reward in grade(jobs, custom(name, timeout_s=0.5), **settings):
+        assert reward.timed_out
+        assert reward.correct
+        assert reward.score == 2
+        assert reward.parts == {"math": 2.0, name: 0.0}
+
+
+def test_exception_of_a_function_is_raised():
+    with pytest.raises(KeyError, match="a bug of the user's"):
+        grade([(SOURCE, RIGHT, "4")], custom("fail"))
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        ("no.such.module:function", "cannot import 'no.such.module:function'"),
+        (f"{__name__}:nothing", "cannot import .*nothing"),
+        ("/no/such/file.py:function", "cannot import '/no/such/file.py:function'"),
+        (f"{__name__}:SOURCE", "is not a function"),
+    ],
+)
+def test_function_that_is_not_there_is_refused_before_grading(function, what):
+    with pytest.raises(UserError, match=f"rewards.custom.function: .*{what}"):
+        grade([(SOURCE, RIGHT, "4")], CustomRewardConfig(function=function))
+
+
+def test_function_that_returns_no_number_is_refused():
+    with pytest.raises(UserError, match=r"words returned 'good'; it has to return a number"):
+        grade([(SOURCE, RIGHT, "4")], custom("words"))
