@@ -47,13 +47,17 @@ def padded_batches(sequences: list[list[int]], budget: int) -> Iterator[list[lis
     yield batch
 
 
-def hugging_face(path: Path, sequences: list[list[int]], budget: int) -> Callable[[], None]:
-    """A training step."""
+Step = Callable[[list[list[int]]], None]
+"""One optimizer step on these sequences."""
+
+
+def hugging_face(path: Path, budget: int) -> Step:
+    """Plain PyTorch."""
     model = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    total = sum(len(sequence) - 1 for sequence in sequences)
 
-    def step() -> None:
+    def step(sequences: list[list[int]]) -> None:
+        total = sum(len(sequence) - 1 for sequence in sequences)
         for batch in padded_batches(sequences, budget):
             longest = max(map(len, batch))
             tokens = torch.tensor([s + [0] * (longest - len(s)) for s in batch])
@@ -71,8 +75,8 @@ def hugging_face(path: Path, sequences: list[list[int]], budget: int) -> Callabl
     return step
 
 
-def ours(path: Path, sequences: list[list[int]], budget: int) -> Callable[[], None]:
-    """A training step."""
+def ours(path: Path, budget: int) -> Step:
+    """Megatron's schedule on one rank."""
     config = PolicyConfig(
         path=path,
         dtype="float32",
@@ -80,11 +84,10 @@ def ours(path: Path, sequences: list[list[int]], budget: int) -> Callable[[], No
         optimizer=OptimizerConfig(lr=1e-4),
     )
     policy = Policy(config, total_steps=100)
-    mask = [[1.0] * len(sequence) for sequence in sequences]
-    batch = Batch.from_sequences(sequences, loss_mask=mask)
 
-    def step() -> None:
-        policy.train_step(batch, SFTObjective())
+    def step(sequences: list[list[int]]) -> None:
+        mask = [[1.0] * len(sequence) for sequence in sequences]
+        policy.train_step(Batch.from_sequences(sequences, loss_mask=mask), SFTObjective())
 
     return step
 
@@ -105,19 +108,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         Qwen3ForCausalLM(CONFIG).save_pretrained(path)
+        ways = [hugging_face(path, arguments.budget), ours(path, arguments.budget)]
         print("| lengths | tokens | Hugging Face, tokens/s | ours, tokens/s | ratio |")
         print("|---|---|---|---|---|")
         for name, row in lengths.items():
             sequences = [[draw.randrange(CONFIG.vocab_size) for _ in range(n)] for n in row]
-            seconds = {}
-            for way in (hugging_face, ours):
-                step = way(path, sequences, arguments.budget)
-                step()  # the first one allocates
+            rates = []
+            for step in ways:
+                step(sequences)  # the first one allocates
                 start = time.perf_counter()
                 for _ in range(arguments.steps):
-                    step()
-                seconds[way] = (time.perf_counter() - start) / arguments.steps
-            theirs, mine = (sum(row) / seconds[way] for way in (hugging_face, ours))
+                    step(sequences)
+                rates.append(sum(row) * arguments.steps / (time.perf_counter() - start))
+            theirs, mine = rates
             print(
                 f"| {name} | {sum(row)} | {theirs:.0f} | {mine:.0f} | {mine / theirs:.2f} |",
                 flush=True,

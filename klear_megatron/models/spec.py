@@ -4,8 +4,6 @@ The torch spec takes Megatron-Core's local spec and supplies the two modules it 
 an RMSNorm that knows sequence parallelism, and attention over packed sequences.
 """
 
-import importlib.util
-
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -19,10 +17,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from klear_megatron import platform
 from klear_megatron.models.attention import PackedAttention
-
-HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
 
 class RMSNorm(torch.nn.Module):
@@ -45,7 +40,7 @@ def layer_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of this pipeline stage's transformer block."""
-    if platform.HAS_GPU and HAVE_TRANSFORMER_ENGINE:
+    if config.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,

@@ -21,12 +21,15 @@ from klear_megatron import platform
 from klear_megatron.models import get_architecture
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.policy.config import OptimizerConfig, ParallelConfig, PolicyConfig
+from klear_megatron.policy.kernels import Kernels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(config: PolicyConfig, hf: PretrainedConfig) -> TransformerConfig:
-    """Megatron's TransformerConfig for this model in this layout on this platform."""
+def transformer_config(
+    config: PolicyConfig, hf: PretrainedConfig, kernels: Kernels
+) -> TransformerConfig:
+    """Megatron's TransformerConfig for this model in this layout with these kernels."""
     architecture = get_architecture(hf)
     fields = architecture.transformer_config(hf)
     _, rotary_scaling = architecture.rotary(hf)
@@ -37,6 +40,7 @@ def transformer_config(config: PolicyConfig, hf: PretrainedConfig) -> Transforme
     full_recompute = config.recompute_granularity == "full"
     return TransformerConfig(
         **fields,
+        **kernels.transformer,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
@@ -58,13 +62,6 @@ def transformer_config(config: PolicyConfig, hf: PretrainedConfig) -> Transforme
         recompute_granularity=config.recompute_granularity,
         recompute_method="uniform" if full_recompute else None,
         recompute_num_layers=1 if full_recompute else None,
-        recompute_modules=list(config.recompute_modules),
-        # Kernels that exist on GPUs only.
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=platform.HAS_GPU,
-        masked_softmax_fusion=platform.HAS_GPU,
-        bias_dropout_fusion=platform.HAS_GPU,
-        persist_layer_norm=platform.HAS_GPU,
         # Losses arrive divided by denominators of the whole mini-batch: gradients are plain sums,
         # over micro-batches and over ranks, and nothing is divided afterwards.
         calculate_per_token_loss=True,
@@ -77,7 +74,7 @@ def _sum_model_grads(model: list[Any], num_tokens: object = None, **groups: Any)
 
 
 def build_model_chunks(
-    config: PolicyConfig, hf: PretrainedConfig, *, temperature: float
+    config: PolicyConfig, hf: PretrainedConfig, kernels: Kernels, *, temperature: float
 ) -> list[LanguageModel]:
     """This rank's pipeline stage, as one chunk per virtual stage, with uninitialised weights.
 
@@ -85,7 +82,7 @@ def build_model_chunks(
         UserError: unknown architecture, or a model that cannot be cut as configured.
     """
     config.parallel.check_model(hf)
-    megatron = transformer_config(config, hf)
+    megatron = transformer_config(config, hf, kernels)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     return [
         LanguageModel(megatron, hf, temperature=temperature, vp_stage=stage).to(platform.device())
@@ -94,7 +91,7 @@ def build_model_chunks(
 
 
 def wrap_data_parallel(
-    chunks: list[LanguageModel], parallel: ParallelConfig
+    chunks: list[LanguageModel], parallel: ParallelConfig, kernels: Kernels
 ) -> list[DistributedDataParallel]:
     """Megatron's DDP with the distributed optimizer's float32 gradient buffers."""
     config = chunks[0].config
@@ -103,6 +100,7 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=kernels.fp8_param_gather,
     )
     modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
     model = [
@@ -117,7 +115,10 @@ def wrap_data_parallel(
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: list[DistributedDataParallel], total_steps: int
+    config: OptimizerConfig,
+    model: list[DistributedDataParallel],
+    kernels: Kernels,
+    total_steps: int,
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """Megatron's distributed Adam and its schedule over `total_steps` optimizer steps."""
     megatron = model[0].config
@@ -134,6 +135,11 @@ def build_optimizer(
             bf16=megatron.bf16,
             params_dtype=megatron.params_dtype,
             use_distributed_optimizer=True,
+            fp8_recipe=megatron.fp8_recipe if megatron.fp8 else None,
+            optimizer_cpu_offload=kernels.optimizer_offload > 0,
+            optimizer_offload_fraction=kernels.optimizer_offload,
+            # Megatron's offloading is built on this one's way of keeping gradients.
+            use_precision_aware_optimizer=kernels.optimizer_offload > 0,
         ),
         model,
     )

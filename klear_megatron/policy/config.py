@@ -22,6 +22,8 @@ class ParallelConfig(Section):
     """Ranks, of those that tensor, context and data parallelism have, that share the experts."""
     expert_tensor_parallel_size: PositiveInt | None = None
     """Ranks that each expert's matrices are cut over; by default tensor_model_parallel_size."""
+    context_parallel_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
+    """How Transformer Engine exchanges keys and values; in plain PyTorch they are gathered."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while backward is still computing others."""
     overlap_param_gather: bool = False
@@ -129,6 +131,8 @@ class OptimizerConfig(Section):
     adam_eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
+    offload_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of Adam's state that is kept, and stepped, in the host's memory."""
 
 
 class CheckpointConfig(Section):
@@ -177,9 +181,21 @@ class PolicyConfig(Section):
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = (
         "core_attn",
     )
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """Recipe for the matrix products of the layers; log-probabilities stay as they are."""
+    fp8_param_gather: bool = False
+    """Keep and gather the layers' weights in FP8 as well; master weights stay float32."""
     moe_aux_loss_coeff: float = Field(0.0, ge=0)
     """Weight of the load-balancing loss of mixtures of experts. It is computed per micro-batch, as
     Megatron does: with it on, gradients depend a little on how a mini-batch is packed."""
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _fp8_needs_bfloat16(self) -> "PolicyConfig":
+        if self.fp8 and self.dtype != "bfloat16":
+            raise ValueError(f"fp8: {self.fp8} needs dtype: bfloat16, not {self.dtype}")
+        if self.fp8_param_gather and not self.fp8:
+            raise ValueError("fp8_param_gather needs fp8 to name a recipe")
+        return self

@@ -1,6 +1,7 @@
 """The trained policy: Megatron's schedule, optimizer and checkpoints behind four verbs."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -27,9 +28,12 @@ from klear_megatron.policy.build import (
     wrap_data_parallel,
 )
 from klear_megatron.policy.config import PolicyConfig, import_extensions
+from klear_megatron.policy.kernels import Installed, choose_kernels
 from klear_megatron.policy.micro_batches import MicroBatch, build_micro_batch, plan_micro_batches
 from klear_megatron.policy.parallel import initialize_model_parallel
 from klear_megatron.policy.weights import gather_hf_tensors, load_hf_weights, local_parameters
+
+_logger = logging.getLogger(__name__)
 
 
 class Policy:
@@ -56,11 +60,17 @@ class Policy:
         initialize_model_parallel(config.parallel, seed)
         padded = padded_vocab_size(self.hf.vocab_size, config.parallel.tensor_model_parallel_size)
         self._table = list(get_architecture(self.hf).weights(self.hf, padded))
-        self.chunks = build_model_chunks(config, self.hf, temperature=temperature)
+        experts = hasattr(self.hf, "num_experts")
+        kernels = choose_kernels(config, Installed.here(), experts=experts)
+        if dist.get_rank() == 0:
+            for line in kernels.warnings:
+                _logger.warning(line)
+        self._token_multiple = kernels.token_multiple
+        self.chunks = build_model_chunks(config, self.hf, kernels, temperature=temperature)
         load_hf_weights(self.chunks, self._table, config.path)
-        self._model = wrap_data_parallel(self.chunks, config.parallel)
+        self._model = wrap_data_parallel(self.chunks, config.parallel, kernels)
         self._optimizer, self._scheduler = build_optimizer(
-            config.optimizer, self._model, total_steps
+            config.optimizer, self._model, kernels, total_steps
         )
         self._writer = checkpoint.CheckpointWriter(config.checkpoint, companions=config.path)
 
@@ -188,7 +198,7 @@ class Policy:
             build_micro_batch,
             batch,
             # Zig-zag chunks for context parallelism, equal shares for sequence parallelism.
-            align=tp * (2 * cp if cp > 1 else 1),
+            align=tp * (2 * cp if cp > 1 else 1) * self._token_multiple,
             cp_rank=parallel_state.get_context_parallel_rank(),
             cp_size=cp,
         )

@@ -1,0 +1,114 @@
+"""Which kernels a run gets, from what it asks for and what is installed where it runs.
+
+Pure: the same answer for the same question on any machine. What is asked for and cannot be had is
+replaced by something that computes the same, and said in one line.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from klear_megatron import platform
+from klear_megatron.policy.config import PolicyConfig
+
+_FP8_CAPABILITY = {
+    "delayed": (8, 9),
+    "tensorwise": (8, 9),
+    "blockwise": (9, 0),
+    "mxfp8": (10, 0),
+}
+"""The oldest compute capability that each FP8 recipe runs on."""
+_NEED_TRANSFORMER_ENGINE = ("layernorm", "moe_act")
+"""Recomputable modules whose recomputation Megatron-Core leaves to Transformer Engine."""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What there is to compute with."""
+
+    compute_capability: tuple[int, int] | None
+    """Of the GPU; None without one."""
+    transformer_engine: bool
+    apex: bool
+    """NVIDIA's, with its kernel that adds weight gradients up in place."""
+
+    @classmethod
+    def here(cls) -> "Installed":
+        """In this process."""
+        return cls(
+            torch.cuda.get_device_capability() if platform.HAS_GPU else None,
+            importlib.util.find_spec("transformer_engine") is not None,
+            importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The choice."""
+
+    transformer: dict[str, Any]
+    """Fields of Megatron's TransformerConfig."""
+    fp8_param_gather: bool
+    token_multiple: int
+    """The tokens of a micro-batch on one rank have to be a multiple of this."""
+    optimizer_offload: float
+    """Share of the optimizer's state that is kept, and stepped, on the host."""
+    warnings: list[str]
+    """What was asked for and is not to be had, one line each."""
+
+
+def choose_kernels(config: PolicyConfig, installed: Installed, *, experts: bool) -> Kernels:
+    """`experts`: whether the model is a mixture of experts."""
+    gpu = installed.compute_capability is not None
+    engine = gpu and installed.transformer_engine
+    warnings = []
+    if gpu and not engine:
+        warnings.append(
+            "Transformer Engine is not installed: layers are plain PyTorch, slower and without FP8"
+        )
+    recipe = config.fp8
+    if recipe and not (
+        engine and (installed.compute_capability or (0, 0)) >= _FP8_CAPABILITY[recipe]
+    ):
+        major, minor = _FP8_CAPABILITY[recipe]
+        warnings.append(
+            f"policy.fp8: {recipe} needs Transformer Engine and a GPU of compute capability "
+            f"{major}.{minor} or newer: training in {config.dtype} instead"
+        )
+        recipe = None
+    modules = list(config.recompute_modules)
+    if config.recompute_granularity == "selective" and not engine:
+        for module in sorted(set(modules) & set(_NEED_TRANSFORMER_ENGINE)):
+            modules.remove(module)
+            warnings.append(
+                f"policy.recompute_modules: {module} needs Transformer Engine: its activations are "
+                "kept"
+            )
+    offload = config.optimizer.offload_fraction
+    if offload and not gpu:
+        warnings.append("policy.optimizer.offload_fraction: without a GPU it is on the host anyway")
+        offload = 0.0
+    return Kernels(
+        transformer={
+            "transformer_impl": "transformer_engine" if engine else "local",
+            "fp8": "hybrid" if recipe else None,
+            "fp8_recipe": recipe or "delayed",
+            "fp8_param": bool(recipe) and config.fp8_param_gather,
+            "recompute_modules": modules,
+            "cp_comm_type": config.parallel.context_parallel_comm_type if engine else None,
+            "gradient_accumulation_fusion": gpu and installed.apex,
+            "bias_activation_fusion": gpu,
+            "masked_softmax_fusion": gpu,
+            "bias_dropout_fusion": gpu,
+            "persist_layer_norm": gpu,
+            "apply_rope_fusion": engine,
+            "moe_grouped_gemm": engine and experts,
+            "moe_permute_fusion": engine and experts,
+        },
+        fp8_param_gather=bool(recipe) and config.fp8_param_gather,
+        token_multiple={None: 1, "mxfp8": 32}.get(recipe, 16),
+        optimizer_offload=offload,
+        warnings=warnings,
+    )

@@ -1,0 +1,85 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.kernels import Installed, choose_kernels
+
+LAPTOP = Installed(None, transformer_engine=False, apex=False)
+H100 = Installed((9, 0), transformer_engine=True, apex=True)
+BARE_H100 = Installed((9, 0), transformer_engine=False, apex=False)
+B200 = Installed((10, 0), transformer_engine=True, apex=False)
+A100 = Installed((8, 0), transformer_engine=True, apex=False)
+
+
+def _choose(installed: Installed, *, experts: bool = False, **settings: Any) -> Any:
+    config = PolicyConfig.model_validate({"path": Path("x"), "optimizer": {"lr": 1e-6}, **settings})
+    return choose_kernels(config, installed, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "machines"),
+    [
+        ("delayed", [H100, B200]),
+        ("tensorwise", [H100, B200]),
+        ("blockwise", [H100, B200]),
+        ("mxfp8", [B200]),
+    ],
+)
+def test_fp8_where_the_hardware_has_it_and_one_line_where_not(recipe, machines):
+    for installed in (LAPTOP, BARE_H100, A100, H100, B200):
+        kernels = _choose(installed, fp8=recipe, fp8_param_gather=True)
+        has = installed in machines
+        assert (kernels.transformer["fp8"] == "hybrid") is has
+        assert kernels.fp8_param_gather is kernels.transformer["fp8_param"] is has
+        assert not has or kernels.transformer["fp8_recipe"] == recipe
+        assert kernels.token_multiple == (1 if not has else 32 if recipe == "mxfp8" else 16)
+        assert len([line for line in kernels.warnings if f"policy.fp8: {recipe}" in line]) == (
+            0 if has else 1
+        )
+
+
+def test_layers_come_from_transformer_engine_where_it_is():
+    engine = _choose(H100, experts=True).transformer
+    assert engine["transformer_impl"] == "transformer_engine"
+    assert engine["apply_rope_fusion"]
+    assert engine["moe_grouped_gemm"]
+    assert engine["cp_comm_type"] == "p2p"
+    bare = _choose(BARE_H100, experts=True)
+    assert bare.transformer["transformer_impl"] == "local"
+    assert not bare.transformer["apply_rope_fusion"]
+    assert not bare.transformer["moe_grouped_gemm"]
+    (line,) = bare.warnings
+    assert "Transformer Engine is not installed" in line
+
+
+def test_apexs_gradient_accumulation_where_nvidias_apex_is():
+    assert _choose(H100).transformer["gradient_accumulation_fusion"]
+    assert not _choose(B200).transformer["gradient_accumulation_fusion"]
+
+
+def test_a_laptop_gets_plain_pytorch_without_a_word_and_no_gpu_kernel():
+    kernels = _choose(LAPTOP, experts=True)
+    assert kernels.warnings == []
+    assert not any(value is True for value in kernels.transformer.values())
+
+
+def test_recomputation_and_offloading_that_cannot_be_had_are_said():
+    modules = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]}
+    assert _choose(H100, **modules).transformer["recompute_modules"] == ["layernorm", "mlp"]
+    kernels = _choose(LAPTOP, **modules, optimizer={"lr": 1e-6, "offload_fraction": 0.5})
+    assert kernels.transformer["recompute_modules"] == ["mlp"]
+    assert kernels.optimizer_offload == 0
+    assert [line.split(":")[0] for line in kernels.warnings] == [
+        "policy.recompute_modules",
+        "policy.optimizer.offload_fraction",
+    ]
+    offloading = _choose(H100, optimizer={"lr": 1e-6, "offload_fraction": 0.5})
+    assert offloading.optimizer_offload == 0.5
+
+
+def test_fp8_over_float32_weights_is_refused():
+    with pytest.raises(ValidationError, match="needs dtype: bfloat16, not float32"):
+        _choose(H100, fp8="delayed", dtype="float32")
