@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from klear_megatron.errors import UserError
-from klear_megatron.models.layouts import Layout, Vocabulary
+from klear_megatron.models.layouts import Layout
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,13 @@ class Weight:
     """One row of an architecture's table: Megatron name <-> Hugging Face tensors <-> layout."""
 
     name: str
-    """Name in Megatron's distributed checkpoints (Transformer Engine's spelling)."""
+    """Name in Megatron's distributed checkpoints (Transformer Engine's spelling), except that
+    layers and experts, which are stacked there, have their numbers in it."""
     sources: dict[str, tuple[int, ...]]
     """Hugging Face name -> shape, in the order in which `layout.merge` takes them."""
     layout: Layout
+    expert: bool = False
+    """An expert's: on one expert-parallel rank only, and cut over expert-tensor-parallel ranks."""
 
 
 class Architecture(Protocol):
@@ -58,7 +61,7 @@ def get_architecture(hf: PretrainedConfig) -> Architecture:
         raise UserError(
             f"{hf.name_or_path or 'config.json'}: unknown architecture {name!r}{hint}; known: "
             f"{', '.join(sorted(_ARCHITECTURES))}. Register your own with "
-            "klear_megatron.models.register_architecture."
+            "klear_megatron.models.register_architecture, in a module that policy.imports names."
         )
     return _ARCHITECTURES[name]
 
@@ -67,8 +70,3 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     """Vocabulary rounded up so that every tensor-parallel rank gets the same number of rows."""
     multiple = math.lcm(128, tensor_parallel_size)
     return math.ceil(vocab_size / multiple) * multiple
-
-
-def vocabulary_layout(hf: PretrainedConfig, padded_size: int) -> Vocabulary:
-    """The layout of the embedding and of the output weight."""
-    return Vocabulary(size=hf.vocab_size, padded_size=padded_size)

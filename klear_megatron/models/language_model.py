@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -56,29 +57,44 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         inv_freq, _ = get_architecture(hf).rotary(hf)
         self.rotary_pos_emb.inv_freq = inv_freq.to(platform.device())
 
+        if self.post_process:
+            # Megatron-Core has made the layer already; ours has another forward and nothing else.
+            self.output_layer.__class__ = LogProbLayer
+
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True
-            )
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden_states)
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
+        shared = self.share_embeddings_and_output_weights
+        return self.output_layer(
+            hidden_states,
+            self.shared_embedding_or_output_weight() if shared else None,
+            labels=labels.squeeze(0),
+            vocab_size=self.unpadded_vocab_size,
+            temperature=self.temperature,
         )
+
+
+class LogProbLayer(ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron's output layer, which given labels never makes the logits of all tokens.
+
+    A module of its own because Megatron gathers a module's weights when that module is called.
+    """
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor | None = None, *args: Any, **log_prob_options: Any
+    ) -> Any:
+        """With `labels` [tokens]: hidden [tokens, 1, H] -> [2, tokens]; else as Megatron's."""
+        if "labels" not in log_prob_options:
+            return super().forward(hidden, weight, *args, **log_prob_options)
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        weight = self.weight if weight is None else weight
         return torch.stack(
             vocab_parallel_log_probs(
-                hidden.squeeze(1),
-                weight,
-                labels.squeeze(0),
-                vocab_size=self.unpadded_vocab_size,
-                temperature=self.temperature,
-                group=self.pg_collection.tp,
+                hidden.squeeze(1), weight, group=self.tp_group, **log_prob_options
             )
         )

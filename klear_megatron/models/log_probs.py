@@ -18,8 +18,8 @@ _CHUNK_LOGITS = 2**24
 def vocab_parallel_log_probs(
     hidden_TH: Tensor,
     weight_VH: Tensor,
-    labels_T: Tensor,
     *,
+    labels: Tensor,
     vocab_size: int,
     temperature: float = 1.0,
     group: dist.ProcessGroup,
@@ -29,7 +29,7 @@ def vocab_parallel_log_probs(
     Args:
         hidden_TH: the same on every rank of `group`; the caller reduces its gradient over `group`.
         weight_VH: this rank's rows of the padded output weight. Padding rows take no part.
-        labels_T: int64 token ids.
+        labels: [T] int64 token ids.
         vocab_size: of the whole, unpadded vocabulary.
 
     Returns:
@@ -38,7 +38,7 @@ def vocab_parallel_log_probs(
     first = group.rank() * weight_VH.shape[0]
     rows = max(0, min(weight_VH.shape[0], vocab_size - first))
     result: tuple[Tensor, Tensor] = _LogProbs.apply(
-        hidden_TH, weight_VH, labels_T - first, rows, temperature, group
+        hidden_TH, weight_VH, labels - first, rows, temperature, group
     )
     return result
 

@@ -24,12 +24,6 @@ from klear_megatron.models.attention import PackedAttention
 
 HAVE_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
-TORCH_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-"""Where the torch spec keeps apart what Transformer Engine fuses: its name -> checkpoint name."""
-
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32, in the input's dtype."""
@@ -52,10 +46,19 @@ def layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of this pipeline stage's transformer block."""
     if platform.HAS_GPU and HAVE_TRANSFORMER_ENGINE:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     spec = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
     )
+    if config.num_moe_experts:
+        # Transformer Engine cannot fuse the norm with a router: no name of its own for it there.
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules

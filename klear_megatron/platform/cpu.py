@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_torch_all_gather, _torch_reduce_scatter = dist.all_gather, dist.reduce_scatter
 
 
 def _on_cpu(device: Any) -> Any:
@@ -81,6 +83,7 @@ def install() -> None:
         setattr(torch.cuda, name, answer)
     _CudaMeansCpu().__enter__()
     _track_cpu_random_states()
+    _dispatch_experts_on_cpu()
 
 
 def _track_cpu_random_states() -> None:
@@ -106,3 +109,47 @@ def _track_cpu_random_states() -> None:
     random.CudaRNGStatesTracker = CpuRandomStates
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _all_gather(
+    pieces: list[torch.Tensor], mine: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    if len({len(piece) for piece in pieces}) == 1:
+        return _torch_all_gather(pieces, mine, group, async_op)
+    longest = max(len(piece) for piece in pieces)
+    padded = [mine.new_zeros(longest, *mine.shape[1:]) for _ in pieces]
+    sent = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
+    _torch_all_gather(padded, sent, group)
+    for piece, row in zip(pieces, padded, strict=True):
+        piece.copy_(row[: len(piece)])
+    return None
+
+
+def _reduce_scatter(
+    mine: torch.Tensor,
+    pieces: list[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    if len({len(piece) for piece in pieces}) == 1:
+        return _torch_reduce_scatter(mine, pieces, op, group, async_op)
+    whole = torch.cat(pieces)
+    dist.all_reduce(whole, op, group)
+    mine.copy_(whole.split([len(piece) for piece in pieces])[dist.get_rank(group)])
+    return None
+
+
+def _dispatch_experts_on_cpu() -> None:
+    """Mixture of experts: what Megatron-Core does only for tensors that are on a GPU, and
+    collectives over lists of tensors of different sizes, which NCCL has and gloo has not."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    for name, collective in {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}.items():
+        setattr(dist, name, collective)
+    # Named in the router's code, defined only where Transformer Engine is.
+    moe_utils.te_general_gemm = None

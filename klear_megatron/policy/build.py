@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from klear_megatron import platform
 from klear_megatron.models import get_architecture
 from klear_megatron.models.language_model import LanguageModel
-from klear_megatron.policy.config import OptimizerConfig, PolicyConfig
+from klear_megatron.policy.config import OptimizerConfig, ParallelConfig, PolicyConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,17 +41,24 @@ def transformer_config(config: PolicyConfig, hf: PretrainedConfig) -> Transforme
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.tensor_model_parallel_size > 1,
         bf16=config.dtype == "bfloat16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         variable_seq_lengths=True,
+        # Interleaved, both neighbours of one of two stages are the other: one direction at a time.
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         moe_token_dispatcher_type="alltoall",  # the one that takes variable lengths
+        moe_router_load_balancing_type="aux_loss" if config.moe_aux_loss_coeff else "none",
         attention_dropout=0.0,
         hidden_dropout=0.0,
         recompute_granularity=config.recompute_granularity,
         recompute_method="uniform" if full_recompute else None,
         recompute_num_layers=1 if full_recompute else None,
+        recompute_modules=list(config.recompute_modules),
         # Kernels that exist on GPUs only.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=platform.HAS_GPU,
@@ -86,17 +93,27 @@ def build_model_chunks(
     ]
 
 
-def wrap_data_parallel(chunks: list[LanguageModel]) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    chunks: list[LanguageModel], parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
     """Megatron's DDP with the distributed optimizer's float32 gradient buffers."""
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
     modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
-    return [
+    model = [
         DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
+    if parallel.overlap_grad_reduce:
+        # The schedule holds the reduction back until the last micro-batch.
+        no_sync = [chunk.no_sync for chunk in model]
+        config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    return model
 
 
 def build_optimizer(

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from klear_megatron.errors import UserError
+from klear_megatron.models.hf_checkpoint import copy_companions
 from klear_megatron.models.language_model import LanguageModel
+from klear_megatron.policy.config import CheckpointConfig
 
 # How the distributed optimizer's state is cut: loadable in any other layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -30,45 +33,82 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, if it has one."""
-    complete = [
-        path for path in (run_dir / "checkpoints").glob("step_*") if path.suffix != _PARTIAL
-    ]
-    return max(complete, default=None)
+    return max(_complete(run_dir / "checkpoints"), default=None)
 
 
-def save(
-    path: Path,
-    chunks: Sequence[LanguageModel],
-    optimizer: ChainedOptimizer,
-    scheduler: OptimizerParamScheduler,
-    state: dict[str, Any],
-    *,
-    companions: Path,
-) -> None:
-    """Collective. Writes beside `path` and renames at the end."""
-    partial = path.with_suffix(_PARTIAL)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "hf").mkdir(parents=True)
-        for file in sorted(companions.iterdir()):
-            if file.is_file() and ".safetensors" not in file.name:
-                shutil.copy2(file, partial / "hf")
-    dist.barrier()
-    sharded = _model_state(chunks)
-    dist_checkpointing.save(
-        {
-            **sharded,
-            "optimizer": optimizer.sharded_state_dict(sharded, metadata=_METADATA),
-            "scheduler": scheduler.state_dict(),
-            "trainer": state,
-        },
-        str(partial),
-    )
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-    dist.barrier()
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix != _PARTIAL)
+
+
+class CheckpointWriter:
+    """Writes checkpoints beside their final name and renames them when they are complete.
+
+    A process that is killed at any moment leaves every earlier checkpoint as it was, and of the
+    one at hand only a `.partial` folder, which is never read and which the next save replaces.
+
+    Args:
+        companions: Hugging Face checkpoint whose config and tokenizer come along.
+    """
+
+    def __init__(self, config: CheckpointConfig, companions: Path) -> None:
+        self._config = config
+        self._companions = companions
+        self._queue = AsyncCallsQueue()
+
+    def save(
+        self,
+        path: Path,
+        chunks: Sequence[LanguageModel],
+        optimizer: ChainedOptimizer,
+        scheduler: OptimizerParamScheduler,
+        state: dict[str, Any],
+    ) -> None:
+        """Collective. With `asynchronous`, the weights as they are now are written while the
+        caller goes on, and `path` appears in one of the following calls of `finish`."""
+        self.finish(wait=True)
+        partial = path.with_suffix(_PARTIAL)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "hf").mkdir(parents=True)
+            copy_companions(self._companions, partial / "hf")
+        dist.barrier()
+        sharded = _model_state(chunks)
+        request = dist_checkpointing.save(
+            {
+                **sharded,
+                "optimizer": optimizer.sharded_state_dict(sharded, metadata=_METADATA),
+                "scheduler": scheduler.state_dict(),
+                "trainer": state,
+            },
+            str(partial),
+            async_sharded_save=True,
+        )
+        request.add_finalize_fn(lambda: self._publish(partial, path))
+        if self._config.asynchronous:
+            self._queue.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def finish(self, *, wait: bool) -> None:
+        """Collective. Publishes what has been written; with `wait`, everything begun."""
+        self._queue.maybe_finalize_async_calls(blocking=wait)
+
+    def _publish(self, partial: Path, path: Path) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+            self._prune(path.parent)
+        dist.barrier()
+
+    def _prune(self, folder: Path) -> None:
+        complete = _complete(folder)
+        for path in complete[: -self._config.keep_last] if self._config.keep_last else []:
+            every = self._config.keep_every
+            if every is None or int(path.name.removeprefix("step_")) % every:
+                # Renamed first: a kill in the middle must not leave half of it under its name.
+                shutil.rmtree(path.rename(path.with_suffix(_PARTIAL)))
 
 
 def load(

@@ -1,5 +1,6 @@
 """Settings of the policy: the model, how it is laid out over ranks, and its optimizer."""
 
+import importlib
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,14 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     context_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks, of those that tensor, context and data parallelism have, that share the experts."""
+    expert_tensor_parallel_size: PositiveInt = 1
+    """Ranks that each expert's matrices are cut over, in place of tensor_model_parallel_size."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while backward is still computing others."""
+    overlap_param_gather: bool = False
+    """Gather updated weights over data-parallel ranks while forward already uses the first ones."""
 
     @model_validator(mode="after")
     def _virtual_needs_pipeline(self) -> "ParallelConfig":
@@ -26,6 +35,12 @@ class ParallelConfig(Section):
                 f"virtual_pipeline_model_parallel_size {virtual} needs to be at least 2 and "
                 f"pipeline_model_parallel_size ({self.pipeline_model_parallel_size}) at least 2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gather_needs_reduce(self) -> "ParallelConfig":
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather: true needs overlap_grad_reduce: true")
         return self
 
     @property
@@ -46,17 +61,37 @@ class ParallelConfig(Section):
                 f"{self.context_parallel_size} = {self.model_parallel_size}; start a multiple of "
                 f"{self.model_parallel_size} ranks or choose smaller sizes"
             )
+        experts = (
+            self.pipeline_model_parallel_size
+            * self.expert_model_parallel_size
+            * self.expert_tensor_parallel_size
+        )
+        if world_size % experts:
+            raise UserError(
+                f"policy.parallel: world size {world_size} is not divisible by PP x EP x expert TP "
+                f"= {self.pipeline_model_parallel_size} x {self.expert_model_parallel_size} x "
+                f"{self.expert_tensor_parallel_size} = {experts}"
+            )
         return world_size // self.model_parallel_size
 
     def check_model(self, hf: PretrainedConfig) -> None:
         """Raises UserError where the model cannot be cut so."""
-        tp = self.tensor_model_parallel_size
-        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            if getattr(hf, field) % tp:
+        cut = {
+            "num_attention_heads": "tensor_model_parallel_size",
+            "num_key_value_heads": "tensor_model_parallel_size",
+            "intermediate_size": "tensor_model_parallel_size",
+            "num_experts": "expert_model_parallel_size",
+            "moe_intermediate_size": "expert_tensor_parallel_size",
+        }
+        for field, name in cut.items():
+            if getattr(hf, field, 0) % getattr(self, name):
                 raise UserError(
-                    f"policy.parallel.tensor_model_parallel_size: the model's {field} = "
-                    f"{getattr(hf, field)} is not divisible by {tp}"
+                    f"policy.parallel.{name}: the model's {field} = {getattr(hf, field)} is not "
+                    f"divisible by {getattr(self, name)}"
                 )
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(self, name) > 1 and not hasattr(hf, "num_experts"):
+                raise UserError(f"policy.parallel.{name}: the model has no experts; leave it at 1")
         stages = self.pipeline_model_parallel_size * (
             self.virtual_pipeline_model_parallel_size or 1
         )
@@ -82,15 +117,55 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0 does not clip."""
 
 
+class CheckpointConfig(Section):
+    """How checkpoints are written, and how many are kept."""
+
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+    keep_last: PositiveInt | None = None
+    """Only the newest so many are kept; by default all are."""
+    keep_every: PositiveInt | None = None
+    """Those of steps divisible by this are kept all the same."""
+
+    @model_validator(mode="after")
+    def _every_needs_last(self) -> "CheckpointConfig":
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every without keep_last: all are kept anyway; set both")
+        return self
+
+
+def import_extensions(config: "PolicyConfig") -> None:
+    """Imports the user's own modules.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    for module in config.imports:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"policy.imports: cannot import {module}: {error}") from error
+
+
 class PolicyConfig(Section):
     """The model that is trained."""
 
     path: Path
     """Hugging Face checkpoint to start from: config, safetensors, tokenizer."""
+    imports: tuple[str, ...] = ()
+    """Modules of your own to import first, such as one that registers an architecture."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations. Optimizer state and gradient sums are float32 either way."""
     tokens_per_micro_batch: PositiveInt = 16384
     """Sequences are packed up to this many tokens; a longer one is a micro-batch of its own."""
     recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute whole layers in backward, or only `recompute_modules`, instead of keeping them."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = (
+        "core_attn",
+    )
+    moe_aux_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss of mixtures of experts. It is computed per micro-batch, as
+    Megatron does: with it on, gradients depend a little on how a mini-batch is packed."""
     parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig

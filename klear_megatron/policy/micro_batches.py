@@ -32,8 +32,10 @@ def plan_micro_batches(
         plan[rank][pack] = indices of sequences; every index exactly once.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    per_rank = math.ceil(sum(lengths) / (data_parallel_size * token_budget))
-    per_rank = math.ceil(max(per_rank, 1) / multiple_of) * multiple_of
+    # No fewer packs will do: all tokens have to fit, and no two of the larger half share a pack.
+    tokens = sum(min(length, token_budget) for length in lengths)
+    fewest = max(tokens / token_budget, sum(2 * n > token_budget for n in lengths), 1)
+    per_rank = math.ceil(fewest / (data_parallel_size * multiple_of)) * multiple_of
     while (packs := _pack(order, lengths, data_parallel_size * per_rank, token_budget)) is None:
         per_rank += multiple_of
     # Deal the packs out by work, back and forth, so that no rank gets all the heavy ones.

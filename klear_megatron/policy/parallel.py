@@ -21,6 +21,8 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
     )
     model_parallel_cuda_manual_seed(seed)
 

@@ -26,7 +26,7 @@ from klear_megatron.policy.build import (
     is_logging_rank,
     wrap_data_parallel,
 )
-from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.config import PolicyConfig, import_extensions
 from klear_megatron.policy.micro_batches import MicroBatch, build_micro_batch, plan_micro_batches
 from klear_megatron.policy.parallel import initialize_model_parallel
 from klear_megatron.policy.weights import gather_hf_tensors, load_hf_weights, local_parameters
@@ -51,16 +51,18 @@ class Policy:
         self, config: PolicyConfig, *, total_steps: int, temperature: float = 1.0, seed: int = 0
     ) -> None:
         self.config = config
+        import_extensions(config)
         self.hf = read_config(config.path)
         initialize_model_parallel(config.parallel, seed)
         padded = padded_vocab_size(self.hf.vocab_size, config.parallel.tensor_model_parallel_size)
         self._table = list(get_architecture(self.hf).weights(self.hf, padded))
         self.chunks = build_model_chunks(config, self.hf, temperature=temperature)
         load_hf_weights(self.chunks, self._table, config.path)
-        self._model = wrap_data_parallel(self.chunks)
+        self._model = wrap_data_parallel(self.chunks, config.parallel)
         self._optimizer, self._scheduler = build_optimizer(
             config.optimizer, self._model, total_steps
         )
+        self._writer = checkpoint.CheckpointWriter(config.checkpoint, companions=config.path)
 
     # ---- the four verbs -------------------------------------------------------------------------
 
@@ -73,7 +75,12 @@ class Policy:
         Raises:
             FloatingPointError: a gradient is not finite; weights and optimizer are unchanged.
         """
+        self._writer.finish(wait=False)
         denominators = objective.denominators(batch.fields)
+        # Megatron multiplies by the tokens that each rank sees, to be divided by all of them.
+        self.chunks[0].config.moe_aux_loss_coeff = self.config.moe_aux_loss_coeff / len(
+            batch.tokens
+        )
         for chunk in self._model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -133,18 +140,23 @@ class Policy:
 
         Every rank must iterate to the end; ranks other than 0 are given nothing.
         """
+        self._finish_param_gather()
         shards = {n: p.data for n, p in local_parameters(self.chunks).items()}
         return gather_hf_tensors(shards, self._table)
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """Writes a Megatron distributed checkpoint; `path` appears only once it is complete.
+        """Writes a Megatron distributed checkpoint; `path` appears only once it is complete, which
+        with `checkpoint.asynchronous` is at a later step, or at `finish_saves`.
 
         Args:
             state: what the trainer needs to go on, the same on every rank (JSON-like values).
         """
-        checkpoint.save(
-            path, self.chunks, self._optimizer, self._scheduler, state, companions=self.config.path
-        )
+        self._finish_param_gather()
+        self._writer.save(path, self.chunks, self._optimizer, self._scheduler, state)
+
+    def finish_saves(self) -> None:
+        """Waits until every checkpoint begun is complete."""
+        self._writer.finish(wait=True)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restores weights, optimizer and schedule from `save`, in whatever layout it ran.
@@ -153,6 +165,12 @@ class Policy:
             the trainer's state.
         """
         return checkpoint.load(path, self.chunks, self._optimizer, self._scheduler)
+
+    def _finish_param_gather(self) -> None:
+        """With overlap, updated weights are gathered by the forward that needs them: not yet."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self._model:
+                chunk.start_param_sync(force_sync=True)
 
     # ---- Megatron's schedule --------------------------------------------------------------------
 

@@ -1,34 +1,70 @@
 """Weights in and out of a distributed model, by the architecture's table."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from klear_megatron import platform
 from klear_megatron.models import Weight
 from klear_megatron.models.hf_checkpoint import HFCheckpoint
 from klear_megatron.models.language_model import LanguageModel
-from klear_megatron.models.spec import TORCH_NAMES
+
+_TORCH_EXPERT = re.compile(
+    r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<linear>linear_fc[12])\.weight"
+)
+_TRANSFORMER_ENGINE_EXPERT = re.compile(
+    r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<number>\d+)"
+)
 
 
 def local_parameters(chunks: Sequence[LanguageModel]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by their names in the table, with global layer numbers."""
+    """This rank's parameters by their names in the table, with global layers and experts."""
     parameters = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if name.startswith("decoder.layers."):
                 local, inner = name.removeprefix("decoder.layers.").split(".", 1)
                 layer = chunk.decoder.layers[int(local)].layer_number - 1
-                name = f"decoder.layers.{layer}.{TORCH_NAMES.get(inner, inner)}"
+                name = f"decoder.layers.{layer}.{_table_name(inner, chunk.config)}"
             elif name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 # The last pipeline stage's copy of tied embeddings.
                 name = "embedding.word_embeddings.weight"
             parameters[name] = parameter
     return parameters
+
+
+def _table_name(inner: str, config: TransformerConfig) -> str:
+    """A parameter's name within a layer -> what the table calls it, in either layer spec."""
+    # The torch spec keeps apart what Transformer Engine fuses.
+    if inner == "input_layernorm.weight":
+        return "self_attention.linear_qkv.layer_norm_weight"
+    if inner == "pre_mlp_layernorm.weight" and not config.num_moe_experts:
+        return "mlp.linear_fc1.layer_norm_weight"
+    if expert := _TORCH_EXPERT.fullmatch(inner) or _TRANSFORMER_ENGINE_EXPERT.fullmatch(inner):
+        local_experts = config.num_moe_experts // config.expert_model_parallel_size
+        first = parallel_state.get_expert_model_parallel_rank() * local_experts
+        number = first + int(expert["number"])
+        return f"mlp.experts.experts.{number}.{expert['linear']}.weight"
+    return inner
+
+
+def _shard_position(row: Weight) -> tuple[int, int]:
+    """This rank's place among those that share a row of the table, and how many they are."""
+    if row.expert:
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
 
 
 @torch.no_grad()
@@ -40,13 +76,11 @@ def load_hf_weights(chunks: Sequence[LanguageModel], table: Sequence[Weight], pa
     """
     checkpoint = HFCheckpoint(path)
     checkpoint.check(table)
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     parameters = local_parameters(chunks)
     for row in table:
         if (parameter := parameters.pop(row.name, None)) is not None:
             full = row.layout.merge([checkpoint.tensor(name) for name in row.sources])
-            parameter.copy_(row.layout.shard(full, rank, size))
+            parameter.copy_(row.layout.shard(full, *_shard_position(row)))
     if parameters:
         raise RuntimeError(f"the table has no row for {', '.join(parameters)}")
 
@@ -62,28 +96,29 @@ def gather_hf_tensors(
     Args:
         shards: this rank's shard of each row it holds, by the table's names.
     """
-    rank, size = dist.get_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    mine = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        {name: shard.dtype for name, shard in shards.items()},
-    )
+    rank = dist.get_rank()
+    mine = {
+        row.name: (_shard_position(row)[0], shards[row.name].dtype)
+        for row in table
+        if row.name in shards
+    }
     everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     owners: dict[str, dict[int, int]] = {}
-    for owner, (shard_index, dtypes) in enumerate(everyone):
-        for name in dtypes:
+    for owner, held in enumerate(everyone):
+        for name, (shard_index, _) in held.items():
             owners.setdefault(name, {}).setdefault(shard_index, owner)
 
     for row in table:
         owner_of = [owner for _, owner in sorted(owners[row.name].items())]
         if rank == 0:
-            shape = _shard_shape(row, size)
+            shape = _shard_shape(row)
             pieces = []
             for owner in owner_of:
                 if owner == 0:
                     pieces.append(shards[row.name].detach())
                 else:
-                    dtype = everyone[owner][1][row.name]
+                    dtype = everyone[owner][row.name][1]
                     pieces.append(torch.empty(shape, dtype=dtype, device=platform.device()))
                     dist.recv(pieces[-1], src=owner)
             yield from zip(row.sources, row.layout.split(row.layout.unshard(pieces)), strict=True)
@@ -91,6 +126,6 @@ def gather_hf_tensors(
             dist.send(shards[row.name].detach().contiguous(), dst=0)
 
 
-def _shard_shape(row: Weight, size: int) -> torch.Size:
+def _shard_shape(row: Weight) -> torch.Size:
     parts = [torch.empty(shape, device="meta") for shape in row.sources.values()]
-    return row.layout.shard(row.layout.merge(parts), 0, size).shape
+    return row.layout.shard(row.layout.merge(parts), *_shard_position(row)).shape

@@ -53,5 +53,7 @@ def save(
     if due or step == last_step:
         path = checkpoint_path(config.run_dir, step)
         policy.save(path, {**state, "step": step})
+        if step == last_step:
+            policy.finish_saves()
         if is_main_rank():
             say(f"saved {path}")

@@ -5,17 +5,20 @@ another in the same processes.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from klear_megatron.losses import Objective
+from klear_megatron.policy import build
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import PolicyConfig
 from klear_megatron.policy.micro_batches import build_micro_batch
@@ -24,7 +27,12 @@ from klear_megatron.policy.weights import gather_hf_tensors, local_parameters
 
 
 def make_policy(path: Path, *, temperature: float = 1.0, **settings: Any) -> Policy:
-    """A float32 policy with groups of its own; those of the policy before are given up."""
+    """A float32 policy with groups of its own; those of the policy before are given up.
+
+    Overlapped communication goes in many small buckets, where Megatron would make one of a model
+    as small as the tests'.
+    """
+    build.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=5000)
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel = settings.pop("parallel", {})
@@ -57,7 +65,7 @@ def train(
     policy: Policy, batches: Sequence[Batch], objective: Objective
 ) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
     """One step per batch: its metrics, and the gradients before clipping."""
-    results = []
+    captured: list[dict[str, Tensor]] = []
     optimizer_step = policy._optimizer.step
 
     def step() -> Any:
@@ -65,14 +73,7 @@ def train(
         return optimizer_step()
 
     policy._optimizer.step = step
-    try:
-        for batch in batches:
-            captured: list[dict[str, Tensor]] = []
-            metrics = policy.train_step(batch, objective)
-            results.append((metrics, captured[0]))
-    finally:
-        policy._optimizer.step = optimizer_step
-    return results
+    return [(policy.train_step(batch, objective), captured[-1]) for batch in batches]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ The ranks are forked from one server process that has imported Megatron-Core alr
 test pays for its own work only.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -60,8 +61,9 @@ def run_ranks(
                 process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for process in processes:
-                if process.is_alive():
-                    os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
+                if process.exitcode != 0:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
                 process.join()
     return [results[rank] for rank in range(world_size)]
 

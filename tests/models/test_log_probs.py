@@ -33,7 +33,7 @@ def _chunked(chunk_logits: int, temperature: float) -> Any:
     hidden.requires_grad_()
     mine = padded.chunk(group.size())[group.rank()].clone().requires_grad_()
     answer, entropy = log_probs.vocab_parallel_log_probs(
-        hidden, mine, labels, vocab_size=VOCAB, temperature=temperature, group=group
+        hidden, mine, labels=labels, vocab_size=VOCAB, temperature=temperature, group=group
     )
     (answer * torch.arange(TOKENS)).sum().backward()
     dist.all_reduce(hidden.grad)

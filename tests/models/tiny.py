@@ -5,27 +5,63 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VOCAB = 331  # not a multiple of 128: the padding of the vocabulary takes part in every test
 
 
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
+# head_dim is not hidden_size / num_attention_heads, as in the real ones of these families
+_QWEN3 = {**_COMMON, "head_dim": 16}
+
+
 def qwen3(**changes: Any) -> Qwen3Config:
-    return Qwen3Config(
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 16,  # not hidden_size / num_attention_heads
-            "tie_word_embeddings": False,
-            "max_position_embeddings": 256,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
-            **changes,
-        }
-    )
+    return Qwen3Config(**{**_QWEN3, **changes})
+
+
+def qwen2(**changes: Any) -> Qwen2Config:
+    return Qwen2Config(**{**_COMMON, **changes})
+
+
+def llama3(**changes: Any) -> LlamaConfig:
+    """With Llama 3.1's scaling of RoPE, whose three regimes all have some of the frequencies."""
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return LlamaConfig(**{**_COMMON, "rope_parameters": scaling, **changes})
+
+
+def qwen3_moe(**changes: Any) -> Qwen3MoeConfig:
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+    }
+    return Qwen3MoeConfig(**{**_QWEN3, **experts, **changes})
 
 
 def yarn(factor: float = 2.5, original: int = 64) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ def test_a_plan_has_every_sequence_once_and_no_pack_over_budget(lengths, ranks, 
     assert len(plan) == ranks
     assert len({len(packs) for packs in plan}) == 1
     assert len(plan[0]) % multiple == 0
+    assert len(plan[0]) < math.ceil(len(lengths) / ranks) + multiple  # never more than one each
     for pack in (pack for rank in plan for pack in rank):
         assert len(pack) <= 1 or sum(lengths[i] for i in pack) <= budget
 

@@ -84,7 +84,7 @@ def test_checkpoints(checkpoint, tmp_path):
             "register_architecture",
         ],
         _copy(checkpoint, tmp_path / "window", use_sliding_window=True): [
-            "use_sliding_window=true is not supported"
+            "use_sliding_window=True is not supported"
         ],
     }
     (messages,) = run_ranks(1, _messages, [{"path": path} for path in expected])
@@ -94,12 +94,29 @@ def test_checkpoints(checkpoint, tmp_path):
             assert part in message
 
 
+def _load(path: Path, imports: list[str]) -> Any:
+    with pytest.raises(UserError, match=r"policy\.imports: cannot import tests\.models\.nowhere"):
+        make_policy(path, imports=["tests.models.nowhere"])
+    return weights(make_policy(path, imports=imports))
+
+
+def test_a_file_of_the_users_own_makes_its_architecture_known(checkpoint, tmp_path):
+    path = _copy(checkpoint, tmp_path / "mine", architectures=["MyModelForCausalLM"])
+    (message,) = run_ranks(1, _messages, [{"path": path}])[0]
+    assert "unknown architecture 'MyModelForCausalLM'" in message
+    assert "policy.imports" in message
+    (tensors,) = run_ranks(1, _load, path, ["tests.models.my_architecture"])
+    assert tensors.keys() == load_file(checkpoint / "model.safetensors").keys()
+
+
 def test_layouts(checkpoint):
     def layout(**sizes: int) -> dict[str, int]:
         return {f"{name}_parallel_size": size for name, size in sizes.items()}
 
     expected = [
         (layout(tensor_model=2, context=2), "world size 3 is not divisible by TP x PP x CP = 2 x"),
+        (layout(expert_model=2), "3 is not divisible by PP x EP x expert TP = 1 x 2 x 1 = 2"),
+        (layout(expert_model=3), "the model has no experts"),
         (layout(tensor_model=3), "num_attention_heads = 8 is not divisible by 3"),
         (layout(pipeline_model=3), "num_hidden_layers = 2 is not divisible by PP x VPP = 3"),
     ]

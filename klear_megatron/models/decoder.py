@@ -1,0 +1,163 @@
+"""What the decoders of Llama's lineage have in common: settings, positions, and rows of weights.
+
+An architecture's file puts these together and says what is its own.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from klear_megatron.errors import UserError
+from klear_megatron.models.architecture import Weight
+from klear_megatron.models.layouts import QKV, GatedMLP, Replicated, Row, Vocabulary
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose frequencies do not depend on how long the sequence at hand is."""
+
+FeedForward = Callable[[PretrainedConfig, str, str], Iterator[Weight]]
+"""(config, Megatron's prefix, Hugging Face's prefix) -> rows of one layer's feed-forward part."""
+
+
+def decoder_config(hf: PretrainedConfig, *, refuse: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig that all of them take from the same fields.
+
+    Args:
+        refuse: fields of `hf` that change the model in ways that are not built here.
+
+    Raises:
+        UserError: one of those is set, or the activation is not SiLU.
+    """
+    for field in refuse:
+        if getattr(hf, field, False):
+            value = getattr(hf, field)
+            raise UserError(f"{hf.name_or_path}/config.json: {field}={value} is not supported")
+    if hf.hidden_act != "silu":
+        raise UserError(
+            f"{hf.name_or_path}/config.json: hidden_act={hf.hidden_act!r} is not supported, only "
+            "'silu'"
+        )
+    return {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "kv_channels": head_dim(hf),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+    }
+
+
+def head_dim(hf: PretrainedConfig) -> int:
+    """Width of one attention head."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def rotary(hf: PretrainedConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] float32, and the factor on cos and sin.
+
+    Raises:
+        UserError: a kind of RoPE scaling that is not supported.
+    """
+    kind = hf.rope_parameters["rope_type"]
+    if kind not in _ROPE_TYPES:
+        raise UserError(
+            f"{hf.name_or_path}/config.json: rope_type {kind!r} is not supported; supported: "
+            f"{', '.join(_ROPE_TYPES)}"
+        )
+    if kind == "default":
+        exponents = torch.arange(0, head_dim(hf), 2, dtype=torch.float) / head_dim(hf)
+        return 1.0 / hf.rope_parameters["rope_theta"] ** exponents, 1.0
+    return ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
+
+
+def gated_mlp(hf: PretrainedConfig, megatron: str, source: str) -> Iterator[Weight]:
+    """gate, up and down projections of a dense layer."""
+    yield from gated_mlp_rows(hf.hidden_size, hf.intermediate_size, megatron, source)
+
+
+def gated_mlp_rows(
+    hidden: int, ffn: int, megatron: str, source: str, **options: Any
+) -> Iterator[Weight]:
+    """The same of any width, for a dense layer or an expert; `options` are `Weight`'s."""
+    yield Weight(
+        megatron + "linear_fc1.weight",
+        {source + "gate_proj.weight": (ffn, hidden), source + "up_proj.weight": (ffn, hidden)},
+        GatedMLP(),
+        **options,
+    )
+    yield Weight(
+        megatron + "linear_fc2.weight",
+        {source + "down_proj.weight": (hidden, ffn)},
+        Row,
+        **options,
+    )
+
+
+def decoder_weights(
+    hf: PretrainedConfig,
+    padded_vocab_size: int,
+    *,
+    qk_norm: bool = False,
+    qkv_bias: bool = False,
+    feed_forward: FeedForward = gated_mlp,
+    feed_forward_norm: str = "mlp.linear_fc1.layer_norm_weight",
+) -> Iterator[Weight]:
+    """The table: embedding, each layer's attention and feed-forward, final norm, output."""
+    hidden, head, groups = hf.hidden_size, head_dim(hf), hf.num_key_value_heads
+    vocabulary = Vocabulary(size=hf.vocab_size, padded_size=padded_vocab_size)
+    norm = Replicated()
+    qkv = QKV(groups=groups, heads_per_group=hf.num_attention_heads // groups)
+    rows = {"q": hf.num_attention_heads * head, "k": groups * head, "v": groups * head}
+
+    yield Weight(
+        "embedding.word_embeddings.weight",
+        {"model.embed_tokens.weight": (hf.vocab_size, hidden)},
+        vocabulary,
+    )
+    for i in range(hf.num_hidden_layers):
+        megatron, source = f"decoder.layers.{i}.", f"model.layers.{i}."
+        yield Weight(
+            megatron + "self_attention.linear_qkv.layer_norm_weight",
+            {source + "input_layernorm.weight": (hidden,)},
+            norm,
+        )
+        yield Weight(
+            megatron + "self_attention.linear_qkv.weight",
+            {source + f"self_attn.{x}_proj.weight": (n, hidden) for x, n in rows.items()},
+            qkv,
+        )
+        if qkv_bias:
+            yield Weight(
+                megatron + "self_attention.linear_qkv.bias",
+                {source + f"self_attn.{x}_proj.bias": (n,) for x, n in rows.items()},
+                qkv,
+            )
+        if qk_norm:
+            for x in ("q", "k"):
+                yield Weight(
+                    megatron + f"self_attention.{x}_layernorm.weight",
+                    {source + f"self_attn.{x}_norm.weight": (head,)},
+                    norm,
+                )
+        yield Weight(
+            megatron + "self_attention.linear_proj.weight",
+            {source + "self_attn.o_proj.weight": (hidden, rows["q"])},
+            Row,
+        )
+        yield Weight(
+            megatron + feed_forward_norm,
+            {source + "post_attention_layernorm.weight": (hidden,)},
+            norm,
+        )
+        yield from feed_forward(hf, megatron + "mlp.", source + "mlp.")
+    yield Weight("decoder.final_layernorm.weight", {"model.norm.weight": (hidden,)}, norm)
+    if not hf.tie_word_embeddings:
+        yield Weight("output_layer.weight", {"lm_head.weight": (hf.vocab_size, hidden)}, vocabulary)

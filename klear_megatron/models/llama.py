@@ -1,0 +1,26 @@
+"""Llama 2 and 3.x: no biases, no QK norm; Llama 3.1 and later scale RoPE by wavelength."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from klear_megatron.models import decoder
+from klear_megatron.models.architecture import Weight, register_architecture
+
+
+class Llama:
+    """`LlamaForCausalLM`."""
+
+    def transformer_config(self, hf: PretrainedConfig) -> dict[str, Any]:
+        return decoder.decoder_config(hf, refuse=("attention_bias", "mlp_bias"))
+
+    def rotary(self, hf: PretrainedConfig) -> tuple[Tensor, float]:
+        return decoder.rotary(hf)
+
+    def weights(self, hf: PretrainedConfig, padded_vocab_size: int) -> Iterator[Weight]:
+        return decoder.decoder_weights(hf, padded_vocab_size)
+
+
+register_architecture("LlamaForCausalLM", Llama())

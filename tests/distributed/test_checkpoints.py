@@ -1,0 +1,142 @@
+"""Killed at any moment, in any layout: the run goes on from its last complete checkpoint."""
+
+import functools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from klear_megatron.losses import SFTObjective
+from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
+from tests.distributed.laboratory import make_policy, weights
+from tests.distributed.ranks import run_ranks
+from tests.distributed.reference import make_batch
+
+BATCHES = [make_batch([9, 30, 4, 57, 16], [True] * 5, seed) for seed in range(6)]
+OPTIMIZER = {"lr": 1e-2, "lr_warmup_steps": 4, "adam_eps": 1e-4}
+TP, PP, VPP, CP = (
+    f"{name}_parallel_size"
+    for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context")
+)
+LAYOUTS: list[tuple[int, dict[str, int]]] = [
+    (1, {}),
+    (2, {TP: 2}),
+    (2, {PP: 2, VPP: 2}),
+    (4, {TP: 2, CP: 2}),
+    (4, {PP: 2}),
+]
+
+
+def _policy(folder: Path, parallel: dict[str, int], **checkpoint: Any) -> Any:
+    return make_policy(
+        folder / "tied", parallel=parallel, optimizer=OPTIMIZER, checkpoint=checkpoint
+    )
+
+
+def _steps(policy: Any, first: int, last: int) -> list[float]:
+    steps = [policy.train_step(batch, SFTObjective()) for batch in BATCHES[first:last]]
+    return [value for metrics in steps for value in (metrics["loss"], metrics["grad_norm"])]
+
+
+def _six_steps(folder: Path, parallel: dict[str, int]) -> tuple[list[float], Any]:
+    policy = _policy(folder, parallel)
+    return _steps(policy, 0, 6), weights(policy)
+
+
+def _three_steps_and_killed(folder: Path, parallel: dict[str, int], run_dir: Path) -> None:
+    policy = _policy(folder, parallel)
+    _steps(policy, 0, 3)
+    policy.save(checkpoint_path(run_dir, 3), {"step": 3})
+    _steps(policy, 3, 4)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _resumed(folder: Path, parallel: dict[str, int], run_dir: Path) -> tuple[list[float], Any]:
+    policy = _policy(folder, parallel)
+    state = policy.load(latest_checkpoint(run_dir))
+    return _steps(policy, state["step"], 6), weights(policy)
+
+
+def test_a_killed_run_goes_on_in_any_layout(folder, tmp_path):
+    for world_size, parallel in LAYOUTS[1:3]:
+        losses, final = run_ranks(world_size, _six_steps, folder, parallel)[0]
+        run_dir = tmp_path / "-".join(parallel)
+        with pytest.raises(AssertionError, match="died without a word"):
+            run_ranks(world_size, _three_steps_and_killed, folder, parallel, run_dir)
+        for other_size, other in LAYOUTS:
+            resumed, restored = run_ranks(other_size, _resumed, folder, other, run_dir)[0]
+            if other == parallel:
+                assert resumed == losses[6:]
+                assert all(torch.equal(restored[name], final[name]) for name in final)
+            assert resumed == pytest.approx(losses[6:], rel=1e-5)
+            for name in final:
+                torch.testing.assert_close(restored[name], final[name], rtol=1e-4, atol=1e-6)
+
+
+def _killed_while_writing(folder: Path, run_dir: Path, asynchronous: bool) -> None:
+    policy = _policy(folder, {}, asynchronous=asynchronous)
+    policy.load(latest_checkpoint(run_dir))
+    _steps(policy, 3, 5)
+    original = filesystem_async._write_item
+
+    @functools.wraps(original)
+    def write_one_and_die(*args: Any, **kwargs: Any) -> Any:
+        original(*args, **kwargs)
+        os.killpg(0, signal.SIGKILL)
+
+    filesystem_async._write_item = write_one_and_die
+    policy.save(checkpoint_path(run_dir, 5), {"step": 5})
+    policy.finish_saves()
+
+
+def _killed_before_publishing(folder: Path, run_dir: Path) -> None:
+    policy = _policy(folder, {})
+    policy._writer._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    policy.save(checkpoint_path(run_dir, 9), {"step": 9})
+
+
+def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(2, _three_steps_and_killed, folder, {}, tmp_path)
+    complete = checkpoint_path(tmp_path, 3)
+    interruptions = [
+        (_killed_while_writing, False),
+        (_killed_while_writing, True),
+        (_killed_before_publishing,),
+    ]
+    for function, *arguments in interruptions:
+        with pytest.raises(AssertionError, match="died without a word"):
+            run_ranks(2, function, folder, tmp_path, *arguments)
+        assert latest_checkpoint(tmp_path) == complete
+        assert [p for p in complete.parent.iterdir() if p.suffix == ".partial"]
+    losses, _ = run_ranks(2, _six_steps, folder, {})[0]
+    assert run_ranks(2, _resumed, folder, {}, tmp_path)[0][0] == losses[6:]
+
+
+def _saves(folder: Path, run_dir: Path) -> Any:
+    policy = _policy(folder, {TP: 2}, asynchronous=True, keep_last=2, keep_every=3)
+    snapshots = []
+    for step, batch in enumerate(BATCHES, start=1):
+        policy.train_step(batch, SFTObjective())
+        snapshots.append(weights(policy))
+        policy.save(checkpoint_path(run_dir, step), {"step": step})
+    policy.finish_saves()
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    loaded = []
+    for name in kept:
+        state = policy.load(run_dir / "checkpoints" / name)
+        loaded.append((state["step"], weights(policy)))
+    return snapshots, kept, loaded
+
+
+def test_saving_in_the_background_keeps_the_moment_and_the_newest_and_every_nth(folder, tmp_path):
+    snapshots, kept, loaded = run_ranks(2, _saves, folder, tmp_path)[0]
+    assert kept == ["step_00000003", "step_00000005", "step_00000006"]
+    assert [step for step, _ in loaded] == [3, 5, 6]
+    for step, restored in loaded:
+        for name, tensor in snapshots[step - 1].items():
+            assert torch.equal(restored[name], tensor), (step, name)

@@ -1,0 +1,85 @@
+"""One answer whatever the layout: loss, metrics, every gradient, clipping, three steps' weights."""
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.comparison import DENSE, MOE, deviations
+from tests.distributed.ranks import run_ranks
+
+
+def layout(name: str, world_size: int = 1, **settings: Any) -> Any:
+    """`tp=2` and the like are sizes, `overlap` is both overlaps; the rest are the policy's."""
+    sizes = {
+        "tp": "tensor_model_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
+        "cp": "context_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "expert_tp": "expert_tensor_parallel_size",
+        "overlap_grad_reduce": "overlap_grad_reduce",
+        "overlap_param_gather": "overlap_param_gather",
+    }
+    parallel = {sizes[key]: settings.pop(key) for key in list(settings) if key in sizes}
+    cases = MOE if name.startswith("moe") else DENSE
+    return pytest.param(world_size, {**settings, "parallel": parallel}, cases, id=name)
+
+
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+LAYOUTS = [
+    layout("one"),
+    layout("one-no-packing", tokens_per_micro_batch=1),
+    layout("one-all-packed", tokens_per_micro_batch=10_000),
+    layout("recompute-full", recompute_granularity="full"),
+    layout("recompute-attention", recompute_granularity="selective"),
+    layout(
+        "recompute-mlp", recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]
+    ),
+    layout("dp2", 2),
+    layout("dp2-no-packing", 2, tokens_per_micro_batch=1),
+    layout("dp2-overlap-reduce", 2, overlap_grad_reduce=True),
+    layout("dp2-overlap", 2, **OVERLAP),
+    layout("tp2", 2, tp=2),
+    layout("tp2-all-packed", 2, tp=2, tokens_per_micro_batch=10_000),
+    layout("tp2-recompute", 2, tp=2, recompute_granularity="full"),
+    layout("pp2", 2, pp=2),
+    layout("pp2-no-packing", 2, pp=2, tokens_per_micro_batch=1),
+    layout("pp2-recompute", 2, pp=2, recompute_granularity="full"),
+    layout("pp2-vpp2", 2, pp=2, vpp=2),
+    layout("cp2", 2, cp=2),
+    layout("cp2-no-packing", 2, cp=2, tokens_per_micro_batch=1),
+    layout("cp2-all-packed", 2, cp=2, tokens_per_micro_batch=10_000),
+    layout("cp2-recompute", 2, cp=2, recompute_granularity="selective"),
+    layout("dp4", 4),
+    layout("tp4", 4, tp=4),
+    layout("pp4", 4, pp=4),
+    layout("cp4", 4, cp=4),
+    layout("tp2-dp2", 4, tp=2),
+    layout("pp2-dp2", 4, pp=2),
+    layout("cp2-dp2", 4, cp=2),
+    layout("pp2-dp2-overlap", 4, pp=2, **OVERLAP),
+    layout("tp2-dp2-overlap", 4, tp=2, **OVERLAP),
+    layout("pp2-vpp2-dp2-overlap", 4, pp=2, vpp=2, **OVERLAP),
+    layout("tp2-pp2", 4, tp=2, pp=2),
+    layout("tp2-cp2", 4, tp=2, cp=2),
+    layout("pp2-cp2", 4, pp=2, cp=2),
+    layout("pp2-vpp2-cp2", 4, pp=2, vpp=2, cp=2),
+    layout("tp2-pp2-cp2", 8, tp=2, pp=2, cp=2),
+    layout("tp2-pp2-vpp2-dp2-overlap", 8, tp=2, pp=2, vpp=2, **OVERLAP),
+    layout("tp2-cp2-dp2-all-packed", 8, tp=2, cp=2, tokens_per_micro_batch=10_000),
+    layout("moe"),
+    layout("moe-dp2", 2),
+    layout("moe-ep2-dp2", 2, ep=2),
+    layout("moe-ep2-dp2-recompute", 2, ep=2, recompute_granularity="full"),
+    layout("moe-tp2-ep2", 2, tp=2, ep=2),
+    layout("moe-cp2-ep2", 2, cp=2, ep=2),
+    layout("moe-ep2-dp4-overlap", 4, ep=2, **OVERLAP),
+    layout("moe-tp2-ep2-expert_tp2", 4, tp=2, ep=2, expert_tp=2),
+    layout("moe-pp2-ep2", 4, pp=2, ep=2),
+]
+
+
+@pytest.mark.parametrize(("world_size", "settings", "cases"), LAYOUTS)
+def test_every_layout_gives_hugging_faces_answer(world_size, settings, cases, folder):
+    for rank, found in enumerate(run_ranks(world_size, deviations, folder, settings, cases)):
+        assert not found, f"rank {rank}:\n" + "\n".join(found)

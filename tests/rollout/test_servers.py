@@ -1,0 +1,130 @@
+"""Servers start, or say why not; and they never outlive whoever started them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from klear_megatron.errors import UserError
+from klear_megatron.rollout import guard, serving
+from tests.rollout.conftest import CONFIG
+
+ONE = CONFIG.model_copy(update={"num_servers": 1})
+
+
+def refusal(config, model_path: Path, tmp_path: Path) -> str:
+    with pytest.raises(UserError) as error, serving(config, model_path, tmp_path / "logs"):
+        pass
+    return str(error.value)
+
+
+def test_busy_port_is_refused(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = ONE.model_copy(update={"port": port})
+        message = refusal(config, tmp_path, tmp_path)
+    assert message.startswith(f"rollout.port: cannot listen on 127.0.0.1:{port}: ")
+    assert "choose another port" in message
+
+
+def test_missing_environment_is_refused(tmp_path):
+    config = ONE.model_copy(update={"python": tmp_path / "bin" / "python"})
+    assert "install SGLang into an environment of its own" in refusal(config, tmp_path, tmp_path)
+
+
+def test_address_where_nobody_answers_is_refused(tmp_path):
+    config = ONE.model_copy(update={"urls": ["http://127.0.0.1:9"]})
+    assert "no healthy SGLang server answers" in refusal(config, tmp_path, tmp_path)
+
+
+def test_server_that_does_not_start_shows_the_end_of_its_log(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+    message = refusal(ONE, tmp_path, tmp_path)
+    assert "did not start; the end of " in message
+    assert "no_such_model" in message
+    assert not alive_with(str(tmp_path))
+
+
+def alive_with(argument: str) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(argument in word for word in process.info["cmdline"] or [])
+    ]
+
+
+def gone_within(seconds: float, processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return not alive
+
+
+def test_servers_end_when_the_process_that_started_them_is_killed(servers, tmp_path):
+    # A copy of the checkpoint's path makes its processes findable by their command lines.
+    model = tmp_path / "model"
+    model.symlink_to(servers.checkpoint)
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from klear_megatron.rollout import serving\n"
+        "from tests.rollout.test_servers import ONE\n"
+        "with serving(ONE, Path(sys.argv[1]), Path(sys.argv[2])) as urls:\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(model), str(tmp_path / "logs")],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "ready\n"
+        started = psutil.Process(trainer.pid).children(recursive=True)
+        assert any("sglang" in " ".join(process.cmdline()) for process in started)
+        trainer.kill()
+    assert gone_within(30, started)
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:  # an orphan in a session of its own
+        time.sleep(600)
+    os._exit(0)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_guard_ends_even_what_hides_and_ignores_signals(number, tmp_path, monkeypatch):
+    marker = str(tmp_path / "stubborn.py")
+    Path(marker).write_text(STUBBORN)
+    script = (
+        "import subprocess, sys, time\n"
+        "command = [sys.executable, *sys.argv[1:]]\n"
+        "with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, guard.__file__, sys.executable, marker],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        processes = [p for p in alive_with(marker) if p.pid != parent.pid]
+        assert len(processes) == 3  # the guard, the command, the orphan
+        os.killpg(parent.pid, number)  # as a terminal does with Ctrl-C
+        parent.wait(30)
+        assert gone_within(30, processes)

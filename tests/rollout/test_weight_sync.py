@@ -1,0 +1,113 @@
+"""The servers compute with the trainer's weights after a sync, and only then."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from klear_megatron.losses import SFTObjective
+from klear_megatron.policy.batch import Batch
+from klear_megatron.policy.policy import Policy
+from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig
+from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
+from klear_megatron.trainers.rl import sync_weights
+from tests.distributed.laboratory import make_policy
+from tests.distributed.ranks import run_ranks
+from tests.models import tiny
+
+PROMPTS = [[5, 6, 7], [300, 2], [11] * 20, [4, 4, 8, 1]]
+SAMPLING = SamplingConfig(max_response_length=24)
+
+
+def _difference(policy: Policy, urls: list[str], config: RolloutConfig) -> list[float]:
+    """Largest difference of log-probabilities between the trainer and each server, on the
+    server's own samples."""
+    differences = []
+    for url in urls:
+        generator = Generator([url], config, vocab_size=tiny.VOCAB, stop_token_ids=[])
+        drawn = generator.generate(PROMPTS, SAMPLING, responses_per_prompt=2) if _main() else []
+        pairs = [(p, r) for p, rs in zip(PROMPTS, drawn, strict=False) for r in rs]
+        everyone = [[(p + r.token_ids, [0.0] * len(p) + r.log_probs) for p, r in pairs]]
+        dist.broadcast_object_list(everyone)
+        tokens, served = zip(*everyone[0], strict=True)
+        batch = Batch.from_sequences(tokens, served=served)
+        ours, _ = policy.log_probs(batch)
+        drawn_tokens = batch.fields["served"] != 0
+        differences.append((ours - batch.fields["served"])[drawn_tokens].abs().max().item())
+    return differences
+
+
+def _main() -> bool:
+    return dist.get_rank() == 0
+
+
+def _train(policy: Policy) -> None:
+    sequences = tiny.random_sequences([20] * 8)
+    batch = Batch.from_sequences(sequences, loss_mask=[[1.0] * 20] * 8)
+    policy.train_step(batch, SFTObjective())
+
+
+def _scenario(checkpoint: Path, urls: list[str], config: RolloutConfig, parallel: Any) -> Any:
+    policy = make_policy(checkpoint, parallel=parallel, optimizer={"lr": 1e-2})
+    seen = {}
+    sync = WeightSync(urls, config).__enter__() if _main() else None
+    for version in (1, 2):
+        _train(policy)
+        seen[f"before {version}"] = _difference(policy, urls, config)
+        sync_weights(policy, sync, version)
+        seen[f"after {version}"] = _difference(policy, urls, config)
+    if sync is not None:
+        sync.__exit__()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}],
+    ids=["TP2", "PP2", "DP2"],
+)
+def test_log_probs_agree_after_each_sync_and_not_before(servers, parallel):
+    seen, _ = run_ranks(2, _scenario, servers.checkpoint, servers.urls, servers.config, parallel)
+    for version in (1, 2):
+        assert all(difference < 1e-4 for difference in seen[f"after {version}"])
+        # Without the broadcast the same comparison fails: the weights have moved that far.
+        assert all(difference > 1e-2 for difference in seen[f"before {version}"])
+    for responses in servers.generator().generate(PROMPTS, SAMPLING):
+        assert responses[0].weight_version == "2"
+
+
+def _push(checkpoint: Path, urls: list[str], config: RolloutConfig, change: Any) -> Any:
+    tensors = change(dict(tiny.load(checkpoint).named_parameters()))
+    with WeightSync(urls, config) as sync:
+        start = time.monotonic()
+        try:
+            sync.push([(name, tensor.detach()) for name, tensor in tensors.items()], version=7)
+        except WeightSyncError as error:
+            return str(error), time.monotonic() - start
+    return None, time.monotonic() - start
+
+
+def _unchanged(tensors: dict[str, Any]) -> dict[str, Any]:
+    return tensors
+
+
+def _wrong_shape(tensors: dict[str, Any]) -> dict[str, Any]:
+    return tensors | {"model.norm.weight": torch.ones(7)}
+
+
+def test_tensor_that_does_not_fit_is_reported_at_once_and_the_next_push_repairs(servers):
+    arguments = servers.checkpoint, servers.urls, servers.config
+    ((message, seconds),) = run_ranks(1, _push, *arguments, _wrong_shape)
+    assert message is not None
+    assert "/update_weights_from_distributed answered" in message
+    assert seconds < servers.config.sync_timeout_s / 2
+    ((message, _),) = run_ranks(1, _push, *arguments, _unchanged)
+    assert message is None
+    (reference,) = tiny.hf_log_probs(tiny.load(servers.checkpoint), [[1, 2, 3]])[:1]
+    assert reference.isfinite().all()
+    for url in servers.urls:
+        (responses,) = servers.generator([url]).generate([[1, 2, 3]], SAMPLING)
+        assert responses[0].weight_version == "7"
