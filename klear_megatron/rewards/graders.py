@@ -7,6 +7,7 @@ from typing import Protocol
 
 from klear_megatron.errors import UserError
 from klear_megatron.rewards.code import code_reward, score_program
+from klear_megatron.rewards.code_tests import parse_tests
 from klear_megatron.rewards.config import (
     CodeRewardConfig,
     CustomRewardConfig,
@@ -164,6 +165,20 @@ def check_data_sources(data_sources: Iterable[str], config: RewardConfig = Rewar
     for data_source in set(data_sources):
         for grader in graders_of(data_source, config):
             grader.check()
+
+
+def check_ground_truths(pairs: Iterable[tuple[str, GroundTruth]]) -> None:
+    """Raises UserError where the tests of a programming problem are malformed.
+
+    Args:
+        pairs: data_source and ground truth of each row. This takes as long as parsing them does.
+    """
+    for i, (data_source, ground_truth) in enumerate(pairs):
+        if verifier_of(data_source) == "code":
+            try:
+                parse_tests(ground_truth)
+            except UserError as error:
+                raise UserError(f"row {i}: {error}") from error
 
 
 def combine(graders: Sequence[Grader], rewards: Sequence[Reward]) -> Reward:

@@ -7,7 +7,13 @@ import zlib
 import pytest
 
 from klear_megatron.errors import UserError
-from klear_megatron.rewards import CodeRewardConfig, RewardConfig, RewardPool, code_reward
+from klear_megatron.rewards import (
+    CodeRewardConfig,
+    RewardConfig,
+    RewardPool,
+    check_ground_truths,
+    code_reward,
+)
 from klear_megatron.rewards.code import extract_program
 from klear_megatron.rewards.code_tests import CallTest, CheckTest, ScriptTest, parse_tests
 from klear_megatron.rewards.comparison import outputs_agree, values_agree
@@ -339,6 +345,13 @@ def lcb_private(payload):
 def test_other_ground_truths_are_refused(ground_truth, what):
     with pytest.raises(UserError, match=rf"reward_model\.ground_truth: .*{what}"):
         code_reward(respond("print(5)"), ground_truth)
+
+
+def test_malformed_tests_are_found_before_training():
+    math = "math_longcot_math_verify", "4"
+    check_ground_truths([math, ("coder1_longcot", SIXTEEN)])
+    with pytest.raises(UserError, match=r"row 1: reward_model\.ground_truth: not the tests"):
+        check_ground_truths([math, ("coder1_longcot_lcbv5", "4")])
 
 
 def test_interpreter_that_does_not_run_is_refused(tmp_path):

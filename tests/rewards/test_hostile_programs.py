@@ -441,6 +441,9 @@ def test_tests_of_one_program_share_nothing():
     assert grade(program, SUM_CALLS).correct
 
 
+SLEEPER = respond("import os, time\nos.setsid()\ntime.sleep(1e6)")
+
+
 def test_bad_programs_do_not_keep_the_pool_from_good_ones():
     config = RewardConfig(code=CONFIG.model_copy(update={"timeout_s": 4.0}), workers=2)
     bad = respond("while True: pass")
@@ -454,6 +457,18 @@ def test_bad_programs_do_not_keep_the_pool_from_good_ones():
     assert [reward.correct for reward in rewards] == [False] + [True] * 20
     assert rewards[0].timed_out
     assert max(done[i] for i in range(1, 21)) < done[0] < 4 + 3
+
+
+def test_programs_end_when_their_grader_is_killed():
+    """`nothing_is_left` looks for them afterwards."""
+    script = f"from klear_megatron.rewards import code_reward\ncode_reward({SLEEPER!r}, {SUM!r})"
+    with subprocess.Popen([sys.executable, "-c", script]) as grader:
+        before = set(sandboxed_processes())
+        deadline = time.monotonic() + 20
+        while len(set(sandboxed_processes()) - before) < 3:  # bwrap, the first process, the program
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        grader.kill()
 
 
 def test_all_of_a_programs_time_is_limited():

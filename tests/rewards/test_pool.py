@@ -15,7 +15,7 @@ from klear_megatron.rewards import MathRewardConfig, RewardConfig, RewardPool, m
 
 SOURCE = "math_longcot_math_verify"
 HANGING = r"<think>big</think>\boxed{9^{9^{9^{9}}}}"
-TIMEOUT_S = 2.0
+TIMEOUT_S = 3.0
 
 
 def job(response: str, ground_truth: str = "4") -> tuple[str, str, str]:

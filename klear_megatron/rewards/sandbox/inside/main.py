@@ -76,8 +76,10 @@ def main(control_fd: str, *arguments: str) -> None:
             if child == 0:
                 control.close()
                 prepare_test(limits, float(argument))
-                runner(fds)
-                return  # and what it raises is raised here, as the interpreter would
+                try:
+                    return runner(fds)  # what else it raises is the interpreter's to deal with
+                except MemoryError:
+                    os._exit(MEMORY_EXHAUSTED)
             control.send(wait(child, float(argument), limits.memory).encode())
         for fd in fds:
             os.close(fd)

@@ -65,10 +65,7 @@ def execute(code: CodeType, module_name: str, names: dict[str, object]) -> dict[
     module = ModuleType(module_name)
     module.__dict__.update(names, __builtins__=builtins)
     sys.modules[module_name] = module
-    try:
-        exec(code, module.__dict__)
-    except MemoryError:
-        os._exit(113)  # MEMORY_EXHAUSTED
+    exec(code, module.__dict__)
     return module.__dict__
 
 
