@@ -21,6 +21,7 @@ lint: setup
 	.venv/bin/mypy
 
 setup: .venv/ready .venv-rollout/ready
+	@bash tools/install_bubblewrap.sh
 
 # A stamp is written last, so an interrupted set-up is taken up again.
 .venv/ready: requirements/$(PLATFORM).txt setup.py

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="klear-megatron", description="Klear-Reasoner training on Megatron-Core."
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for run in (_sft, _rl, _eval, _serve):
+    for run in (_sft, _rl, _eval, _serve, _curate):
         verb = _add_verb(verbs, run, takes_overrides=True)
         verb.add_argument("config", type=Path, help="YAML file")
         verb.epilog = "Any key of the file can be given as --section.key value."
@@ -121,6 +121,13 @@ def _serve(arguments: argparse.Namespace) -> None:
     with serving(config.rollout, config.model, config.run_dir / "logs", seed=config.seed) as urls:
         print("\n".join(["serving; stop with Ctrl-C", *urls]), flush=True)
         signal.pause()
+
+
+def _curate(arguments: argparse.Namespace) -> None:
+    """Choose the prompts to train on: no duplicates, no contamination, hard enough."""
+    from klear_megatron.curation import CurateConfig, curate
+
+    print(curate(load_config(CurateConfig, arguments.config, arguments.overrides)))
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 A checkpoint stores global tensors in chunks, whatever layout wrote it: `.metadata` says which chunk
 of which tensor lies where, and each chunk is a record of `torch.save`, a zip file with a CRC-32.
-Layers are stacked: layer i of `decoder.layers.{i}.x` is `decoder.layers.x`[i].
+Layers are stacked: layer i of `decoder.layers.{i}.x` is `decoder.layers.x`[i]; so are a layer's
+experts, after that.
 """
 
 import io
@@ -37,9 +38,10 @@ class Chunk:
 
 
 def stacked(name: str) -> tuple[str, tuple[int, ...]]:
-    """`decoder.layers.3.x` -> (`decoder.layers.x`, (3,)); other names as they are, with ()."""
-    match = re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.+)", name)
-    return (match[1] + match[3], (int(match[2]),)) if match else (name, ())
+    """`decoder.layers.3.x` -> (`decoder.layers.x`, (3,)), with a second index for an expert of a
+    layer; other names as they are, with ()."""
+    numbered = r"(?:(?<=^decoder\.layers\.)|(?<=\.mlp\.experts\.experts\.))(\d+)\."
+    return re.sub(numbered, "", name), tuple(int(number) for number in re.findall(numbered, name))
 
 
 def full_shape(row: Weight) -> torch.Size:

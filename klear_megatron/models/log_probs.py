@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_CHUNK_LOGITS = 2**24
-"""Logits alive at a time: 64 MiB in float32."""
+_CHUNK_LOGITS = 2**25
+"""Logits alive at a time: 128 MiB in float32."""
 
 
 def vocab_parallel_log_probs(

@@ -42,7 +42,7 @@ def transformer_config(config: PolicyConfig, hf: PretrainedConfig) -> Transforme
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         sequence_parallel=parallel.tensor_model_parallel_size > 1,
         bf16=config.dtype == "bfloat16",
         params_dtype=dtype,

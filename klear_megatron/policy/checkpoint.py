@@ -139,10 +139,19 @@ def load(
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
-    parts = optimizer.chained_optimizers
-    for part, part_state in zip(parts, [state] if len(parts) == 1 else state.values(), strict=True):
-        parameter_state = part_state.pop("param_state")
-        part.load_state_dict(part_state)
+    # With expert parallelism there are two optimizers, numbered, and one otherwise. What they keep
+    # per group of parameters, such as the step, is the same in all groups of a kind.
+    saved = [state, *(state[number] for number in (0, 1) if number in state)]
+    groups = [
+        {**group, "is_expert_parallel": expert}
+        for part in saved
+        if "optimizer" in part
+        for group in part["optimizer"]["param_groups"]
+        for expert in (False, True)
+    ]
+    for number, part in enumerate(optimizer.chained_optimizers):
+        parameter_state = (state if "param_state" in state else state[number])["param_state"]
+        part.load_state_dict({"optimizer": {"param_groups": groups}})
         # Torch's Adam has a step per parameter, which Megatron-Core sets in the line above and
         # would now look for in the checkpoint, where it is kept once. It sets the same tensor for
         # all, which each of them would then count up.

@@ -20,8 +20,8 @@ class ParallelConfig(Section):
     context_parallel_size: PositiveInt = 1
     expert_model_parallel_size: PositiveInt = 1
     """Ranks, of those that tensor, context and data parallelism have, that share the experts."""
-    expert_tensor_parallel_size: PositiveInt = 1
-    """Ranks that each expert's matrices are cut over, in place of tensor_model_parallel_size."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that each expert's matrices are cut over; by default tensor_model_parallel_size."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while backward is still computing others."""
     overlap_param_gather: bool = False
@@ -43,6 +43,22 @@ class ParallelConfig(Section):
             raise ValueError("overlap_param_gather: true needs overlap_grad_reduce: true")
         return self
 
+    @model_validator(mode="after")
+    def _other_cut_needs_expert_parallelism(self) -> "ParallelConfig":
+        # Megatron reduces experts' gradients apart from the others' with expert parallelism only.
+        tp, expert_tp = self.tensor_model_parallel_size, self.expert_tensor_parallel_size
+        if expert_tp not in (None, tp) and self.expert_model_parallel_size == 1:
+            raise ValueError(
+                f"expert_tensor_parallel_size {expert_tp} other than tensor_model_parallel_size "
+                f"{tp} needs expert_model_parallel_size of at least 2"
+            )
+        return self
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that each expert's matrices are cut over."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model and work on the same tokens: TP x PP x CP."""
@@ -61,37 +77,35 @@ class ParallelConfig(Section):
                 f"{self.context_parallel_size} = {self.model_parallel_size}; start a multiple of "
                 f"{self.model_parallel_size} ranks or choose smaller sizes"
             )
-        experts = (
-            self.pipeline_model_parallel_size
-            * self.expert_model_parallel_size
-            * self.expert_tensor_parallel_size
-        )
+        pp, ep = self.pipeline_model_parallel_size, self.expert_model_parallel_size
+        experts = pp * ep * self.expert_tensor_size
         if world_size % experts:
             raise UserError(
                 f"policy.parallel: world size {world_size} is not divisible by PP x EP x expert TP "
-                f"= {self.pipeline_model_parallel_size} x {self.expert_model_parallel_size} x "
-                f"{self.expert_tensor_parallel_size} = {experts}"
+                f"= {pp} x {ep} x {self.expert_tensor_size} = {experts}"
             )
         return world_size // self.model_parallel_size
 
     def check_model(self, hf: PretrainedConfig) -> None:
         """Raises UserError where the model cannot be cut so."""
-        cut = {
-            "num_attention_heads": "tensor_model_parallel_size",
-            "num_key_value_heads": "tensor_model_parallel_size",
-            "intermediate_size": "tensor_model_parallel_size",
-            "num_experts": "expert_model_parallel_size",
-            "moe_intermediate_size": "expert_tensor_parallel_size",
-        }
-        for field, name in cut.items():
-            if getattr(hf, field, 0) % getattr(self, name):
+        if self.expert_model_parallel_size > 1 and not hasattr(hf, "num_experts"):
+            raise UserError(
+                "policy.parallel.expert_model_parallel_size: the model has no experts; leave it at "
+                "1"
+            )
+        tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size
+        for field, name, size in (
+            ("num_attention_heads", "tensor_model_parallel_size", tp),
+            ("num_key_value_heads", "tensor_model_parallel_size", tp),
+            ("intermediate_size", "tensor_model_parallel_size", tp),
+            ("num_experts", "expert_model_parallel_size", ep),
+            ("moe_intermediate_size", "expert_tensor_parallel_size", self.expert_tensor_size),
+        ):
+            if getattr(hf, field, 0) % size:
                 raise UserError(
                     f"policy.parallel.{name}: the model's {field} = {getattr(hf, field)} is not "
-                    f"divisible by {getattr(self, name)}"
+                    f"divisible by {size}"
                 )
-        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-            if getattr(self, name) > 1 and not hasattr(hf, "num_experts"):
-                raise UserError(f"policy.parallel.{name}: the model has no experts; leave it at 1")
         stages = self.pipeline_model_parallel_size * (
             self.virtual_pipeline_model_parallel_size or 1
         )

@@ -22,7 +22,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_size,
     )
     model_parallel_cuda_manual_seed(seed)
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.data import Prompt, PromptSampler, encode_prompts, read_prompts
+from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
 from klear_megatron.errors import UserError
 from klear_megatron.losses import PolicyObjective
+from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
-from klear_megatron.observability import Phases, Progress, Recorder
+from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.policy.policy import Policy
@@ -32,15 +33,16 @@ def train_rl(config: RLConfig) -> None:
     """
     run.start(config)
     tokenizer = read_tokenizer(config.policy.path)
+    check_lengths(config)
     prompts = read_training_prompts(config, tokenizer)
+    objective, phases = PolicyObjective(config.loss), Phases()
     policy = Policy(
         config.policy,
         total_steps=config.optimizer_steps,
         temperature=config.sampling.temperature,
         seed=config.seed,
     )
-    sampler = PromptSampler(len(prompts), config.seed)
-    objective, phases = PolicyObjective(config.loss), Phases()
+    sampler = make_sampler(config, prompts)
     first = 1
     if state := run.resume(policy, config.run_dir):
         sampler.load_state_dict(state["sampler"])
@@ -78,18 +80,43 @@ def train_rl(config: RLConfig) -> None:
             run.save(policy, config, step, config.steps, {"sampler": sampler.state_dict()})
 
 
-def read_training_prompts(
-    config: RLConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[Prompt, list[int]]]:
-    """The prompts that are short enough, with their token ids.
+def check_lengths(config: RLConfig) -> None:
+    """Raises UserError where a prompt and its response can be longer than the servers take."""
+    longest = config.data.max_prompt_length + config.sampling.max_response_length
+    model = read_config(config.policy.path).max_position_embeddings
+    limit = config.rollout.context_length or model
+    if longest > limit:
+        raise UserError(
+            f"data.max_prompt_length + sampling.max_response_length = {longest} tokens, but the "
+            f"servers take {limit} (rollout.context_length, or the model's max_position_embeddings)"
+        )
+
+
+def read_training_prompts(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
+    """The prompts to train on; says how many rows were left out or cut.
 
     Raises:
-        UserError: a malformed row, a row that no verifier is known for, or prompts all too long.
+        UserError: a malformed row, a row that cannot be graded, or prompts all too long.
     """
-    prompts = read_prompts(config.data.path)
-    check_data_sources(prompt.data_source for prompt in prompts)
-    return list(
-        zip(*encode_prompts(tokenizer, prompts, config.data.max_prompt_length), strict=True)
+    loaded = load_prompts(config.data, tokenizer)
+    check_data_sources((prompt.data_source for prompt in loaded.prompts), config.rewards)
+    if run.is_main_rank():
+        if loaded.bad_rows:
+            say(f"data: {len(loaded.bad_rows)} malformed rows skipped; {loaded.bad_rows[0]}")
+        if loaded.too_long:
+            done = "dropped" if config.data.too_long == "drop" else "cut"
+            limit = config.data.max_prompt_length
+            say(f"data: {loaded.too_long} prompts longer than {limit} tokens {done}")
+    return loaded
+
+
+def make_sampler(config: RLConfig, loaded: LoadedPrompts) -> PromptSampler:
+    """The order of the prompts, by the config's stages."""
+    return PromptSampler(
+        len(loaded.prompts),
+        config.seed,
+        [prompt.data_source for prompt in loaded.prompts],
+        config.data.stages,
     )
 
 
@@ -111,20 +138,13 @@ def start_servers(config: RLConfig, stack: contextlib.ExitStack) -> list[str]:
 def make_worker(
     config: RLConfig,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[tuple[Prompt, list[int]]],
+    prompts: LoadedPrompts,
     sampler: PromptSampler,
     urls: list[str],
     policy: Policy,
     stack: contextlib.ExitStack,
 ) -> RolloutWorker:
     """This rank's rollout worker, with a generator and graders if it leads."""
-    longest = config.data.max_prompt_length + config.sampling.max_response_length
-    limit = config.rollout.context_length or policy.hf.max_position_embeddings
-    if longest > limit:
-        raise UserError(
-            f"data.max_prompt_length + sampling.max_response_length = {longest} tokens, but the "
-            f"servers take {limit} (rollout.context_length, or the model's max_position_embeddings)"
-        )
     leader, leaders = leader_rank()
     generator, rewards = None, None
     if leader is not None:

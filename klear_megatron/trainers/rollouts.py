@@ -4,8 +4,10 @@ The first rank of each model-parallel group leads: it draws and grades its share
 Every rank ends up with the whole batch.
 """
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.data import Prompt, PromptSampler
+from klear_megatron.data import LoadedPrompts, Prompt, PromptSampler
 from klear_megatron.losses import group_advantages
 from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.observability import Phases, Progress
@@ -55,7 +57,7 @@ class RolloutWorker:
     """Makes rollouts; on ranks that do not lead it only takes part in sharing them.
 
     Args:
-        prompts: with their token ids; the sampler hands out indices into them.
+        prompts: the sampler hands out indices into them.
         generator, rewards: None on a rank that does not lead.
     """
 
@@ -63,7 +65,7 @@ class RolloutWorker:
         self,
         config: RLConfig,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[tuple[Prompt, list[int]]],
+        prompts: LoadedPrompts,
         sampler: PromptSampler,
         *,
         leader: int | None,
@@ -100,25 +102,27 @@ class RolloutWorker:
             write_rows(self._dumps / f"step_{step:08}_{self._leader}.jsonl", self._rows(drawn))
         with phases("share"):
             batches = _all_gather(self._batch(informative))
-            statistics = torch.cat(_all_gather(_statistics(drawn)))
+            table = torch.cat(_all_gather(_statistics(drawn)))
+            parts = list(chain.from_iterable(_all_gather(_parts(drawn))))
         batch = Batch.concatenate(batches)
         size = self._config.responses_per_prompt
         groups = min(wanted, len(batch.lengths) // size)
-        metrics = _summary(statistics)
+        metrics = _summary(table) | _means(parts)
         metrics["rollout/groups"] = groups
         return Rollouts(batch.select(range(groups * size)), groups, metrics)
 
     def _draw(self, rows: Sequence[int], step: int, phases: Phases) -> list[Group]:
         assert self._generator is not None
         assert self._rewards is not None
-        prompts = [self._prompts[row] for row in rows]
+        prompts = [self._prompts.prompts[row] for row in rows]
+        prompt_ids = [self._prompts.token_ids[row] for row in rows]
         size = self._config.responses_per_prompt
         with (
             phases("generate"),
             Progress("  generate", len(rows), enabled=self._leader == 0, keep=False) as progress,
         ):
             drawn = self._generator.generate(
-                [ids for _, ids in prompts],
+                prompt_ids,
                 self._config.sampling,
                 responses_per_prompt=size,
                 on_done=lambda _: progress.advance(),
@@ -137,12 +141,12 @@ class RolloutWorker:
                     decode_response(self._tokenizer, response.token_ids),
                     prompt.ground_truth,
                 )
-                for (prompt, _), responses in zip(prompts, drawn, strict=True)
+                for prompt, responses in zip(prompts, drawn, strict=True)
                 for response in responses
             ]
             graded = self._rewards.grade(jobs)
         groups = []
-        for i, ((prompt, ids), responses) in enumerate(zip(prompts, drawn, strict=True)):
+        for i, (prompt, ids, responses) in enumerate(zip(prompts, prompt_ids, drawn, strict=True)):
             rewards = graded[i * size : (i + 1) * size]
             scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
             advantages = group_advantages(scores, torch.zeros(size, dtype=torch.int64))
@@ -200,8 +204,8 @@ def _statistics(groups: Sequence[Group]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(-1, len(_STATISTICS))
 
 
-def _summary(statistics: Tensor) -> dict[str, float]:
-    column = dict(zip(_STATISTICS, statistics.T, strict=True))
+def _summary(table: Tensor) -> dict[str, float]:
+    column = dict(zip(_STATISTICS, table.T, strict=True))
     return {
         "reward/mean": column["score"].mean().item(),
         "reward/accuracy": column["correct"].mean().item(),
@@ -212,6 +216,19 @@ def _summary(statistics: Tensor) -> dict[str, float]:
         "response/truncated": column["truncated"].mean().item(),
         "rollout/dropped_groups": 1 - column["informative"].mean().item(),
         "rollout/tokens": column["tokens"].sum().item(),
+    }
+
+
+def _parts(groups: Sequence[Group]) -> list[dict[str, float]]:
+    return [dict(reward.parts) for group in groups for reward in group.rewards]
+
+
+def _means(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each part of the rewards, over the responses that have it."""
+    names = sorted({name for part in parts for name in part})
+    return {
+        f"reward/{name}": statistics.mean(part[name] for part in parts if name in part)
+        for name in names
     }
 
 

@@ -56,4 +56,4 @@ def save(
         if step == last_step:
             policy.finish_saves()
         if is_main_rank():
-            say(f"saved {path}")
+            say(f"checkpoint {path}")

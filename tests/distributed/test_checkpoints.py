@@ -22,19 +22,19 @@ TP, PP, VPP, CP = (
     f"{name}_parallel_size"
     for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context")
 )
-LAYOUTS: list[tuple[int, dict[str, int]]] = [
+EP = "expert_model_parallel_size"
+DENSE: list[tuple[int, dict[str, int]]] = [
     (1, {}),
     (2, {TP: 2}),
     (2, {PP: 2, VPP: 2}),
     (4, {TP: 2, CP: 2}),
     (4, {PP: 2}),
 ]
+MOE: list[tuple[int, dict[str, int]]] = [(2, {EP: 2}), (2, {TP: 2}), (4, {EP: 2, PP: 2})]
 
 
-def _policy(folder: Path, parallel: dict[str, int], **checkpoint: Any) -> Any:
-    return make_policy(
-        folder / "tied", parallel=parallel, optimizer=OPTIMIZER, checkpoint=checkpoint
-    )
+def _policy(model: Path, parallel: dict[str, int], **checkpoint: Any) -> Any:
+    return make_policy(model, parallel=parallel, optimizer=OPTIMIZER, checkpoint=checkpoint)
 
 
 def _steps(policy: Any, first: int, last: int) -> list[float]:
@@ -42,43 +42,51 @@ def _steps(policy: Any, first: int, last: int) -> list[float]:
     return [value for metrics in steps for value in (metrics["loss"], metrics["grad_norm"])]
 
 
-def _six_steps(folder: Path, parallel: dict[str, int]) -> tuple[list[float], Any]:
-    policy = _policy(folder, parallel)
+def _six_steps(model: Path, parallel: dict[str, int]) -> tuple[list[float], Any]:
+    policy = _policy(model, parallel)
     return _steps(policy, 0, 6), weights(policy)
 
 
-def _three_steps_and_killed(folder: Path, parallel: dict[str, int], run_dir: Path) -> None:
-    policy = _policy(folder, parallel)
+def _three_steps_and_killed(model: Path, parallel: dict[str, int], run_dir: Path) -> None:
+    policy = _policy(model, parallel)
     _steps(policy, 0, 3)
     policy.save(checkpoint_path(run_dir, 3), {"step": 3})
     _steps(policy, 3, 4)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _resumed(folder: Path, parallel: dict[str, int], run_dir: Path) -> tuple[list[float], Any]:
-    policy = _policy(folder, parallel)
+def _resumed(model: Path, parallel: dict[str, int], run_dir: Path) -> tuple[list[float], Any]:
+    policy = _policy(model, parallel)
     state = policy.load(latest_checkpoint(run_dir))
     return _steps(policy, state["step"], 6), weights(policy)
 
 
-def test_a_killed_run_goes_on_in_any_layout(folder, tmp_path):
-    for world_size, parallel in LAYOUTS[1:3]:
-        losses, final = run_ranks(world_size, _six_steps, folder, parallel)[0]
-        run_dir = tmp_path / "-".join(parallel)
-        with pytest.raises(AssertionError, match="died without a word"):
-            run_ranks(world_size, _three_steps_and_killed, folder, parallel, run_dir)
-        for other_size, other in LAYOUTS:
-            resumed, restored = run_ranks(other_size, _resumed, folder, other, run_dir)[0]
-            if other == parallel:
-                assert resumed == losses[6:]
-                assert all(torch.equal(restored[name], final[name]) for name in final)
-            assert resumed == pytest.approx(losses[6:], rel=1e-5)
-            for name in final:
-                torch.testing.assert_close(restored[name], final[name], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("tied", DENSE[1], DENSE),
+        ("untied", DENSE[2], DENSE),
+        ("moe", MOE[0], MOE),
+        ("moe", MOE[1], MOE),
+    ],
+)
+def test_a_killed_run_goes_on_in_any_layout(name, before, after, folder, tmp_path):
+    model, (world_size, parallel) = folder / name, before
+    losses, final = run_ranks(world_size, _six_steps, model, parallel)[0]
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(world_size, _three_steps_and_killed, model, parallel, tmp_path)
+    for other_size, other in after:
+        resumed, restored = run_ranks(other_size, _resumed, model, other, tmp_path)[0]
+        if other == parallel:
+            assert resumed == losses[6:]
+            assert all(torch.equal(restored[name], final[name]) for name in final)
+        assert resumed == pytest.approx(losses[6:], rel=1e-5)
+        for name in final:
+            torch.testing.assert_close(restored[name], final[name], rtol=1e-4, atol=1e-6)
 
 
-def _killed_while_writing(folder: Path, run_dir: Path, asynchronous: bool) -> None:
-    policy = _policy(folder, {}, asynchronous=asynchronous)
+def _killed_while_writing(model: Path, run_dir: Path, asynchronous: bool) -> None:
+    policy = _policy(model, {}, asynchronous=asynchronous)
     policy.load(latest_checkpoint(run_dir))
     _steps(policy, 3, 5)
     original = filesystem_async._write_item
@@ -93,15 +101,15 @@ def _killed_while_writing(folder: Path, run_dir: Path, asynchronous: bool) -> No
     policy.finish_saves()
 
 
-def _killed_before_publishing(folder: Path, run_dir: Path) -> None:
-    policy = _policy(folder, {})
+def _killed_before_publishing(model: Path, run_dir: Path) -> None:
+    policy = _policy(model, {})
     policy._writer._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     policy.save(checkpoint_path(run_dir, 9), {"step": 9})
 
 
 def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
     with pytest.raises(AssertionError, match="died without a word"):
-        run_ranks(2, _three_steps_and_killed, folder, {}, tmp_path)
+        run_ranks(2, _three_steps_and_killed, folder / "tied", {}, tmp_path)
     complete = checkpoint_path(tmp_path, 3)
     interruptions = [
         (_killed_while_writing, False),
@@ -110,15 +118,15 @@ def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
     ]
     for function, *arguments in interruptions:
         with pytest.raises(AssertionError, match="died without a word"):
-            run_ranks(2, function, folder, tmp_path, *arguments)
+            run_ranks(2, function, folder / "tied", tmp_path, *arguments)
         assert latest_checkpoint(tmp_path) == complete
         assert [p for p in complete.parent.iterdir() if p.suffix == ".partial"]
-    losses, _ = run_ranks(2, _six_steps, folder, {})[0]
-    assert run_ranks(2, _resumed, folder, {}, tmp_path)[0][0] == losses[6:]
+    losses, _ = run_ranks(2, _six_steps, folder / "tied", {})[0]
+    assert run_ranks(2, _resumed, folder / "tied", {}, tmp_path)[0][0] == losses[6:]
 
 
-def _saves(folder: Path, run_dir: Path) -> Any:
-    policy = _policy(folder, {TP: 2}, asynchronous=True, keep_last=2, keep_every=3)
+def _saves(model: Path, run_dir: Path) -> Any:
+    policy = _policy(model, {TP: 2}, asynchronous=True, keep_last=2, keep_every=3)
     snapshots = []
     for step, batch in enumerate(BATCHES, start=1):
         policy.train_step(batch, SFTObjective())
@@ -134,7 +142,7 @@ def _saves(folder: Path, run_dir: Path) -> Any:
 
 
 def test_saving_in_the_background_keeps_the_moment_and_the_newest_and_every_nth(folder, tmp_path):
-    snapshots, kept, loaded = run_ranks(2, _saves, folder, tmp_path)[0]
+    snapshots, kept, loaded = run_ranks(2, _saves, folder / "tied", tmp_path)[0]
     assert kept == ["step_00000003", "step_00000005", "step_00000006"]
     assert [step for step, _ in loaded] == [3, 5, 6]
     for step, restored in loaded:

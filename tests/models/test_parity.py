@@ -34,7 +34,7 @@ LAYOUTS: list[tuple[int, dict[str, int], list[str]]] = [
     (2, {PP: 2}, list(MODELS)),
     (4, {TP: 2, PP: 2}, list(MODELS)),
     (2, {EP: 2}, ["qwen3-moe"]),
-    (2, {TP: 2, EP: 2}, ["qwen3-moe"]),
+    (2, {TP: 2, EP: 2, EXPERT_TP: 1}, ["qwen3-moe"]),
     (4, {TP: 2, EP: 2, EXPERT_TP: 2}, ["qwen3-moe"]),
     (4, {PP: 2, EP: 2}, ["qwen3-moe"]),
 ]

@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from klear_megatron.config import Section, load_config, write_config
+from klear_megatron.errors import UserError
+
+
+class Optimizer(Section):
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+class Config(Section):
+    run_dir: Path
+    optimizer: Optimizer
+    style: Literal["cosine", "linear"] = "cosine"
+    steps: int = 1
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "config.yaml").write_text(text)
+    return tmp_path / "config.yaml"
+
+
+GOOD = "run_dir: runs/a\noptimizer: {lr: 1.0e-3}\n"
+
+
+def test_overrides_come_after_the_file_and_create_sections(tmp_path):
+    path = write(tmp_path, "run_dir: runs/a\nsteps: 3\n")
+    overrides = ["--optimizer.lr", "1e-4", "--steps=5", "--optimizer.betas", "[0.8, 0.9]"]
+    config = load_config(Config, path, overrides)
+    expected = Optimizer(lr=1e-4, betas=(0.8, 0.9))
+    assert config == Config(run_dir=Path("runs/a"), optimizer=expected, steps=5)
+
+
+def test_what_is_written_loads_back_equal_with_every_default(tmp_path):
+    config = load_config(Config, write(tmp_path, GOOD))
+    write_config(config, tmp_path / "resolved.yaml")
+    assert load_config(Config, tmp_path / "resolved.yaml") == config
+    assert "style: cosine" in (tmp_path / "resolved.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (GOOD + "step: 3\n", [], "step: unknown key; did you mean steps?"),
+        (GOOD, ["--optimizer.learning", "1"], "optimizer.learning: unknown key; valid keys: lr,"),
+        ("optimizer: {lr: 1}\n", [], "run_dir: missing"),
+        (GOOD, ["--optimizer.lr", "0"], "optimizer.lr: Input should be greater than 0; given: 0"),
+        (GOOD, ["--style", "cosin"], "style: Input should be 'cosine' or 'linear'"),
+        (GOOD, ["steps", "3"], "'steps': overrides look like --section.key value"),
+        (GOOD, ["--steps"], "--steps: a value must follow"),
+        (GOOD, ["--steps.more", "3"], "steps"),
+        ("a: [", [], "not valid YAML"),
+        ("- a\n", [], "the top level must be a mapping"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, overrides, message):
+    with pytest.raises(UserError) as error:
+        load_config(Config, write(tmp_path, text), overrides)
+    assert message in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_config(Config, write(tmp_path, "optimiser: {lr: 1}\nsteps: x\n"))
+    for message in ("optimiser: unknown key; did you mean optimizer?", "run_dir: missing", "steps"):
+        assert message in str(error.value)

@@ -1,0 +1,56 @@
+"""Bad input ends a command with one message, exit status 2 and no traceback."""
+
+import pytest
+
+from tests.e2e.conftest import run_command
+
+
+def refusal(*arguments: str) -> str:
+    result = run_command(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--policy.optimizer.lrr", "1"], "policy.optimizer.lrr: unknown key; did you mean lr?"),
+        (["--prompts_per_mini_batch", "64"], "prompts_per_mini_batch (64) is larger than"),
+        (["--sampling.top_p", "0.9"], "use top_p 1.0"),
+        (["--policy.parallel.tensor_model_parallel_size", "3"], "num_attention_heads = 4 is not"),
+        (["--policy.parallel.tensor_model_parallel_size", "2"], "world size 1 is not divisible by"),
+        (["--data.path", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
+        (["--policy.path", "nowhere"], "nowhere: no config.json there"),
+        (["--sampling.max_response_length", "5000"], "but the servers take 256"),
+        (["--loss.name", "gpo"], "loss.name: 'gpo' is unknown"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_rl_refuses(make_config, quickstart, overrides, message):
+    base = ["--policy.path", str(quickstart / "base")]
+    assert message in refusal("rl", str(make_config("rl")), *base, *overrides)
+
+
+def test_malformed_row_is_named_by_its_line(make_config, quickstart, tmp_path):
+    data = tmp_path / "train.jsonl"
+    rows = (quickstart / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join([*rows[:2], '{"data_source": "math_longcot_math_verify"}\n']))
+    base = ["--policy.path", str(quickstart / "base")]
+    message = refusal("rl", str(make_config("rl")), *base, "--data.path", str(data))
+    assert f"{data}, line 3, field prompt" in message
+
+
+def test_missing_config_is_refused():
+    assert "nowhere.yaml: no such config file" in refusal("sft", "nowhere.yaml")
+
+
+def test_doctor_names_an_apex_that_is_not_nvidias(tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    message = refusal("doctor")
+    assert "the installed `apex` is not NVIDIA's" in message
+    monkeypatch.delenv("PYTHONPATH")
+    assert run_command("doctor").returncode == 0

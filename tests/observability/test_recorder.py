@@ -1,0 +1,36 @@
+import json
+import math
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from klear_megatron.observability import Recorder
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_tensorboard_and_the_file_have_the_same_numbers(tmp_path):
+    with Recorder(tmp_path) as recorder:
+        for step in (1, 2):
+            recorder.write(step, {"train/loss": 0.5 / step, "reward/mean": -1.0})
+    assert rows(tmp_path)[1] == {"step": 2, "train/loss": 0.25, "reward/mean": -1.0}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_resumed_run_forgets_the_steps_it_does_again_and_a_half_written_line(tmp_path):
+    with Recorder(tmp_path) as recorder:
+        for step in range(1, 6):
+            recorder.write(step, {"x": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "x"')
+    with Recorder(tmp_path, next_step=4) as recorder:
+        recorder.write(4, {"x": 40})
+    assert rows(tmp_path) == [{"step": s, "x": x} for s, x in [(1, 1), (2, 2), (3, 3), (4, 40)]]
+
+
+def test_number_that_is_not_finite_leaves_valid_json(tmp_path):
+    with Recorder(tmp_path) as recorder:
+        recorder.write(1, {"x": math.nan, "y": math.inf})
+    assert rows(tmp_path) == [{"step": 1, "x": None, "y": None}]
