@@ -15,8 +15,15 @@ import psutil
 import pytest
 
 from klear_megatron.errors import UserError
-from klear_megatron.rewards import CodeRewardConfig, RewardConfig, RewardPool, code_reward
+from klear_megatron.rewards import (
+    CodeRewardConfig,
+    CustomRewardConfig,
+    RewardConfig,
+    RewardPool,
+    code_reward,
+)
 from klear_megatron.rewards.sandbox import bubblewrap, check_sandbox
+from tests.rewards.test_pool import meet
 
 CONFIG = CodeRewardConfig(
     test_timeout_s=5, timeout_s=10, memory_mb=256, processes=16, output_mb=1, format_penalty=0
@@ -444,19 +451,23 @@ def test_tests_of_one_program_share_nothing():
 SLEEPER = respond("import os, time\nos.setsid()\ntime.sleep(1e6)")
 
 
-def test_bad_programs_do_not_keep_the_pool_from_good_ones():
-    config = RewardConfig(code=CONFIG.model_copy(update={"timeout_s": 4.0}), workers=2)
+def test_bad_programs_do_not_keep_the_pool_from_good_ones(tmp_path):
+    config = RewardConfig(
+        code=CONFIG.model_copy(update={"timeout_s": 5.0}),
+        custom=[CustomRewardConfig(function=f"{meet.__module__}:meet", data_sources=["meeting"])],
+        workers=2,
+    )
     bad = respond("while True: pass")
     good = respond("print(sum(map(int, input().split())))")
     done = {}
     with RewardPool(config) as pool:
-        pool.grade([("math_longcot_math_verify", "", "4")] * 2)
+        pool.grade([("meeting", str(tmp_path), "")] * 2)
         start = time.monotonic()
-        jobs = [("coder1_longcot", bad, SUM)] + [("coder1_longcot", good, SUM)] * 20
+        jobs = [("coder1_longcot", bad, SUM)] + [("coder1_longcot", good, SUM)] * 8
         rewards = pool.grade(jobs, lambda i: done.setdefault(i, time.monotonic() - start))
-    assert [reward.correct for reward in rewards] == [False] + [True] * 20
+    assert [reward.correct for reward in rewards] == [False] + [True] * 8
     assert rewards[0].timed_out
-    assert max(done[i] for i in range(1, 21)) < done[0] < 4 + 3
+    assert max(done[i] for i in range(1, 9)) < done[0]
 
 
 def test_programs_end_when_their_grader_is_killed():

@@ -11,7 +11,13 @@ import psutil
 import pytest
 
 from klear_megatron.errors import UserError
-from klear_megatron.rewards import MathRewardConfig, RewardConfig, RewardPool, math_reward
+from klear_megatron.rewards import (
+    CustomRewardConfig,
+    MathRewardConfig,
+    RewardConfig,
+    RewardPool,
+    math_reward,
+)
 
 SOURCE = "math_longcot_math_verify"
 HANGING = r"<think>big</think>\boxed{9^{9^{9^{9}}}}"
@@ -55,18 +61,33 @@ def test_grades_like_the_plain_function_in_the_order_of_the_jobs(pool):
     assert sorted(done) == list(range(len(responses)))
 
 
+def meet(folder, ground_truth, data_source):
+    """Returns once both workers are here: one that is still starting would grade nothing."""
+    (Path(folder) / str(os.getpid())).touch()
+    while len(os.listdir(folder)) < 2:
+        time.sleep(0.01)
+    return 1
+
+
 @pytest.mark.parametrize("call", [lambda function: function(), in_thread], ids=["main", "thread"])
-def test_hanging_answer_ends_at_its_limit_while_others_are_graded(pool, call):
+def test_hanging_answer_ends_at_its_limit_while_others_are_graded(call, tmp_path):
     done_at = {}
-    start = time.monotonic()
 
     def grade():
+        start = time.monotonic()
         return pool.grade(
             [job(HANGING)] + [job(r"<think></think>\boxed{4}")] * 20,
             on_done=lambda i: done_at.setdefault(i, time.monotonic() - start),
         )
 
-    hanging, *others = call(grade)
+    config = RewardConfig(
+        math=MathRewardConfig(timeout_s=TIMEOUT_S),
+        custom=[CustomRewardConfig(function=f"{__name__}:meet", data_sources=["meeting"])],
+        workers=2,
+    )
+    with RewardPool(config) as pool:
+        pool.grade([("meeting", str(tmp_path), "")] * 2)
+        hanging, *others = call(grade)
     assert hanging.timed_out
     assert not hanging.correct
     assert hanging.formatted
