@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 SOURCES = ["openmath", "numina", "aops"]
 
@@ -45,7 +46,9 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, *arguments], check=True)
 
 
-def make_rows(path: Path, rows: int, words: int, evaluation: list[dict], seed: int) -> None:
+def make_rows(
+    path: Path, rows: int, words: int, evaluation: list[dict[str, Any]], seed: int
+) -> None:
     rng = random.Random(seed)
     vocabulary = [f"{rng.choice('bcdfghklmnprst')}{rng.choice('aeiou')}{i}" for i in range(20_000)]
     recent: list[str] = []

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -27,7 +28,7 @@ from klear_megatron.policy.policy import Policy
 _H100_BF16_FLOPS = 989e12
 
 
-def training_flops(hf: Qwen3Config, tokens: int) -> float:
+def training_flops(hf: Any, tokens: int) -> float:
     """Of one step on one sequence: thrice the forward pass's, with half of the attention matrix."""
     head, width = hf.head_dim, hf.num_attention_heads * hf.head_dim
     projections = hf.hidden_size * (2 * width + 2 * hf.num_key_value_heads * head)

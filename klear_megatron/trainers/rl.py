@@ -17,7 +17,7 @@ from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.policy.policy import Policy
-from klear_megatron.rewards import RewardPool, check_data_sources
+from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
 from klear_megatron.rollout import Generator, serving
 from klear_megatron.rollout.weight_sync import WeightSync
 from klear_megatron.trainers import run
@@ -100,6 +100,7 @@ def read_training_prompts(config: RLConfig, tokenizer: PreTrainedTokenizerBase) 
     """
     loaded = load_prompts(config.data, tokenizer)
     check_data_sources((prompt.data_source for prompt in loaded.prompts), config.rewards)
+    check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in loaded.prompts)
     if run.is_main_rank():
         if loaded.bad_rows:
             say(f"data: {len(loaded.bad_rows)} malformed rows skipped; {loaded.bad_rows[0]}")

@@ -109,6 +109,8 @@ class RolloutWorker:
         groups = min(wanted, len(batch.lengths) // size)
         metrics = _summary(table) | _means(parts)
         metrics["rollout/groups"] = groups
+        crashes = self._rewards.crashes if self._rewards is not None else 0
+        metrics["reward/crashes"] = sum(_all_gather(crashes))  # since the run was started
         return Rollouts(batch.select(range(groups * size)), groups, metrics)
 
     def _draw(self, rows: Sequence[int], step: int, phases: Phases) -> list[Group]:
