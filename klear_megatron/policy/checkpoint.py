@@ -70,8 +70,7 @@ class CheckpointWriter:
         partial = path.with_suffix(_PARTIAL)
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / "hf").mkdir(parents=True)
-            copy_companions(self._companions, partial / "hf")
+            partial.mkdir(parents=True)
         dist.barrier()
         sharded = _model_state(chunks)
         request = dist_checkpointing.save(
@@ -97,6 +96,8 @@ class CheckpointWriter:
     def _publish(self, partial: Path, path: Path) -> None:
         dist.barrier()
         if dist.get_rank() == 0:
+            (partial / "hf").mkdir()
+            copy_companions(self._companions, partial / "hf")
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
             self._prune(path.parent)
