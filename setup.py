@@ -7,7 +7,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["klear_megatron*"]),
-    package_data={"klear_megatron": ["py.typed", "rollout/cpu/*.py", "rollout/cpu/*/*.py"]},
+    package_data={
+        "klear_megatron": [
+            "py.typed",
+            "rollout/cpu_stand_ins/**/*.py",
+            "rewards/sandbox/inside/*.py",
+        ]
+    },
     entry_points={"console_scripts": ["klear-megatron=klear_megatron.cli:main"]},
     install_requires=[
         "torch>=2.6",
@@ -17,6 +23,7 @@ setup(
         "pydantic>=2.9",
         "PyYAML",
         "datasets",
+        "numpy",
         "httpx",
         "psutil",
         "math-verify",

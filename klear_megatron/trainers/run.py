@@ -12,6 +12,7 @@ from klear_megatron.conversion import export_hf
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import say
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
+from klear_megatron.policy.config import import_extensions
 from klear_megatron.policy.policy import Policy
 from klear_megatron.trainers.config import RunConfig
 
@@ -22,6 +23,7 @@ def start(config: RunConfig) -> None:
     Raises:
         UserError: a model or a world size that the config cannot be carried out with.
     """
+    import_extensions(config.policy)
     config.policy.parallel.check_model(read_config(config.policy.path))
     platform.init_distributed()
     config.policy.parallel.data_parallel_size(dist.get_world_size())
