@@ -14,7 +14,9 @@ class LossConfig(Section):
     """gppo, ppo_clip, cispo, or a function of your own as `package.module:function`."""
     clip_low: float = Field(0.2, ge=0, lt=1)
     clip_high: float = Field(0.28, ge=0)
+    dual_clip: float | None = Field(10.0, gt=1)
+    """Bound on the ratio of tokens with a negative advantage, for losses that have one."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the loss, such as `dual_clip` or `beta_low`."""
+    """Further keyword arguments of the loss, such as `beta_low`."""
     sft_alpha: float = Field(0.1, ge=0)
     """Weight of the negative log-likelihood of correct responses; 0 turns it off."""

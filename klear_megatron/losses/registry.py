@@ -42,6 +42,8 @@ def resolve_loss(config: LossConfig) -> TokenLoss:
         if parameter.kind is parameter.KEYWORD_ONLY
     ]
     options = {"clip_low": config.clip_low, "clip_high": config.clip_high, **config.options}
+    if "dual_clip" in known:
+        options.setdefault("dual_clip", config.dual_clip)
     for option in options:
         if option not in known:
             nearest = difflib.get_close_matches(option, known, 1)

@@ -110,11 +110,20 @@ def test_extremes_are_those_of_trained_tokens():
     assert result.extremes["ratio"].min() == min(ratio.min(), 1)
 
 
+def test_negative_advantages_are_bounded_by_default_and_their_gradient_kept():
+    log_probs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    old, advantages = torch.tensor([-1.0, -9.0]), torch.tensor([-1.0, -1.0])
+    for name, expected in (("gppo", [1.0, 10.0]), ("ppo_clip", [1.0, 0.0])):
+        loss = resolve_loss(LossConfig(name=name))(log_probs, old, advantages)
+        assert loss.tolist() == [1.0, 10.0]
+        assert torch.autograd.grad(loss.sum(), log_probs)[0].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (LossConfig(name="gpo"), "loss.name: 'gpo' is unknown; known: cispo, gppo, ppo_clip"),
-        (LossConfig(options={"dual_clp": 3}), "dual_clp.*did you mean dual_clip"),
+        (LossConfig(options={"beta_lo": 3}), "beta_lo.*did you mean beta_low"),
         (LossConfig(name="cispo", options={"x": 1}), "no such option; it has: clip_low, clip_high"),
         (LossConfig(name="no_such_module:loss"), "cannot import 'no_such_module:loss'"),
         (LossConfig(name="math:loss"), "cannot import 'math:loss'"),
