@@ -47,8 +47,7 @@ def serving(
     log_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         servers = []
-        for index in range(config.num_servers):
-            port = _take_port(config, index)
+        for index, port in enumerate(_take_ports(config)):
             command = server_command(config, model_path, port, index=index, seed=seed)
             log = log_dir / f"sglang_{index}.log"
             process = stack.enter_context(_running(command, log))
@@ -124,20 +123,28 @@ def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
         # Leaving closes the guard's standard input, which ends the server, and waits for that.
 
 
-def _take_port(config: RolloutConfig, index: int) -> int:
-    """A port that nobody listens on now."""
-    port = 0 if config.port is None else config.port + index
+def _take_ports(config: RolloutConfig) -> list[int]:
+    """Ports that nobody listens on now, one per server."""
+    with contextlib.ExitStack() as stack:
+        # All are held until all are found, so that no free port is found twice.
+        return [
+            stack.enter_context(_bound(config.host, 0 if config.port is None else config.port + i))
+            for i in range(config.num_servers)
+        ]
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[int]:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((config.host, port))
+            probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"rollout.port: cannot listen on {config.host}:{port}: {error.strerror}; stop what "
-                "uses it, choose another port, or leave rollout.port out to have a free one taken"
+                f"rollout.port: cannot listen on {host}:{port}: {error.strerror}; stop what uses "
+                "it, choose another port, or leave rollout.port out to have a free one taken"
             ) from error
-        taken: int = probe.getsockname()[1]
-        return taken
+        yield probe.getsockname()[1]
 
 
 def _wait_until_healthy(
