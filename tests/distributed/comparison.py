@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": SFTObjective(),
-    "gppo": PolicyObjective(LossConfig(sft_alpha=reference.ALPHA)),
+    "gppo": PolicyObjective(LossConfig(dual_clip=None, sft_alpha=reference.ALPHA)),
 }
 MODELS = {
     "untied": tiny.qwen3(),
