@@ -20,6 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="largest output file (default: %(default)s)",
     )
+    parser.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="to Megatron: store tensors in N pieces, one per tensor-parallel rank that will load "
+        "them; every layout loads every checkpoint, this saves reading (default: %(default)s)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
@@ -34,12 +42,52 @@ def run(arguments: argparse.Namespace) -> None:
     from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
 
     megatron = is_megatron_checkpoint(arguments.checkpoint)
-    convert = megatron_to_hf if megatron else hf_to_megatron
-    convert(
-        arguments.checkpoint,
-        arguments.out,
-        dtype=arguments.dtype,
-        shard_bytes=int(arguments.shard_size * 1e9),
-        dry_run=arguments.dry_run,
-        resume=arguments.resume,
+    options = {
+        "dtype": arguments.dtype,
+        "shard_bytes": int(arguments.shard_size * 1e9),
+        "dry_run": arguments.dry_run,
+        "resume": arguments.resume,
+    }
+    if is_megatron_checkpoint(arguments.checkpoint):
+        megatron_to_hf(arguments.checkpoint, arguments.out, **options)
+    else:
+        hf_to_megatron(
+            arguments.checkpoint, arguments.out, tensor_parallel_size=arguments.tp, **options
+        )
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `verify`."""
+    parser.add_argument("a", type=Path, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("b", type=Path, help="another, of either kind")
+    parser.add_argument(
+        "--logits",
+        action="store_true",
+        help="compare Megatron's logits with transformers' as well; needs one of each kind, and "
+        "memory for both models in float32",
     )
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Compares two checkpoints.
+
+    Raises:
+        SystemExit: with status 1 after a table of what differs.
+        UserError: one of them cannot be read.
+    """
+    from klear_megatron.conversion.verify import differences
+
+    rows = list(differences(arguments.a, arguments.b))
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, difference in rows:
+        print(f"{name:{width}}  {difference}")
+    print(f"{len(rows)} tensors differ" if rows else "all tensors are the same in every bit")
+    failed = bool(rows)
+    if arguments.logits:
+        from klear_megatron.conversion.logits import TOLERANCE, logits_difference
+
+        difference = logits_difference(arguments.a, arguments.b)
+        print(f"logits: relative difference {difference:.2g}, at most {TOLERANCE} is the same")
+        failed |= not difference <= TOLERANCE
+    if failed:
+        raise SystemExit(1)

@@ -1,7 +1,6 @@
 """Checkpoints of every layout become the same Hugging Face weights, and the other way round."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -114,8 +113,8 @@ def test_layout(
     original = weights_of(folder / model / "hf")
     assert same_weights(weights_of(folder / model / f"{layout}-loaded"), original)
     assert ours[layout, model]
-    for logits in ours[layout, model]:
-        assert tiny.relative_error(logits, reference[model]) < 1e-5
+    for each in ours[layout, model]:
+        assert tiny.relative_error(each, reference[model]) < 1e-5
 
     stepped = weights_of(folder / model / f"{layout}-stepped")
     assert not same_weights(stepped, original)
