@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.epilog = "Any key of the file can be given as --section.key value."
     command.add_arguments(_add_verb(verbs, _convert))
     command.add_verify_arguments(_add_verb(verbs, _verify))
+    command.add_release_arguments(_add_verb(verbs, _release))
     _add_verb(verbs, _doctor)
     return parser
 
@@ -139,6 +140,11 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     """Whether two checkpoints, of Hugging Face or Megatron, have the same weights."""
     command.verify(arguments)
+
+
+def _release(arguments: argparse.Namespace) -> None:
+    """A folder to publish from a training checkpoint, checked with transformers and SGLang."""
+    command.release(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -41,7 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
     from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
     from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
 
-    megatron = is_megatron_checkpoint(arguments.checkpoint)
     options = {
         "dtype": arguments.dtype,
         "shard_bytes": int(arguments.shard_size * 1e9),
@@ -79,15 +78,45 @@ def verify(arguments: argparse.Namespace) -> None:
 
     rows = list(differences(arguments.a, arguments.b))
     width = max((len(name) for name, _ in rows), default=0)
-    for name, difference in rows:
-        print(f"{name:{width}}  {difference}")
+    for name, what in rows:
+        print(f"{name:{width}}  {what}")
     print(f"{len(rows)} tensors differ" if rows else "all tensors are the same in every bit")
-    failed = bool(rows)
+    same = not rows
     if arguments.logits:
         from klear_megatron.conversion.logits import TOLERANCE, logits_difference
 
         difference = logits_difference(arguments.a, arguments.b)
         print(f"logits: relative difference {difference:.2g}, at most {TOLERANCE} is the same")
-        failed |= not difference <= TOLERANCE
-    if failed:
+        same &= difference <= TOLERANCE
+    if not same:
         raise SystemExit(1)
+
+
+def add_release_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `release`."""
+    parser.add_argument("checkpoint", type=Path, help="Megatron checkpoint, in its run's folder")
+    parser.add_argument("out", type=Path, help="folder to publish")
+    parser.add_argument("--licence", required=True, help="its identifier, such as apache-2.0")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="as trained by default")
+    parser.add_argument(
+        "--yarn",
+        action="store_true",
+        help="extend the context with YaRN: factor 2.5 over 32768 tokens",
+    )
+
+
+def release(arguments: argparse.Namespace) -> None:
+    """Makes a folder to publish.
+
+    Raises:
+        UserError: see `klear_megatron.conversion.release.release`.
+    """
+    from klear_megatron.conversion.release import release
+
+    release(
+        arguments.checkpoint,
+        arguments.out,
+        licence=arguments.licence,
+        dtype=arguments.dtype,
+        yarn=arguments.yarn,
+    )
