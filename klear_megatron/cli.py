@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("config", type=Path, help="YAML file")
         verb.epilog = "Any key of the file can be given as --section.key value."
     command.add_arguments(_add_verb(verbs, _convert))
+    command.add_verify_arguments(_add_verb(verbs, _verify))
+    command.add_release_arguments(_add_verb(verbs, _release))
     _add_verb(verbs, _doctor)
     return parser
 
@@ -133,6 +135,16 @@ def _curate(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     """Between Hugging Face and Megatron checkpoints."""
     command.run(arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    """Whether two checkpoints, of Hugging Face or Megatron, have the same weights."""
+    command.verify(arguments)
+
+
+def _release(arguments: argparse.Namespace) -> None:
+    """A folder to publish from a training checkpoint, checked with transformers and SGLang."""
+    command.release(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

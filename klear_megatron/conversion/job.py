@@ -56,7 +56,7 @@ def carry_out(
                 progress.skip(nbytes[name])
     processes.wait()
     if processes.rank == 0:
-        finish(staging.partial, {name: staging.receipt(name) for name in files})
-        staging.commit()
+        receipts = {name: staging.receipt(name) for name in files}
+        staging.finish(lambda folder: finish(folder, receipts))
         progress.summary(out)
     processes.wait()

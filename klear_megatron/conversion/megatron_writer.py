@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +79,14 @@ def write_metadata(
         dtypes: row name -> dtype.
         chunks: file name -> what is in it.
     """
-    layers = Counter(stacked(row.name)[0] for row in table)
-    tensors: dict[str, Any] = {}
+    last: dict[str, tuple[int, ...]] = {}  # key -> the last layer and expert of it
     for row in table:
         key, index = stacked(row.name)
-        size = torch.Size([*([layers[key]] if index else []), *full_shape(row)])
+        last[key] = max(last.get(key, ()), index)
+    tensors: dict[str, Any] = {}
+    for row in table:
+        key, _ = stacked(row.name)
+        size = torch.Size([*(number + 1 for number in last[key]), *full_shape(row)])
         properties = TensorProperties(dtype=dtypes[row.name])
         tensors.setdefault(key, TensorStorageMetadata(properties, size, []))
     storage: dict[MetadataIndex, _StorageInfo] = {}

@@ -5,11 +5,12 @@ disk, together with a receipt under `.receipts/`; whatever is left without one w
 when the process ended, and is written again.
 """
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,26 +70,53 @@ class Staging:
         """
         unfinished = self._receipts / f"{name}.unfinished"
         try:
-            with unfinished.open("wb") as file:
+            with self._disk_may_be_full(), unfinished.open("wb") as file:
                 receipt = body(file)
                 file.flush()
                 os.fsync(file.fileno())
+        except UserError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        with self._disk_may_be_full():
             unfinished.rename(self.partial / name)
             _write_durably(self._receipts / f"{name}.json", json.dumps(receipt).encode())
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+
+    def finish(self, body: Callable[[Path], None]) -> None:
+        """Lets `body` write what else belongs in the folder, and gives the folder its name.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with self._disk_may_be_full():
+            body(self.partial)
+            for file in self.partial.iterdir():
+                if file.is_file():
+                    _sync(file)
+        shutil.rmtree(self._receipts)
+        _sync(self.partial)
+        self.partial.rename(self.out)
+        _sync(self.out.absolute().parent)
+
+    @contextlib.contextmanager
+    def _disk_may_be_full(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if not _says_disk_full(error):
                 raise
-            unfinished.unlink(missing_ok=True)
             raise UserError(
-                f"{self.partial / name}: {error.strerror}; make room, then run again with --resume"
+                f"{self.partial}: no space left on the disk; make room, then run again with "
+                "--resume"
             ) from error
 
-    def commit(self) -> None:
-        """Gives the folder its name."""
-        shutil.rmtree(self._receipts)
-        _sync_folder(self.partial)
-        self.partial.rename(self.out)
-        _sync_folder(self.out.absolute().parent)
+
+def _says_disk_full(error: BaseException | None) -> bool:
+    """Itself or underneath: torch.save complains of the archive that it could not finish."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__context__
+    return False
 
 
 def _write_durably(path: Path, content: bytes) -> None:
@@ -99,10 +127,10 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -171,7 +172,16 @@ def load_weights(path: Path, chunks: Sequence[LanguageModel]) -> None:
         UserError: no checkpoint there.
     """
     _check(path)
-    _load_model_state(chunks, dist_checkpointing.load(_model_state(chunks), str(path)))
+    state = _model_state(chunks)
+    # Transformer Engine keeps a state of its own per matrix, for FP8. It is no weight, and a
+    # converted checkpoint has none; modules take None for a new one.
+    weights = {
+        name: {key: value for key, value in part.items() if not isinstance(value, ShardedObject)}
+        for name, part in state.items()
+    }
+    nothing = {name: dict.fromkeys(part.keys() - weights[name]) for name, part in state.items()}
+    loaded = dist_checkpointing.load(weights, str(path))
+    _load_model_state(chunks, {name: {**nothing[name], **loaded[name]} for name in state})
 
 
 def _check(path: Path) -> None:

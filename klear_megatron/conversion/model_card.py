@@ -1,0 +1,58 @@
+"""The model card of a release: what the run's own files say, and nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_NOT_PUBLIC = ("run_dir", "data", "rollout", "sandbox")
+"""Sections of a run's config that are about its machine."""
+
+
+def model_card(checkpoint: Path, folder: Path, name: str, licence: str) -> str:
+    """README.md of a released model.
+
+    Args:
+        checkpoint: `<run>/checkpoints/step_<n>`; of another one, there is less to say.
+        folder: the model as released.
+    """
+    model = json.loads((folder / "config.json").read_text())
+    generation = json.loads((folder / "generation_config.json").read_text())
+    front = {"license": licence, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"{model['architectures'][0]} with a context of {model['max_position_embeddings']} tokens, "
+        f"in {model.get('dtype') or model['torch_dtype']}. Sample at temperature "
+        f"{generation['temperature']} with top_p {generation['top_p']}.",
+    ]
+    run_dir = checkpoint.parent.parent
+    if (run_dir / "config.yaml").is_file():
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+        parts += _training(config, _metrics(run_dir, checkpoint), checkpoint.name)
+    parts += ["`sha256sum --check SHA256SUMS` checks the files."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metrics(run_dir: Path, checkpoint: Path) -> dict[str, float]:
+    """Of the checkpoint's step; empty if they were not kept."""
+    path = run_dir / "metrics.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else iter(())
+    step = int(checkpoint.name.removeprefix("step_"))
+    return next((row for row in rows if row["step"] == step), {})
+
+
+def _training(config: dict[str, Any], metrics: dict[str, float], checkpoint: str) -> list[str]:
+    start = Path(config["policy"].pop("path")).name
+    public = {key: value for key, value in config.items() if key not in _NOT_PUBLIC}
+    parts = [
+        "## Training",
+        f"Trained with klear_megatron from `{start}`; this is `{checkpoint}` of the run. "
+        "Its configuration:",
+        f"```yaml\n{yaml.safe_dump(public, sort_keys=False)}```",
+    ]
+    if metrics:
+        rows = [f"| {key} | {value} |" for key, value in metrics.items()]
+        parts += ["Metrics of that step:", "\n".join(["| metric | value |", "|---|---|", *rows])]
+    return parts

@@ -1,0 +1,64 @@
+"""A folder ready to publish, made from a training checkpoint and tried out before it is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+from klear_megatron.conversion.checksums import write_checksums
+from klear_megatron.conversion.convert import megatron_to_hf
+from klear_megatron.conversion.model_card import model_card
+from klear_megatron.conversion.trial import try_out
+from klear_megatron.errors import UserError
+
+_YARN = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 32768}
+_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # the paper's evaluations
+
+
+def release(
+    checkpoint: Path,
+    out: Path,
+    *,
+    licence: str,
+    dtype: str | None = None,
+    yarn: bool = False,
+) -> None:
+    """Writes weights, config, tokenizer, generation config, model card and checksums; then loads
+    them with transformers and with SGLang, whose greedy answers have to agree.
+
+    Args:
+        checkpoint: of a run, whose config and metrics the model card repeats.
+        licence: identifier for the model card.
+        dtype: "float32" or "bfloat16"; that of the checkpoint by default.
+        yarn: extend the context to 2.5 times 32768 tokens.
+
+    Raises:
+        UserError: as `megatron_to_hf`; or the folder does not pass the trial, and stays under
+            `<out>.untried`.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; remove it or choose another output")
+    untried = out.with_name(out.name + ".untried")
+    shutil.rmtree(untried, ignore_errors=True)
+    megatron_to_hf(checkpoint, untried, dtype=dtype)
+    if yarn:
+        _extend_context(untried / "config.json")
+    _update_json(untried / "generation_config.json", **_SAMPLING)
+    (untried / "README.md").write_text(model_card(checkpoint, untried, out.name, licence))
+    write_checksums(untried, {})
+    try_out(untried, log_dir=out.with_name(out.name + ".logs"))
+    untried.rename(out)
+
+
+def _extend_context(path: Path) -> None:
+    config = json.loads(path.read_text())
+    length = int(_YARN["factor"] * _YARN["original_max_position_embeddings"])  # type: ignore[operator]
+    if "rope_parameters" in config:
+        rope = {"rope_theta": config["rope_parameters"]["rope_theta"], **_YARN}
+        _update_json(path, rope_parameters=rope, max_position_embeddings=length)
+    else:  # as transformers wrote it before version 5
+        _update_json(path, rope_scaling=_YARN, max_position_embeddings=length)
+
+
+def _update_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**content, **changes}, indent=2) + "\n")

@@ -1,0 +1,83 @@
+"""Comparing two checkpoints, of Hugging Face or of Megatron, tensor by tensor."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from klear_megatron.conversion.dtypes import dtype_name
+from klear_megatron.conversion.megatron_reader import MegatronCheckpoint, is_megatron_checkpoint
+from klear_megatron.models import Weight, get_architecture
+from klear_megatron.models.hf_checkpoint import HFCheckpoint, read_config
+
+
+class Weights:
+    """The weights of a checkpoint of either kind, by Hugging Face name, read one at a time.
+
+    Raises:
+        UserError: not a checkpoint, or its config and weights do not match.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._source: MegatronCheckpoint | HFCheckpoint
+        if is_megatron_checkpoint(path):
+            self.hf = read_config(path / "hf")
+            self._source = MegatronCheckpoint(path)
+            padded_vocab_size = self._source.padded_vocab_size
+        else:
+            self.hf = read_config(path)
+            self._source = HFCheckpoint(path)
+            padded_vocab_size = self.hf.vocab_size
+        table = list(get_architecture(self.hf).weights(self.hf, padded_vocab_size))
+        self._source.check(table)
+        self._rows = {name: row for row in table for name in row.sources}
+        self._last: tuple[Weight, dict[str, Tensor]] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._rows)
+
+    def tensor(self, name: str) -> Tensor:
+        """Raises UserError where it is corrupt."""
+        if isinstance(self._source, HFCheckpoint):
+            return self._source.tensor(name)
+        # Tensors of one row follow one another, and are read together.
+        row = self._rows[name]
+        if self._last is None or self._last[0] is not row:
+            parts = row.layout.split(self._source.tensor(row))
+            self._last = row, dict(zip(row.sources, parts, strict=True))
+        return self._last[1][name]
+
+
+def differences(a: Path, b: Path) -> Iterator[tuple[str, str]]:
+    """Hugging Face name and what differs, for each tensor that is not the same in every bit.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    ours, theirs = Weights(a), Weights(b)
+    for name in ours.names:
+        if name not in theirs.names:
+            yield name, f"only in {a}"
+        elif difference := _difference(ours.tensor(name), theirs.tensor(name)):
+            yield name, difference
+    for name in theirs.names:
+        if name not in ours.names:
+            yield name, f"only in {b}"
+
+
+def _difference(a: Tensor, b: Tensor) -> str | None:
+    if a.shape != b.shape:
+        return f"shape {list(a.shape)} and {list(b.shape)}"
+    if a.dtype == b.dtype and _bits_equal(a, b):
+        return None
+    dtypes = " and ".join(dict.fromkeys(dtype_name(x.dtype) for x in (a, b)))
+    largest = (a.double() - b.double()).abs().max().item()
+    return f"{dtypes}, largest difference {largest:.3g}"
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    # As integers, to which NaN equals itself and 0 is not -0.
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

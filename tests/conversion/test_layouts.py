@@ -1,0 +1,123 @@
+"""Checkpoints of every layout become the same Hugging Face weights, and the other way round."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from klear_megatron.conversion import export_hf, hf_to_megatron, megatron_to_hf
+from klear_megatron.policy.checkpoint import load_weights
+from tests.conversion.folders import same_weights, weights_of
+from tests.distributed.laboratory import logits, make_policy
+from tests.distributed.ranks import run_ranks
+from tests.models import tiny
+
+MODELS = {
+    "qwen3": tiny.qwen3(),
+    "qwen3-tied": tiny.qwen3(tie_word_embeddings=True),
+    "qwen2": tiny.qwen2(),
+    "llama3": tiny.llama3(),
+    "qwen3-moe": tiny.qwen3_moe(),
+}
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
+    "single": (1, {}, list(MODELS)),
+    "tp2": (2, TP2, list(MODELS)),
+    "pp2": (2, PP2, list(MODELS)),
+    "vpp": (2, VPP, list(MODELS)),
+    "ep2": (2, EP2, ["qwen3-moe"]),
+    "tp4": (4, {"tensor_model_parallel_size": 4}, ["qwen3", "qwen2", "llama3"]),
+    "tp2-pp2": (4, {**TP2, **PP2}, list(MODELS)),
+    "tp2-vpp": (4, {**TP2, **VPP}, ["qwen3", "qwen2", "llama3"]),
+    "tp2-ep2": (4, {**TP2, **EP2}, ["qwen3-moe"]),
+}
+CASES = [(name, model) for name, (_, _, models) in LAYOUTS.items() for model in models]
+SEQUENCES = tiny.random_sequences([5, 31, 1, 17])
+
+
+def _on_ranks(cases: list[tuple[str, str]], folder: Path) -> list[torch.Tensor | None]:
+    """In each layout: loads the converted weights and exports them; steps, saves, exports.
+
+    Returns:
+        the logits that the converted weights give, where this rank has them.
+    """
+    answers = []
+    for name, model in cases:
+        policy = make_policy(folder / model / "hf", parallel=LAYOUTS[name][1])
+        parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+        for parameter in parameters:
+            parameter.data.fill_(torch.nan)
+        load_weights(folder / model / "megatron", policy.chunks)
+        export_hf(policy, folder / model / f"{name}-loaded")
+        answers.append(logits(policy, SEQUENCES))
+        for parameter in parameters:
+            parameter.main_grad.fill_(1.0)
+        policy._optimizer.reload_model_params()
+        policy._optimizer.step()
+        policy.save(folder / model / f"{name}-saved", {"step": 1})
+        export_hf(policy, folder / model / f"{name}-stepped")
+    return answers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<model>/hf`, as transformers writes it, and `<model>/megatron`, converted."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for name, config in MODELS.items():
+        hf = tiny.write(folder / name / "hf", config)
+        hf_to_megatron(hf, folder / name / "megatron", tensor_parallel_size=2, shard_bytes=100_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> dict[str, torch.Tensor]:
+    """Hugging Face's logits: [tokens of all sequences, vocabulary]."""
+    with torch.no_grad():
+        models = {name: tiny.load(folder / name / "hf") for name in MODELS}
+        return {
+            name: torch.cat([model(torch.tensor([s])).logits[0] for s in SEQUENCES])
+            for name, model in models.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> dict[tuple[str, str], list[torch.Tensor]]:
+    """Layout and model -> the logits of every rank that has them."""
+    answers = {}
+    for world_size in (1, 2, 4):
+        cases = [case for case in CASES if LAYOUTS[case[0]][0] == world_size]
+        ranks = run_ranks(world_size, _on_ranks, cases, folder, timeout=300)
+        for case, each in zip(cases, zip(*ranks, strict=True), strict=True):
+            answers[case] = [logits for logits in each if logits is not None]
+    return answers
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_there_and_back_is_bit_identical(model: str, folder: Path) -> None:
+    megatron_to_hf(folder / model / "megatron", folder / model / "back")
+    assert same_weights(weights_of(folder / model / "back"), weights_of(folder / model / "hf"))
+    assert type(tiny.load(folder / model / "back").config) is type(MODELS[model])
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_layout(
+    layout: str,
+    model: str,
+    folder: Path,
+    ours: dict[tuple[str, str], list[torch.Tensor]],
+    reference: dict[str, torch.Tensor],
+) -> None:
+    original = weights_of(folder / model / "hf")
+    assert same_weights(weights_of(folder / model / f"{layout}-loaded"), original)
+    assert ours[layout, model]
+    for each in ours[layout, model]:
+        assert tiny.relative_error(each, reference[model]) < 1e-5
+
+    stepped = weights_of(folder / model / f"{layout}-stepped")
+    assert not same_weights(stepped, original)
+    back = folder / model / f"{layout}-back"
+    megatron_to_hf(folder / model / f"{layout}-saved", back, shard_bytes=60_000)
+    assert same_weights(weights_of(back), stepped)

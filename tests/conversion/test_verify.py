@@ -1,0 +1,111 @@
+"""`verify` finds what differs between two checkpoints, and `--dry-run` says what would be done."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
+from klear_megatron.conversion.verify import differences
+from tests.models import tiny
+
+COMMANDS = Path(__file__).parents[2] / "checkpoints_conversion"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hf`; `megatron`, the same; `changed`, with one number of one tensor a little larger."""
+    folder = tmp_path_factory.mktemp("verify")
+    tiny.write(folder / "hf", tiny.qwen3())
+    hf_to_megatron(folder / "hf", folder / "megatron")
+    megatron_to_hf(folder / "megatron", folder / "changed")
+    weights = load_file(folder / "changed" / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = 1.0
+    weights["model.layers.2.mlp.up_proj.weight"][0, 1] += 0.25
+    save_file(weights, folder / "changed" / "model.safetensors")
+    return folder
+
+
+def _run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, COMMANDS / f"{name}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_same_weights_have_no_differences(folder: Path) -> None:
+    assert not list(differences(folder / "hf", folder / "megatron"))
+    assert not list(differences(folder / "megatron", folder / "hf"))
+
+
+def test_changed_dtype_and_missing_tensors_are_found(folder: Path, tmp_path: Path) -> None:
+    hf_to_megatron(folder / "hf", tmp_path / "bf16", dtype="bfloat16")
+    found = dict(differences(folder / "hf", tmp_path / "bf16"))
+    weights = load_file(folder / "hf" / "model.safetensors")
+    assert found.keys() == weights.keys()
+    norm = weights["model.norm.weight"]
+    rounding = (norm - norm.bfloat16()).abs().max().item()
+    assert found["model.norm.weight"] == (
+        f"float32 and bfloat16, largest difference {rounding:.3g}"
+    )
+
+    tiny.write(tmp_path / "tied", tiny.qwen3(tie_word_embeddings=True))
+    assert dict(differences(folder / "hf", tmp_path / "tied"))["lm_head.weight"] == (
+        f"only in {folder / 'hf'}"
+    )
+    assert dict(differences(tmp_path / "tied", folder / "hf"))["lm_head.weight"] == (
+        f"only in {folder / 'hf'}"
+    )
+
+
+def test_zero_and_minus_zero_differ(folder: Path, tmp_path: Path) -> None:
+    for name, zero in (("plus", 0.0), ("minus", -0.0)):
+        megatron_to_hf(folder / "megatron", tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        weights["model.norm.weight"][0] = zero
+        save_file(weights, tmp_path / name / "model.safetensors")
+    found = list(differences(tmp_path / "plus", tmp_path / "minus"))
+    assert found == [("model.norm.weight", "float32, largest difference 0")]
+
+
+def test_command_compares_logits_and_exits_with_one_where_they_differ(folder: Path) -> None:
+    same = _run("verify", folder / "megatron", folder / "hf", "--logits")
+    assert same.returncode == 0, same.stderr
+    assert "same in every bit" in same.stdout
+    assert "logits: relative difference" in same.stdout
+
+    other = _run("verify", folder / "megatron", folder / "changed", "--logits")
+    assert other.returncode == 1, other.stderr
+    table, count, logits = other.stdout.splitlines()
+    assert table.startswith("model.layers.2.mlp.up_proj.weight  float32, largest difference ")
+    assert count == "1 tensors differ"
+    assert float(logits.split()[3].rstrip(",")) > 1e-5
+
+    wrong = _run("verify", folder / "hf", folder / "nowhere")
+    assert wrong.returncode == 2
+    assert "nowhere: no config.json" in wrong.stderr
+
+
+def test_dry_run_prints_every_tensor_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    result = _run("hf_to_megatron", folder / "hf", tmp_path / "out", "--dry-run", "--tp", "2")
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir())
+    weights = load_file(folder / "hf" / "model.safetensors")
+    for name, tensor in weights.items():
+        line = next(line for line in result.stdout.splitlines() if line.startswith(f"  {name} -> "))
+        assert line.endswith(f": {list(tensor.shape)} float32, {tensor.nbytes:,} bytes")
+    total = sum(tensor.nbytes for tensor in weights.values())
+    assert result.stdout.splitlines()[-1] == f"{len(weights)} tensors, 1 files, {total:,} bytes"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_output_dtype_is_that_of_weights_and_config(
+    dtype: str, folder: Path, tmp_path: Path
+) -> None:
+    megatron_to_hf(folder / "megatron", tmp_path / "out", dtype=dtype)
+    original = load_file(folder / "hf" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, original[name].to(getattr(torch, dtype)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
