@@ -94,14 +94,17 @@ class WeightSync:
 
         Raises:
             WeightSyncError: a server refused, failed or does not report the version. Servers may
-                hold a part of the new weights then: end the run, or push again.
+                hold a part of the new weights then, and stay paused: end the run, or push again.
         """
         self._everywhere("/pause_generation", {"mode": "retract"})
         self._everywhere("/flush_cache")
         self._everywhere("/begin_weight_update")
-        for bucket in _buckets(named_tensors, self._config.sync_bucket_bytes):
-            self._broadcast(bucket, version)
-        self._everywhere("/end_weight_update")
+        try:
+            for bucket in _buckets(named_tensors, self._config.sync_bucket_bytes):
+                self._broadcast(bucket, version)
+        finally:
+            # Also after a failure: while this session is open, no other push could begin.
+            self._everywhere("/end_weight_update")
         self._everywhere("/flush_cache")
         self._everywhere("/continue_generation")
         for url in self._urls:
