@@ -86,7 +86,7 @@ def test_command_compares_logits_and_exits_with_one_where_they_differ(folder: Pa
 
 
 def test_unreadable_checkpoint_is_no_difference(folder: Path) -> None:
-    with pytest.raises(UserError, match="nowhere: no config.json"):
+    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
         list(differences(folder / "hf", folder / "nowhere"))
 
 
