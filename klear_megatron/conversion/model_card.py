@@ -38,9 +38,12 @@ def model_card(checkpoint: Path, folder: Path, name: str, licence: str) -> str:
 def _metrics(run_dir: Path, checkpoint: Path) -> dict[str, float]:
     """Of the checkpoint's step; empty if they were not kept."""
     path = run_dir / "metrics.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else iter(())
     step = int(checkpoint.name.removeprefix("step_"))
-    return next((row for row in rows if row["step"] == step), {})
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        row: dict[str, float] = json.loads(line)
+        if row["step"] == step:
+            return row
+    return {}
 
 
 def _training(config: dict[str, Any], metrics: dict[str, float], checkpoint: str) -> list[str]:

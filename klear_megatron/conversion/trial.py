@@ -45,8 +45,8 @@ def try_out(folder: Path, *, log_dir: Path) -> None:
         )
         answers = [responses[0].token_ids for responses in generator.generate(prompts, greedy)]
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-    model.to(platform.device()).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    torch.nn.Module.to(model, platform.device())
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = torch.tensor([prompt + answer], device=model.device)
         logits = model(tokens).logits[0, len(prompt) - 1 : -1].float().cpu()

@@ -29,9 +29,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "pp2": (2, PP2, list(MODELS)),
     "vpp": (2, VPP, list(MODELS)),
     "ep2": (2, EP2, ["qwen3-moe"]),
-    "tp4": (4, {"tensor_model_parallel_size": 4}, ["qwen3", "qwen2", "llama3"]),
+    "tp4": (4, {"tensor_model_parallel_size": 4}, ["qwen2", "llama3"]),
     "tp2-pp2": (4, {**TP2, **PP2}, list(MODELS)),
-    "tp2-vpp": (4, {**TP2, **VPP}, ["qwen3", "qwen2", "llama3"]),
+    "tp2-vpp": (4, {**TP2, **VPP}, ["qwen3"]),
     "tp2-ep2": (4, {**TP2, **EP2}, ["qwen3-moe"]),
 }
 CASES = [(name, model) for name, (_, _, models) in LAYOUTS.items() for model in models]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
 from klear_megatron.conversion.verify import differences
+from klear_megatron.errors import UserError
 from tests.models import tiny
 
 COMMANDS = Path(__file__).parents[2] / "checkpoints_conversion"
@@ -83,9 +84,10 @@ def test_command_compares_logits_and_exits_with_one_where_they_differ(folder: Pa
     assert count == "1 tensors differ"
     assert float(logits.split()[3].rstrip(",")) > 1e-5
 
-    wrong = _run("verify", folder / "hf", folder / "nowhere")
-    assert wrong.returncode == 2
-    assert "nowhere: no config.json" in wrong.stderr
+
+def test_unreadable_checkpoint_is_no_difference(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
+        list(differences(folder / "hf", folder / "nowhere"))
 
 
 def test_dry_run_prints_every_tensor_and_writes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Speed and peak memory of the converters, beside `cp` of the same bytes on the same disk.
+
+    python tools/benchmark_conversion.py [--shape 1.7B] [--folder /tmp]
+
+A random bfloat16 Qwen3 of the shape is written into a temporary folder, row by row; needs about
+three times its size there. Each measurement runs in a process of its own, and ends when the bytes
+are on the disk. Inputs are in the page cache as far as they fit.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config
+
+from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
+from klear_megatron.conversion.hf_writer import shard_names, write_index, write_shard
+from klear_megatron.conversion.plan import SHARD_BYTES, Move, in_shards
+from klear_megatron.conversion.verify import differences
+from klear_megatron.models import get_architecture
+
+# hidden, intermediate, layers, heads, tied
+_SHAPES = {
+    "0.6B": (1024, 3072, 28, 16, True),
+    "1.7B": (2048, 6144, 28, 16, True),
+    "8B": (4096, 12288, 36, 32, False),
+}
+
+
+def write_random(folder: Path, shape: str) -> int:
+    """A Hugging Face folder with one row of the table in memory; returns the weights' bytes."""
+    hidden, intermediate, layers, heads, tied = _SHAPES[shape]
+    config = Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151_936,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    table = get_architecture(config).weights(config, config.vocab_size)
+    shards = in_shards([Move(row, torch.bfloat16) for row in table], SHARD_BYTES)
+    names = shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        specs = [spec for move in shard for spec in move.specs]
+        with (folder / name).open("wb") as file:
+            write_shard(file, specs, (torch.randn(s, dtype=dtype) for _, dtype, s in specs))
+    nbytes = sum(move.nbytes for shard in shards for move in shard)
+    if len(shards) > 1:
+        files = {n: f for f, s in zip(names, shards, strict=True) for m in s for n in m.row.sources}
+        write_index(folder, files, nbytes)
+    return nbytes
+
+
+def copy(source: Path, out: Path) -> None:
+    """What the converters are compared with."""
+    subprocess.run(["/bin/cp", "-r", source, out], check=True)
+    subprocess.run(["/bin/sync", "--file-system", out], check=True)
+
+
+def measure(work: Callable[[Path, Path], None], source: Path, out: Path) -> tuple[float, float]:
+    """Seconds, and peak resident GB of this process, pages of mapped files included."""
+    start = time.perf_counter()
+    work(source, out)
+    seconds = time.perf_counter() - start
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=_SHAPES, default="1.7B")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        folder = Path(temporary)
+        (folder / "hf").mkdir()
+        nbytes = write_random(folder / "hf", arguments.shape)
+        print(f"Qwen3 {arguments.shape}, bfloat16, {nbytes / 1e9:.2f} GB", flush=True)
+        print("| | s | GB/s | of cp's speed | peak RSS, GB |\n|---|---|---|---|---|")
+        cp_seconds = None
+        steps: list[tuple[str, Callable[[Path, Path], None], str, str]] = [
+            ("cp and sync", copy, "hf", "copy"),
+            ("HF → Megatron", hf_to_megatron, "hf", "megatron"),
+            ("Megatron → HF", megatron_to_hf, "megatron", "back"),
+        ]
+        for name, work, source, out in steps:
+            subprocess.run(["/bin/sync"], check=True)  # nobody writes back another's bytes
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                paths = folder / source, folder / out
+                seconds, peak = pool.apply(measure, (work, *paths))
+            cp_seconds = cp_seconds or seconds
+            memory = "" if work is copy else f"{peak:.2f}"
+            speed = f"{nbytes / seconds / 1e9:.2f} | {cp_seconds / seconds:.0%}"
+            print(f"| {name} | {seconds:.1f} | {speed} | {memory} |", flush=True)
+            shutil.rmtree(folder / "copy", ignore_errors=True)
+        different = list(differences(folder / "hf", folder / "back"))
+        print(f"{len(different)} tensors differ after both" if different else "bit-identical")
+
+
+if __name__ == "__main__":
+    main()
