@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from klear_megatron.config import Section
 from klear_megatron.data import DataConfig
@@ -14,11 +14,14 @@ class EvalConfig(Section):
     model: Path
     """Hugging Face checkpoint."""
     run_dir: Path
-    """Gets results.json, responses.jsonl and the server's log."""
+    """Gets results.json, responses.jsonl and the server's log; an evaluation that was ended goes on
+    from the responses there."""
     data: DataConfig
     samples_per_problem: PositiveInt = 1
     """Accuracy is their average: avg@n."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
+    yarn_factor: float | None = Field(None, gt=1)
+    """Extends the model's context length, its max_position_embeddings, to so many times as much."""
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
     seed: int = 0
