@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     regrade = _add_verb(verbs, _regrade, takes_overrides=True)
     regrade.add_argument("run_dir", type=Path, help="of `klear-megatron eval`")
     regrade.epilog = "Its config's rewards can be changed, as --rewards.key value."
+    compare = _add_verb(verbs, _compare)
+    compare.add_argument("run_a", type=Path, help="of `klear-megatron eval`")
+    compare.add_argument("run_b", type=Path, help="another, of the same problems")
     command.add_arguments(_add_verb(verbs, _convert))
     _add_verb(verbs, _doctor)
     return parser
@@ -115,6 +118,13 @@ def _regrade(arguments: argparse.Namespace) -> None:
     from klear_megatron.evaluation import regrade
 
     print(f"{regrade(arguments.run_dir, arguments.overrides)}; see {arguments.run_dir}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Compare two evaluations of the same problems, by a paired test."""
+    from klear_megatron.evaluation import compare_runs, format_comparison
+
+    print(format_comparison(compare_runs(arguments.run_a, arguments.run_b)))
 
 
 def _serve(arguments: argparse.Namespace) -> None:

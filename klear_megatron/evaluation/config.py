@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from klear_megatron.config import Section
 from klear_megatron.data import DataConfig
@@ -25,3 +25,11 @@ class EvalConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _yarn_decides_the_context_length(self) -> "EvalConfig":
+        if self.yarn_factor is not None and self.rollout.urls:
+            raise ValueError("yarn_factor: takes a server of its own; leave rollout.urls out")
+        if self.yarn_factor is not None and self.rollout.context_length is not None:
+            raise ValueError("yarn_factor: decides rollout.context_length; leave that out")
+        return self

@@ -22,6 +22,7 @@ from klear_megatron.evaluation.stored import (
     read_drawn,
     write_problems,
 )
+from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import decode_response, read_stop_token_ids, read_tokenizer
 from klear_megatron.observability import Progress, say
@@ -79,9 +80,12 @@ def _draw(
     """Appends the samples of the missing prompts to the stored ones."""
     hf = read_config(config.model)
     stop_token_ids = read_stop_token_ids(config.model, tokenizer)
+    rollout = config.rollout
+    if config.yarn_factor is not None:
+        rollout = extend_context(rollout, hf, config.yarn_factor)
     say(f"starting SGLang for {config.model}")
     with (
-        serving(config.rollout, config.model, config.run_dir / "logs", seed=config.seed) as urls,
+        serving(rollout, config.model, config.run_dir / "logs", seed=config.seed) as urls,
         Progress("generate", len(loaded.prompts), start=len(loaded.prompts) - len(missing)) as bar,
     ):
 
@@ -99,7 +103,7 @@ def _draw(
             bar.advance()
 
         generator = Generator(
-            urls, config.rollout, vocab_size=hf.vocab_size, stop_token_ids=stop_token_ids
+            urls, rollout, vocab_size=hf.vocab_size, stop_token_ids=stop_token_ids
         )
         generator.generate(
             [loaded.token_ids[i] for i in missing],
