@@ -63,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         verb = _add_verb(verbs, run, takes_overrides=True)
         verb.add_argument("config", type=Path, help="YAML file")
         verb.epilog = "Any key of the file can be given as --section.key value."
+    regrade = _add_verb(verbs, _regrade, takes_overrides=True)
+    regrade.add_argument("run_dir", type=Path, help="of `klear-megatron eval`")
+    regrade.epilog = "Its config's rewards can be changed, as --rewards.key value."
+    compare = _add_verb(verbs, _compare)
+    compare.add_argument("run_a", type=Path, help="of `klear-megatron eval`")
+    compare.add_argument("run_b", type=Path, help="another, of the same problems")
     command.add_arguments(_add_verb(verbs, _convert))
     command.add_verify_arguments(_add_verb(verbs, _verify))
     command.add_release_arguments(_add_verb(verbs, _release))
@@ -106,13 +112,21 @@ def _eval(arguments: argparse.Namespace) -> None:
     from klear_megatron.evaluation import EvalConfig, evaluate
 
     config = load_config(EvalConfig, arguments.config, arguments.overrides)
-    scores = evaluate(config)
-    print(
-        f"avg@{scores.samples_per_problem} over {scores.problems} problems: "
-        f"{scores.accuracy:.1%} ± {scores.standard_error:.1%} (standard error); "
-        f"well-formed {scores.formatted:.1%}, truncated {scores.truncated:.1%}, "
-        f"{scores.length_mean:.0f} tokens a response; see {config.run_dir}"
-    )
+    print(f"{evaluate(config)}; see {config.run_dir}")
+
+
+def _regrade(arguments: argparse.Namespace) -> None:
+    """Grade the stored responses of an evaluation anew, without a server."""
+    from klear_megatron.evaluation import regrade
+
+    print(f"{regrade(arguments.run_dir, arguments.overrides)}; see {arguments.run_dir}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Compare two evaluations of the same problems, by a paired test."""
+    from klear_megatron.evaluation import compare_runs, format_comparison
+
+    print(format_comparison(compare_runs(arguments.run_a, arguments.run_b)))
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Reading prompts and conversations, encoding them, and the order they are trained in."""
 
 from klear_megatron.data.config import DataConfig, StageConfig
-from klear_megatron.data.encoding import encode_conversation, encode_prompt, encode_prompts
+from klear_megatron.data.encoding import encode_conversation, encode_prompt
 from klear_megatron.data.loading import LoadedPrompts, load_prompts
 from klear_megatron.data.rows import Conversation, Prompt, read_conversations, read_prompts
 from klear_megatron.data.sampler import PromptSampler
@@ -15,7 +15,6 @@ __all__ = [
     "StageConfig",
     "encode_conversation",
     "encode_prompt",
-    "encode_prompts",
     "load_prompts",
     "read_conversations",
     "read_prompts",

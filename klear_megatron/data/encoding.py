@@ -51,25 +51,6 @@ def encode_conversation(
     return ids, mask
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int
-) -> tuple[list[Prompt], list[list[int]]]:
-    """The prompts of at most `max_length` tokens, and their token ids.
-
-    Raises:
-        UserError: every prompt is longer.
-    """
-    encoded = [(prompt, encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
-    fitting = [(prompt, ids) for prompt, ids in encoded if len(ids) <= max_length]
-    if not fitting:
-        shortest = min(len(ids) for _, ids in encoded)
-        raise UserError(
-            f"data.max_prompt_length: no prompt has at most {max_length} tokens; "
-            f"the shortest has {shortest}"
-        )
-    return [prompt for prompt, _ in fitting], [ids for _, ids in fitting]
-
-
 def cut_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int
 ) -> tuple[Prompt, list[int]]:

@@ -12,9 +12,9 @@ from klear_megatron.rollout import Response
 
 
 def response_row(
-    prompt: Prompt, text: str, response: Response, reward: Reward, **more: Any
+    prompt: Prompt, text: str, response: Response, reward: Reward | None, **more: Any
 ) -> dict[str, Any]:
-    """Everything about one response, ready for JSON."""
+    """Everything about one response, ready for JSON; `reward` is None until it is graded."""
     return {
         "prompt": prompt.messages,
         "ground_truth": prompt.ground_truth,
@@ -24,7 +24,7 @@ def response_row(
         "tokens": len(response.token_ids),
         "finish_reason": response.finish_reason,
         "weight_version": response.weight_version,
-        "reward": asdict(reward),
+        "reward": asdict(reward) if reward is not None else None,
         **more,
     }
 

@@ -62,11 +62,11 @@ class Generator:
         sampling: SamplingConfig,
         *,
         responses_per_prompt: int = 1,
-        on_done: Callable[[int], None] | None = None,
+        on_done: Callable[[int, list[Response]], None] | None = None,
     ) -> list[list[Response]]:
         """`responses_per_prompt` responses to each prompt (token ids), in the prompts' order.
 
-        `on_done(i)` is called as prompt i is finished, in any order.
+        `on_done(i, responses)` is called as prompt i is finished, in any order.
 
         Raises:
             UserError: a prompt is empty or has a token id outside the vocabulary.
@@ -85,7 +85,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         responses_per_prompt: int,
-        on_done: Callable[[int], None] | None,
+        on_done: Callable[[int, list[Response]], None] | None,
     ) -> list[list[Response]]:
         results: dict[int, list[Response]] = {}
         waiting = iter(enumerate(prompts))
@@ -95,7 +95,7 @@ class Generator:
             for i, prompt in waiting:
                 results[i] = await self._request(client, prompt, sampling, responses_per_prompt)
                 if on_done is not None:
-                    on_done(i)
+                    on_done(i, results[i])
 
         timeout = httpx.Timeout(self._config.request_timeout_s, connect=30)
         limits = httpx.Limits(max_connections=None)

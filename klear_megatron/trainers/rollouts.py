@@ -127,7 +127,7 @@ class RolloutWorker:
                 prompt_ids,
                 self._config.sampling,
                 responses_per_prompt=size,
-                on_done=lambda _: progress.advance(),
+                on_done=lambda *_: progress.advance(),
             )
         for responses in drawn:
             for response in responses:

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from klear_megatron.data import Prompt, encode_conversation, encode_prompt, encode_prompts
+from klear_megatron.data import encode_conversation, encode_prompt
 from klear_megatron.errors import UserError
 
 CHATML = (
@@ -98,17 +98,3 @@ def test_tokenizer_that_merges_prompt_and_answer_is_refused():
 def test_tokenizer_without_a_chat_template_is_refused():
     with pytest.raises(UserError, match="no chat template"):
         encode_prompt(make_tokenizer(None), [{"role": "user", "content": "?"}])
-
-
-def test_prompts_over_the_limit_are_left_out():
-    tokenizer = make_tokenizer(CHATML)
-    prompts = [
-        Prompt("math", [{"role": "user", "content": "?" * length}], "4", index)
-        for index, length in enumerate([5, 60, 8])
-    ]
-    limit = len(encode_prompt(tokenizer, prompts[2].messages))
-    kept, ids = encode_prompts(tokenizer, prompts, limit)
-    assert kept == [prompts[0], prompts[2]]
-    assert ids == [encode_prompt(tokenizer, prompt.messages) for prompt in kept]
-    with pytest.raises(UserError, match="no prompt has at most 3 tokens"):
-        encode_prompts(tokenizer, prompts, 3)

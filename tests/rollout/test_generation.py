@@ -12,11 +12,14 @@ PROMPTS = tiny.random_sequences([3, 40, 1, 17, 9], seed=5)
 
 
 def test_groups_come_in_the_prompts_order_with_hugging_faces_log_probs(servers):
-    done = []
+    done = {}
     drawn = servers.generator().generate(
-        PROMPTS, SamplingConfig(max_response_length=20), responses_per_prompt=3, on_done=done.append
+        PROMPTS,
+        SamplingConfig(max_response_length=20),
+        responses_per_prompt=3,
+        on_done=done.__setitem__,
     )
-    assert sorted(done) == list(range(len(PROMPTS)))
+    assert done == dict(enumerate(drawn))
     assert [len(responses) for responses in drawn] == [3] * len(PROMPTS)
     model = tiny.load(servers.checkpoint)
     for prompt, responses in zip(PROMPTS, drawn, strict=True):

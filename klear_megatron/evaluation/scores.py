@@ -1,0 +1,92 @@
+"""From graded responses to the results of an evaluation."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from klear_megatron.evaluation.statistics import majority_correct, mean_and_error, pass_at_k
+from klear_megatron.evaluation.stored import Problems, Row
+from klear_megatron.rewards.graders import verifier_of
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Results over all problems, of n samples each; all shares are of 1."""
+
+    accuracy: float
+    """avg@n: the mean over problems of the share of correct samples."""
+    standard_error: float
+    """Of `accuracy`, from the spread over problems; 0 with a single problem."""
+    pass_at_k: dict[int, float]
+    """By k, the powers of two up to n: unbiased."""
+    majority: float | None
+    """maj@n over the mathematical problems; None where there are none."""
+    formatted: float
+    """Share of samples whose reasoning is in one well-formed think block."""
+    truncated: float
+    """Share of samples that hit the length limit."""
+    length_mean: float
+    """Tokens per response."""
+    problems: int
+    samples_per_problem: int
+
+    def __str__(self) -> str:
+        n = self.samples_per_problem
+        more = [f"pass@{k} {share:.1%}" for k, share in self.pass_at_k.items() if k > 1]
+        if self.majority is not None and n > 1:
+            more.append(f"maj@{n} {self.majority:.1%}")
+        return (
+            f"avg@{n} over {self.problems} problems: "
+            f"{self.accuracy:.1%} ± {self.standard_error:.1%} (standard error); "
+            + "".join(f"{part}, " for part in more)
+            + f"well-formed {self.formatted:.1%}, truncated {self.truncated:.1%}, "
+            f"{self.length_mean:.0f} tokens a response"
+        )
+
+
+def score(problems: Problems) -> Scores:
+    """Of graded rows."""
+    measured = [measure(rows) for rows in problems.values()]
+    n = len(next(iter(problems.values())))
+
+    def mean(name: str) -> float:
+        return statistics.fmean(values[name] for values in measured)
+
+    accuracy, standard_error = mean_and_error([values["accuracy"] for values in measured])
+    votes = [values["majority"] for values in measured if "majority" in values]
+    return Scores(
+        accuracy=accuracy,
+        standard_error=standard_error,
+        pass_at_k={k: mean(f"pass@{k}") for k in _powers_of_two(n)},
+        majority=statistics.fmean(votes) if votes else None,
+        formatted=mean("formatted"),
+        truncated=mean("truncated"),
+        length_mean=mean("tokens"),
+        problems=len(problems),
+        samples_per_problem=n,
+    )
+
+
+def measure(rows: Sequence[Row]) -> dict[str, float]:
+    """What is measured of one problem, from the graded rows of its n samples, by name."""
+    correct = [row["reward"]["correct"] for row in rows]
+    n = len(rows)
+    measured = {
+        "accuracy": statistics.fmean(correct),
+        **{f"pass@{k}": pass_at_k(n, sum(correct), k) for k in _powers_of_two(n)},
+        "formatted": statistics.fmean(row["reward"]["formatted"] for row in rows),
+        "truncated": statistics.fmean(row["finish_reason"] == "length" for row in rows),
+        "tokens": statistics.fmean(row["tokens"] for row in rows),
+    }
+    if is_math(rows[0]):
+        measured["majority"] = majority_correct([row["answer"] for row in rows], correct)
+    return measured
+
+
+def is_math(row: dict[str, Any]) -> bool:
+    return verifier_of(row["data_source"]) == "math"
+
+
+def _powers_of_two(n: int) -> list[int]:
+    return [2**i for i in range(n.bit_length())]
