@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -97,9 +98,9 @@ def main() -> None:
         ]
         for name, work, source, out in steps:
             subprocess.run(["/bin/sync"], check=True)  # nobody writes back another's bytes
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 paths = folder / source, folder / out
-                seconds, peak = pool.apply(measure, (work, *paths))
+                seconds, peak = pool.submit(measure, work, *paths).result()
             cp_seconds = cp_seconds or seconds
             memory = "" if work is copy else f"{peak:.2f}"
             speed = f"{nbytes / seconds / 1e9:.2f} | {cp_seconds / seconds:.0%}"
