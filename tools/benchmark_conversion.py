@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -78,6 +79,13 @@ def measure(work: Callable[[Path, Path], None], source: Path, out: Path) -> tupl
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def in_process(work: Callable[[Path, Path], None], source: Path, out: Path) -> tuple[float, float]:
+    """`measure` in a process of its own."""
+    subprocess.run(["/bin/sync"], check=True)  # nobody writes back another's bytes
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, work, source, out).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=_SHAPES, default="1.7B")
@@ -88,23 +96,16 @@ def main() -> None:
         (folder / "hf").mkdir()
         nbytes = write_random(folder / "hf", arguments.shape)
         print(f"Qwen3 {arguments.shape}, bfloat16, {nbytes / 1e9:.2f} GB", flush=True)
-        print("| | s | GB/s | of cp's speed | peak RSS, GB |\n|---|---|---|---|---|")
-        cp_seconds = None
-        steps: list[tuple[str, Callable[[Path, Path], None], str, str]] = [
-            ("cp and sync", copy, "hf", "copy"),
+        print("| | s | GB/s | cp just before, GB/s | peak RSS, GB |\n|---|---|---|---|---|")
+        for name, work, source, out in (
             ("HF → Megatron", hf_to_megatron, "hf", "megatron"),
             ("Megatron → HF", megatron_to_hf, "megatron", "back"),
-        ]
-        for name, work, source, out in steps:
-            subprocess.run(["/bin/sync"], check=True)  # nobody writes back another's bytes
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                paths = folder / source, folder / out
-                seconds, peak = pool.apply(measure, (work, *paths))
-            cp_seconds = cp_seconds or seconds
-            memory = "" if work is copy else f"{peak:.2f}"
-            speed = f"{nbytes / seconds / 1e9:.2f} | {cp_seconds / seconds:.0%}"
-            print(f"| {name} | {seconds:.1f} | {speed} | {memory} |", flush=True)
-            shutil.rmtree(folder / "copy", ignore_errors=True)
+        ):
+            cp_seconds, _ = in_process(copy, folder / source, folder / "copy")
+            shutil.rmtree(folder / "copy")
+            seconds, peak = in_process(work, folder / source, folder / out)
+            speeds = f"{nbytes / seconds / 1e9:.2f} | {nbytes / cp_seconds / 1e9:.2f}"
+            print(f"| {name} | {seconds:.1f} | {speeds} | {peak:.2f} |", flush=True)
         different = list(differences(folder / "hf", folder / "back"))
         print(f"{len(different)} tensors differ after both" if different else "bit-identical")
 
