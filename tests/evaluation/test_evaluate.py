@@ -43,7 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvalConfig]:
         assert told["context_length"] == 512
         # Two problems at a time, so that it can be killed between them.
         rollout = {"urls": urls, "max_running_requests": 2 * SAMPLES}
-        yield EvalConfig.model_validate(values | {"rollout": rollout})
+        yield EvalConfig.model_validate(values | {"rollout": rollout, "rewards": {"workers": 1}})
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,8 @@ def test_regrading_is_grading_and_counts_what_is_right(config, killed_and_resume
     # Two problems differ, both to the better: so do two of the four combinations of signs.
     assert accuracy.paired.p_value == 0.5
 
-    rows[0]["prompt"] = [{"role": "user", "content": "What is 1+1?"}]
-    regraded()
+    text = (tmp_path / "responses.jsonl").read_text()
+    (tmp_path / "responses.jsonl").write_text(text.replace("What is", "Who is", 1))
     with pytest.raises(UserError, match="not evaluations of the same problems; 1 differ, row 0"):
         compare_runs(config.run_dir, tmp_path)
     with pytest.raises(UserError, match="other --rewards"):
