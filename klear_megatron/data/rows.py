@@ -147,9 +147,20 @@ def _read_all(
     path: Path | Sequence[Path], parse: Callable[[Row, int], Parsed], on_bad_row: OnBadRow | None
 ) -> list[Parsed]:
     rows: list[Parsed] = []
+    bad_rows = 0
+
+    def skip(error: UserError) -> None:
+        nonlocal bad_rows
+        if on_bad_row is None:
+            raise error
+        bad_rows += 1
+        on_bad_row(error)
+
     for one in [path] if isinstance(path, Path) else path:
         before = len(rows)
-        rows += (parsed for _, parsed in parse_rows(one, parse, on_bad_row, start=before))
+        # Bad rows have numbers too, so that no two rows share one.
+        start = before + bad_rows
+        rows += (parsed for _, parsed in parse_rows(one, parse, skip, start))
         if len(rows) == before:
             raise UserError(f"{one}: the data file has no rows")
     return rows

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.config import load_config, write_config
 from klear_megatron.data import LoadedPrompts, load_prompts
 from klear_megatron.errors import UserError
-from klear_megatron.evaluation.answers import math_answers
 from klear_megatron.evaluation.config import EvalConfig
 from klear_megatron.evaluation.scores import Scores, is_math, score
 from klear_megatron.evaluation.stored import (
@@ -28,6 +27,7 @@ from klear_megatron.models.tokenizer import decode_response, read_stop_token_ids
 from klear_megatron.observability import Progress, say
 from klear_megatron.observability.responses import response_row
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
+from klear_megatron.rewards.answers import math_answers
 from klear_megatron.rollout import Generator, Response, serving
 
 _CONFIG = "config.yaml"

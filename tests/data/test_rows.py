@@ -160,6 +160,9 @@ def test_bad_rows_are_skipped_and_told_where_asked(tmp_path):
     first, second = map(str, problems)
     assert first.startswith(f"{path}, line 2: Invalid JSON")
     assert second.startswith(f"{path}, line 3, field prompt: ")
+    other = write_lines(tmp_path / "c.jsonl", changed())
+    both = read_prompts([path, other], problems.append)
+    assert [prompt.index for prompt in both] == [0, 3, 4]
     with pytest.raises(UserError, match="no rows"):
         read_prompts(write_lines(tmp_path / "b.jsonl", "{"), problems.append)
 

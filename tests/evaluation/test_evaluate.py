@@ -10,15 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from klear_megatron.errors import UserError
-from klear_megatron.evaluation import EvalConfig, Scores, evaluate, regrade
+from klear_megatron.evaluation import EvalConfig, Scores, compare_runs, evaluate, regrade
+from klear_megatron.evaluation.yarn import extend_context
+from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.rollout import serving
 
 ROOT = Path(__file__).parents[2]
-PROBLEMS, SAMPLES = 48, 4
+PROBLEMS, SAMPLES = 24, 4
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvalConfig]:
     values = yaml.safe_load(text.replace("runs/quickstart", str(folder)))
     heldout = (folder / "heldout.jsonl").read_text().splitlines(keepends=True)
     (folder / "heldout.jsonl").write_text("".join(heldout[:PROBLEMS]))
-    config = EvalConfig.model_validate(values | {"samples_per_problem": SAMPLES})
-    with serving(config.rollout, config.model, folder / "logs") as urls:
+    values["samples_per_problem"] = SAMPLES
+    values["sampling"]["max_response_length"] = 32
+    config = EvalConfig.model_validate(values)
+    # YaRN changes nothing that is asserted here, but SGLang has to take it.
+    plain = config.rollout.model_copy(update={"context_length": None, "start_timeout_s": 240})
+    extended = extend_context(plain, read_config(config.model), 2)
+    with serving(extended, config.model, folder / "logs") as urls:
+        told = httpx.get(f"{urls[0]}/get_server_info", timeout=30).json()
+        assert told["context_length"] == 512
         # Two problems at a time, so that it can be killed between them.
         rollout = {"urls": urls, "max_running_requests": 2 * SAMPLES}
-        yield EvalConfig.model_validate(values | {"rollout": rollout})
+        yield EvalConfig.model_validate(values | {"rollout": rollout, "rewards": {"workers": 1}})
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +69,11 @@ def killed_and_resumed(config: EvalConfig) -> tuple[list[str], Scores]:
     left = responses.read_text().splitlines(keepends=True)
     assert len(left) < PROBLEMS * SAMPLES
     whole = len(left) // SAMPLES * SAMPLES
-    # Wherever it was hit, now it was in the middle of a problem's samples and of a line.
-    responses.write_text("".join(left[:whole]) + left[0].replace("\n", "")[:-20])
-    problem = json.loads(left[0])["index"]
-    unfinished = next(i for i in range(PROBLEMS) if f'"index": {i},' not in "".join(left))
-    one_sample = left[0].replace(f'"index": {problem},', f'"index": {unfinished},')
-    responses.write_text("".join(left[:whole]) + one_sample + left[0][:-20])
+    # Wherever it was hit, now it was in the middle of a problem's samples, and of a line.
+    begun = {json.loads(line)["index"] for line in left[:whole]}
+    other = min(set(range(PROBLEMS)) - begun)
+    half_a_problem = json.dumps(json.loads(left[0]) | {"index": other}) + "\n"
+    responses.write_text("".join(left[:whole]) + half_a_problem + left[0][:-20])
     return left[:whole], evaluate(config)
 
 
@@ -133,6 +142,16 @@ def test_regrading_is_grading_and_counts_what_is_right(config, killed_and_resume
     )
     first = json.loads((tmp_path / "responses.jsonl").read_text().splitlines()[0])
     assert first["reward"]["score"] == 5
+    accuracy, *_ = compare_runs(config.run_dir, tmp_path)
+    assert (accuracy.name, accuracy.first) == ("accuracy", 0)
+    assert accuracy.paired.difference == accuracy.second == pytest.approx(0.75 / PROBLEMS)
+    # Two problems differ, both to the better: so do two of the four combinations of signs.
+    assert accuracy.paired.p_value == 0.5
+
+    text = (tmp_path / "responses.jsonl").read_text()
+    (tmp_path / "responses.jsonl").write_text(text.replace("What is", "Who is", 1))
+    with pytest.raises(UserError, match="not evaluations of the same problems; 1 differ, row 0"):
+        compare_runs(config.run_dir, tmp_path)
     with pytest.raises(UserError, match="other --rewards"):
         regrade(tmp_path, ["--seed", "1"])
 

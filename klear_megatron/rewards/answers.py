@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from math_verify import parse
 from pebble import ProcessExpired, ProcessPool
 
-from klear_megatron.rewards import RewardConfig
+from klear_megatron.rewards.config import RewardConfig
 from klear_megatron.rewards.reward import answer_of
 
 
