@@ -7,9 +7,17 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from klear_megatron.errors import UserError
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Raises UserError where the folder has no tokenizer that can be read."""
+    # Transformers makes an empty one up from the model's type alone.
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{path}: no tokenizer there: none of {', '.join(_TOKENIZER_FILES)}; copy the base "
+            "model's into the folder"
+        )
     try:
         return AutoTokenizer.from_pretrained(path)
     except (ValueError, OSError) as error:
