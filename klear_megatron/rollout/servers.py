@@ -1,7 +1,9 @@
 """Starting SGLang servers, waiting until they answer, and stopping them for certain."""
 
 import contextlib
+import itertools
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -18,6 +20,9 @@ from klear_megatron.rollout.config import RolloutConfig
 
 _CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
 _LOG_LINES = 20
+_FREE_PORTS = range(15000, 31000)
+"""Below those that the kernel gives to outgoing connections: a server listens only seconds after
+its port was chosen, and SGLang hangs where the port has been taken in the meantime."""
 
 
 @contextlib.contextmanager
@@ -125,26 +130,28 @@ def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
 
 def _take_ports(config: RolloutConfig) -> list[int]:
     """Ports that nobody listens on now, one per server."""
-    with contextlib.ExitStack() as stack:
-        # All are held until all are found, so that no free port is found twice.
-        return [
-            stack.enter_context(_bound(config.host, 0 if config.port is None else config.port + i))
-            for i in range(config.num_servers)
-        ]
+    if config.port is None:
+        start = random.choice(_FREE_PORTS)
+        free = (port for port in range(start, start + 1000) if not _why_taken(config.host, port))
+        return list(itertools.islice(free, config.num_servers))
+    ports = [config.port + index for index in range(config.num_servers)]
+    for port in ports:
+        if reason := _why_taken(config.host, port):
+            raise UserError(
+                f"rollout.port: cannot listen on {config.host}:{port}: {reason}; stop what uses "
+                "it, choose another port, or leave rollout.port out to have a free one taken"
+            )
+    return ports
 
 
-@contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[int]:
+def _why_taken(host: str, port: int) -> str | None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(
-                f"rollout.port: cannot listen on {host}:{port}: {error.strerror}; stop what uses "
-                "it, choose another port, or leave rollout.port out to have a free one taken"
-            ) from error
-        yield probe.getsockname()[1]
+            return error.strerror
+    return None
 
 
 def _wait_until_healthy(
