@@ -2,15 +2,12 @@
 
 import torch
 
+from klear_megatron.models.hf_checkpoint import SAFETENSORS_DTYPES
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Those a conversion can be asked to write."""
 
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -11,7 +10,7 @@ from klear_megatron import platform
 from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
 from klear_megatron.models.hf_checkpoint import read_config
-from klear_megatron.models.language_model import LanguageModel
+from klear_megatron.models.language_model import LanguageModel, packed_sequences
 from klear_megatron.policy.build import build_model_chunks
 from klear_megatron.policy.checkpoint import load_weights
 from klear_megatron.policy.config import PolicyConfig
@@ -68,13 +67,7 @@ def _logits(model: LanguageModel, prompt: Tensor) -> Tensor:
     """[tokens, padded vocabulary], on the CPU."""
     tokens = prompt.to(platform.device())
     ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=len(tokens),
-        max_seqlen_kv=len(tokens),
-    )
+    packed = packed_sequences(ends, len(tokens))
     positions = torch.arange(len(tokens), device=tokens.device)
     logits: Tensor = model(tokens[None], positions[None], None, packed_seq_params=packed)
     return logits[0].float().cpu()

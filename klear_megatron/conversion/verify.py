@@ -1,6 +1,6 @@
 """Comparing two checkpoints, of Hugging Face or of Megatron, tensor by tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from pathlib import Path
 
 import torch
@@ -35,8 +35,8 @@ class Weights:
         self._last: tuple[Weight, dict[str, Tensor]] | None = None
 
     @property
-    def names(self) -> list[str]:
-        return list(self._rows)
+    def names(self) -> KeysView[str]:
+        return self._rows.keys()
 
     def tensor(self, name: str) -> Tensor:
         """Raises UserError where it is corrupt."""

@@ -21,6 +21,17 @@ class LoadedPrompts:
     too_long: int
     """Prompts that were dropped or cut."""
 
+    def notes(self, config: DataConfig) -> list[str]:
+        """A line for the user about each kind of row that is not there as it was."""
+        notes = []
+        if self.bad_rows:
+            notes.append(f"data: {len(self.bad_rows)} malformed rows skipped; {self.bad_rows[0]}")
+        if self.too_long:
+            done = "dropped" if config.too_long == "drop" else "cut"
+            limit = config.max_prompt_length
+            notes.append(f"data: {self.too_long} prompts longer than {limit} tokens {done}")
+        return notes
+
 
 def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
     """Reads and encodes the prompts of a config.

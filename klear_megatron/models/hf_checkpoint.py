@@ -16,7 +16,7 @@ from klear_megatron.models.architecture import Weight
 
 _INDEX = "model.safetensors.index.json"
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -123,7 +123,7 @@ class HFCheckpoint:
                 if n in found and found[n] != expected[n]
             ],
             "not of a floating-point dtype": [
-                n for n in expected if n in found and self._specs[n][0] not in _DTYPES
+                n for n in expected if n in found and self._specs[n][0] not in SAFETENSORS_DTYPES
             ],
         }
         lines = [
@@ -138,7 +138,7 @@ class HFCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor, as the file has it."""
-        return _DTYPES[self._specs[name][0]]
+        return SAFETENSORS_DTYPES[self._specs[name][0]]
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in the dtype of the file."""

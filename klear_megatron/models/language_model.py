@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
@@ -18,6 +19,21 @@ from klear_megatron import platform
 from klear_megatron.models.architecture import get_architecture, padded_vocab_size
 from klear_megatron.models.log_probs import vocab_parallel_log_probs
 from klear_megatron.models.spec import layer_spec
+
+
+def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    """What tells attention where the sequences of a pack begin and end.
+
+    Args:
+        cu_seqlens: [sequences + 1] int32, starting with 0, over all context-parallel ranks.
+    """
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]

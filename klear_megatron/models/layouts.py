@@ -50,7 +50,6 @@ class Sharded(Layout):
         return torch.cat(list(shards), self.dim)
 
 
-Column = Sharded(dim=0)
 Row = Sharded(dim=1)
 
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from klear_megatron.platform import cpu
 
 HAS_GPU = torch.cuda.is_available()
-DEVICE_TYPE: Literal["cpu", "cuda"] = "cuda" if HAS_GPU else "cpu"
 BACKEND: Literal["gloo", "nccl"] = "nccl" if HAS_GPU else "gloo"
 
 

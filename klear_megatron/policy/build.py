@@ -23,8 +23,6 @@ from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.policy.config import OptimizerConfig, ParallelConfig, PolicyConfig
 from klear_megatron.policy.kernels import Kernels
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def transformer_config(
     config: PolicyConfig, hf: PretrainedConfig, kernels: Kernels
@@ -36,7 +34,7 @@ def transformer_config(
     # YaRN scales cos and sin, of queries and of keys: the same as scaling their products.
     fields["softmax_scale"] = rotary_scaling**2 / math.sqrt(fields["kv_channels"])
     parallel = config.parallel
-    dtype = DTYPES[config.dtype]
+    dtype = getattr(torch, config.dtype)
     full_recompute = config.recompute_granularity == "full"
     return TransformerConfig(
         **fields,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from klear_megatron import platform
 from klear_megatron.losses import Objective
 from klear_megatron.models import get_architecture, padded_vocab_size
 from klear_megatron.models.hf_checkpoint import read_config
+from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.build import (
@@ -217,13 +217,7 @@ class Policy:
 
 def _forward_step(loss: Any, iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     micro = next(iterator)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro.cu_seqlens,
-        cu_seqlens_kv=micro.cu_seqlens,
-        max_seqlen_q=micro.max_seqlen,
-        max_seqlen_kv=micro.max_seqlen,
-    )
+    packed = packed_sequences(micro.cu_seqlens, micro.max_seqlen)
     output = model(
         micro.tokens[None],
         micro.position_ids[None],

@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from types import TracebackType
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -51,12 +50,7 @@ class RewardPool:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._pool.stop()
         self._pool.join()
         self._loop.call_soon_threadsafe(self._loop.stop)

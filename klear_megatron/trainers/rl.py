@@ -101,13 +101,8 @@ def read_training_prompts(config: RLConfig, tokenizer: PreTrainedTokenizerBase) 
     loaded = load_prompts(config.data, tokenizer)
     check_data_sources((prompt.data_source for prompt in loaded.prompts), config.rewards)
     check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in loaded.prompts)
-    if run.is_main_rank():
-        if loaded.bad_rows:
-            say(f"data: {len(loaded.bad_rows)} malformed rows skipped; {loaded.bad_rows[0]}")
-        if loaded.too_long:
-            done = "dropped" if config.data.too_long == "drop" else "cut"
-            limit = config.data.max_prompt_length
-            say(f"data: {loaded.too_long} prompts longer than {limit} tokens {done}")
+    for note in loaded.notes(config.data) if run.is_main_rank() else ():
+        say(note)
     return loaded
 
 

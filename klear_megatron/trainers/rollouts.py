@@ -33,6 +33,7 @@ class Group:
     prompt: Prompt
     prompt_ids: list[int]
     responses: list[Response]
+    texts: list[str]
     rewards: list[Reward]
     advantages: list[float]
 
@@ -99,7 +100,7 @@ class RolloutWorker:
             if sum(_all_gather(len(informative))) >= wanted:
                 break
         if self._leader is not None:
-            write_rows(self._dumps / f"step_{step:08}_{self._leader}.jsonl", self._rows(drawn))
+            write_rows(self._dumps / f"step_{step:08}_{self._leader}.jsonl", _rows(drawn))
         with phases("share"):
             batches = _all_gather(self._batch(informative))
             table = torch.cat(_all_gather(_statistics(drawn)))
@@ -137,22 +138,22 @@ class RolloutWorker:
                         f"with the trainer's, {step - 1}"
                     )
         with phases("reward"):
+            texts = [
+                [decode_response(self._tokenizer, response.token_ids) for response in responses]
+                for responses in drawn
+            ]
             jobs = [
-                (
-                    prompt.data_source,
-                    decode_response(self._tokenizer, response.token_ids),
-                    prompt.ground_truth,
-                )
-                for prompt, responses in zip(prompts, drawn, strict=True)
-                for response in responses
+                (prompt.data_source, text, prompt.ground_truth)
+                for prompt, answers in zip(prompts, texts, strict=True)
+                for text in answers
             ]
             graded = self._rewards.grade(jobs)
         groups = []
-        for i, (prompt, ids, responses) in enumerate(zip(prompts, prompt_ids, drawn, strict=True)):
+        for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
             rewards = graded[i * size : (i + 1) * size]
             scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
             advantages = group_advantages(scores, torch.zeros(size, dtype=torch.int64))
-            groups.append(Group(prompt, ids, responses, rewards, advantages.tolist()))
+            groups.append(Group(prompt, ids, drawn[i], texts[i], rewards, advantages.tolist()))
         return groups
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
@@ -176,13 +177,13 @@ class RolloutWorker:
                     rows[name].append([0.0] * len(prompt) + values)
         return Batch.from_sequences(rows.pop("tokens"), **rows)  # type: ignore[arg-type]
 
-    def _rows(self, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-        for group in groups:
-            for response, reward, advantage in zip(
-                group.responses, group.rewards, group.advantages, strict=True
-            ):
-                text = decode_response(self._tokenizer, response.token_ids)
-                yield response_row(group.prompt, text, response, reward, advantage=advantage)
+
+def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    for group in groups:
+        for text, response, reward, advantage in zip(
+            group.texts, group.responses, group.rewards, group.advantages, strict=True
+        ):
+            yield response_row(group.prompt, text, response, reward, advantage=advantage)
 
 
 _STATISTICS = ("score", "correct", "formatted", "timed_out", "tokens", "truncated", "informative")

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from klear_megatron.losses import Objective
+from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.policy import build
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import PolicyConfig
@@ -85,13 +85,7 @@ def logits(policy: Policy, sequences: list[list[int]]) -> Tensor | None:
     batch = Batch.from_sequences(sequences)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     micro = build_micro_batch(batch, range(len(sequences)), align=tp)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro.cu_seqlens,
-        cu_seqlens_kv=micro.cu_seqlens,
-        max_seqlen_q=micro.max_seqlen,
-        max_seqlen_kv=micro.max_seqlen,
-    )
+    packed = packed_sequences(micro.cu_seqlens, micro.max_seqlen)
 
     def forward_step(_: Any, model: Any) -> tuple[Tensor, Any]:
         inputs = micro.tokens[None], micro.position_ids[None], None

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Literal
 
 from klear_megatron.errors import UserError
@@ -52,17 +51,12 @@ class Sandbox:
             self._watch = threading.Timer(self._seconds, self._end)
             self._watch.start()
             if self._receive() != "ready":
-                self.__exit__(None, None, None)
+                self.__exit__()
                 said = os.pread(messages, 10_000, 0).decode(errors="replace").strip()
                 raise SandboxError(said or "ended before its first test")
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._watch.cancel()
         self._control.close()
         self._process.kill()
