@@ -133,8 +133,8 @@ class Generator:
             answer = await client.post("/generate", json=body)
         except httpx.TransportError as error:
             raise GenerationError(
-                f"{client.base_url}: no answer to /generate: {error or type(error).__name__}; see "
-                "the server's log"
+                f"{client.base_url}: no answer to /generate: {str(error) or type(error).__name__}; "
+                "see the server's log"
             ) from error
         if answer.status_code != httpx.codes.OK:
             raise GenerationError(

@@ -147,7 +147,7 @@ class WeightSync:
         try:
             answer = self._http.post(url, json=body)
         except httpx.TransportError as error:
-            raise WeightSyncError(f"{url}: {error or type(error).__name__}") from error
+            raise WeightSyncError(f"{url}: {str(error) or type(error).__name__}") from error
         refused = (
             answer.headers.get("content-type", "").startswith("application/json")
             and answer.json().get("success") is False
