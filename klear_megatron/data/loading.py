@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.data.config import DataConfig
+from klear_megatron.data.config import PromptsConfig
 from klear_megatron.data.encoding import cut_prompt, encode_prompt
 from klear_megatron.data.rows import Prompt, read_prompts
 from klear_megatron.errors import UserError
@@ -22,7 +22,7 @@ class LoadedPrompts:
     """Prompts that were dropped or cut."""
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
+def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
     """Reads and encodes the prompts of a config.
 
     Raises:
