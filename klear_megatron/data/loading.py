@@ -46,7 +46,6 @@ def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> L
         kept_ids.append(ids)
     if not kept:
         raise UserError(
-            f"data.max_prompt_length: no prompt has at most {limit} tokens; the shortest has "
-            f"{shortest}"
+            f"max_prompt_length: no prompt has at most {limit} tokens; the shortest has {shortest}"
         )
     return LoadedPrompts(kept, kept_ids, bad_rows, too_long)

@@ -39,14 +39,14 @@ class RewardPool:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        self._config = config
+        self.config = config
         self._restart = threading.Lock()
         self.crashes = 0
 
     def __enter__(self) -> "RewardPool":
         self._pool = self._start()
         self._loop = asyncio.new_event_loop()
-        self._calls = asyncio.Semaphore(self._config.max_concurrent)
+        self._calls = asyncio.Semaphore(self.config.max_concurrent)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         return self
@@ -75,10 +75,10 @@ class RewardPool:
                 that runs here; or its ground truth has no tests.
             RuntimeError: the processes cannot be started, or were all killed.
         """
-        check_data_sources((data_source for data_source, _, _ in jobs), self._config)
+        check_data_sources((data_source for data_source, _, _ in jobs), self.config)
         pool = self._running_pool()
         finished: queue.SimpleQueue[Future[Reward]] = queue.SimpleQueue()
-        graders = [graders_of(data_source, self._config) for data_source, _, _ in jobs]
+        graders = [graders_of(data_source, self.config) for data_source, _, _ in jobs]
         job_of_future: dict[Future[Reward], tuple[int, int]] = {}
         for i, job in enumerate(jobs):
             for j, grader in enumerate(graders[i]):
@@ -99,7 +99,7 @@ class RewardPool:
 
     def _start(self) -> ProcessPool:
         pool = ProcessPool(
-            max_workers=self._config.workers,
+            max_workers=self.config.workers,
             initializer=_prepare_worker,
             # A forked copy of a process that has threads or a CUDA context may hang.
             context=multiprocessing.get_context("spawn"),
