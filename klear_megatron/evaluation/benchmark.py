@@ -17,7 +17,6 @@ from klear_megatron.rewards import (
     check_data_sources,
     check_ground_truths,
 )
-from klear_megatron.rewards.answers import math_answers
 from klear_megatron.rollout import Generator, Response, SamplingConfig
 
 
@@ -82,6 +81,6 @@ def grade(rows: Sequence[Row], rewards: RewardPool, *, keep_progress: bool = Tru
         row["reward"] = asdict(reward)
     mathematical = [row for row in rows if is_math(row)]
     if mathematical:
-        answers = math_answers([row["response"] for row in mathematical], rewards.config)
+        answers = rewards.read_answers([row["response"] for row in mathematical])
         for row, answer in zip(mathematical, answers, strict=True):
             row["answer"] = answer

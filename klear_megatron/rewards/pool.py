@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
+from klear_megatron.rewards.answers import math_answer
 from klear_megatron.rewards.config import RewardConfig
 from klear_megatron.rewards.graders import (
     CustomGrader,
@@ -22,6 +24,8 @@ from klear_megatron.rewards.graders import (
 )
 from klear_megatron.rewards.math import math_reward
 from klear_megatron.rewards.reward import Reward
+
+T = TypeVar("T")
 
 Job = tuple[str, str, GroundTruth]
 """data_source, response, ground truth."""
@@ -39,14 +43,14 @@ class RewardPool:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        self.config = config
+        self._config = config
         self._restart = threading.Lock()
         self.crashes = 0
 
     def __enter__(self) -> "RewardPool":
         self._pool = self._start()
         self._loop = asyncio.new_event_loop()
-        self._calls = asyncio.Semaphore(self.config.max_concurrent)
+        self._calls = asyncio.Semaphore(self._config.max_concurrent)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         return self
@@ -75,10 +79,10 @@ class RewardPool:
                 that runs here; or its ground truth has no tests.
             RuntimeError: the processes cannot be started, or were all killed.
         """
-        check_data_sources((data_source for data_source, _, _ in jobs), self.config)
+        check_data_sources((data_source for data_source, _, _ in jobs), self._config)
         pool = self._running_pool()
         finished: queue.SimpleQueue[Future[Reward]] = queue.SimpleQueue()
-        graders = [graders_of(data_source, self.config) for data_source, _, _ in jobs]
+        graders = [graders_of(data_source, self._config) for data_source, _, _ in jobs]
         job_of_future: dict[Future[Reward], tuple[int, int]] = {}
         for i, job in enumerate(jobs):
             for j, grader in enumerate(graders[i]):
@@ -97,9 +101,33 @@ class RewardPool:
             for i, grade in enumerate(grades)
         ]
 
+    def read_answers(self, responses: Sequence[str]) -> list[str | None]:
+        """What each response to a mathematical problem answers, to compare them with each other.
+
+        None where it gives no answer, or none that can be read within `math.timeout_s`.
+
+        Raises:
+            RuntimeError: the processes cannot be started, or were all killed.
+        """
+        pool = self._running_pool()
+        finished: queue.SimpleQueue[Future[str | None]] = queue.SimpleQueue()
+        limit_s = self._config.math.timeout_s
+        futures: list[Future[str | None]] = [
+            pool.schedule(_within_limit, args=(limit_s, math_answer, response))
+            for response in responses
+        ]
+        for future in futures:
+            future.add_done_callback(finished.put)
+        for _ in futures:
+            _next_finished(finished, pool)
+        return [
+            None if isinstance(future.exception(), ProcessExpired) else future.result()
+            for future in futures
+        ]
+
     def _start(self) -> ProcessPool:
         pool = ProcessPool(
-            max_workers=self.config.workers,
+            max_workers=self._config.workers,
             initializer=_prepare_worker,
             # A forked copy of a process that has threads or a CUDA context may hang.
             context=multiprocessing.get_context("spawn"),
@@ -123,7 +151,9 @@ class RewardPool:
         if isinstance(grader, CustomGrader) and grader.is_async:
             call = self._call_within_limit(grader, *arguments)
             return asyncio.run_coroutine_threadsafe(call, self._loop)
-        future: Future[Reward] = pool.schedule(_grade_within_limit, args=(grader, *arguments))
+        future: Future[Reward] = pool.schedule(
+            _within_limit, args=(grader.limit_s, grader.grade, *arguments)
+        )
         return future
 
     async def _call_within_limit(
@@ -144,9 +174,7 @@ class RewardPool:
             return grader.failed(response, timed_out=True)
 
 
-def _next_finished(
-    finished: "queue.SimpleQueue[Future[Reward]]", pool: ProcessPool
-) -> "Future[Reward]":
+def _next_finished(finished: "queue.SimpleQueue[Future[T]]", pool: ProcessPool) -> "Future[T]":
     while True:
         try:
             return finished.get(timeout=1.0)
@@ -164,14 +192,12 @@ def _prepare_worker() -> None:
     math_reward("<think></think>\\boxed{1}", "1")  # imports the rest of sympy
 
 
-def _grade_within_limit(
-    grader: Grader, response: str, ground_truth: GroundTruth, data_source: str
-) -> Reward:
+def _within_limit(limit_s: float, function: Callable[..., T], *arguments: Any) -> T:
     # The kernel ends this process at the limit: nothing running in it could be relied on to do so,
     # as a long integer operation lets no other thread or signal handler run, and the process that
     # started it may be gone by then.
-    signal.setitimer(signal.ITIMER_REAL, grader.limit_s)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
-        return grader.grade(response, ground_truth, data_source)
+        return function(*arguments)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -53,6 +53,20 @@ def in_thread(function):
     return result[0]
 
 
+def test_reads_answers_alike_however_they_are_written_and_gives_up_on_endless_ones(pool):
+    answers = [r"\boxed{\frac{1}{2}}", r"\boxed{1/2}", r"\boxed{7}", HANGING, "", r"\boxed{8}"]
+    half, same, seven, endless, none, eight = pool.read_answers(
+        [answer if "<think>" in answer else f"<think></think>{answer}" for answer in answers]
+    )
+    assert half == same is not None
+    assert (seven, endless, none, eight) == ("7", None, None, "8")
+    assert pool.read_answers([r"\boxed{7}", r"<think></think>\boxed{1" + "0" * 9999 + "}"]) == [
+        None,
+        "1" + "0" * 9999,
+    ]
+    assert pool.read_answers([]) == []
+
+
 def test_grades_like_the_plain_function_in_the_order_of_the_jobs(pool):
     responses = [rf"<think>{i}</think>\boxed{{{i}}}" for i in range(40)] + [r"\boxed{4}"]
     done = []
