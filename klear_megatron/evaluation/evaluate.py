@@ -90,7 +90,7 @@ def _draw(
     if stored:
         say(f"going on: {stored} of {stored + len(asked)} responses are in {config.run_dir}")
     say(f"starting SGLang for {config.model}")
-    # A server with the seed that stored samples were drawn with could draw the same ones again.
+    # Servers with the seeds of those before would draw the same responses again.
     seed = config.seed + stored * rollout.num_servers
     with (
         serving(rollout, config.model, config.run_dir / "logs", seed=seed) as urls,

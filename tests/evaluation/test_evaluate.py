@@ -140,6 +140,21 @@ def test_a_killed_evaluation_goes_on_where_it_was(config, killed_and_resumed):
     assert scores[CODE].majority is None
 
 
+def test_servers_of_a_resumed_evaluation_have_seeds_of_their_own(
+    config, killed_and_resumed, tmp_path
+):
+    # With the seed of the servers before, they draw the same responses again.
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    lines = responses_of(tmp_path / "run", MATH).read_text().splitlines(keepends=True)
+    responses_of(tmp_path / "run", MATH).write_text("".join(lines[:10]))
+    stored = 10 + PROBLEMS[CODE] * SAMPLES[CODE]
+    # In place of SGLang, what prints its command line and ends.
+    rollout = {"python": "/bin/echo", "num_servers": 2}
+    values = config.model_dump() | {"run_dir": tmp_path / "run", "rollout": rollout}
+    with pytest.raises(UserError, match=f"--random-seed {2 * stored} "):
+        evaluate(EvalConfig.model_validate(values))
+
+
 def test_a_finished_evaluation_draws_nothing_and_grades_the_same(config, killed_and_resumed):
     before = responses_of(config.run_dir, MATH).read_bytes()
     # No server answers there; none is needed.
