@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +108,24 @@ def _rl(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    """Accuracy of a Hugging Face checkpoint on a set of problems."""
+    """Accuracy of a Hugging Face checkpoint on benchmarks."""
     from klear_megatron.evaluation import EvalConfig, evaluate
 
     config = load_config(EvalConfig, arguments.config, arguments.overrides)
-    print(f"{evaluate(config)}; see {config.run_dir}")
+    _print_scores(evaluate(config), config.run_dir)
 
 
 def _regrade(arguments: argparse.Namespace) -> None:
     """Grade the stored responses of an evaluation anew, without a server."""
     from klear_megatron.evaluation import regrade
 
-    print(f"{regrade(arguments.run_dir, arguments.overrides)}; see {arguments.run_dir}")
+    _print_scores(regrade(arguments.run_dir, arguments.overrides), arguments.run_dir)
+
+
+def _print_scores(scores: Mapping[str, object], run_dir: Path) -> None:
+    for name, of_one in scores.items():
+        print(f"{name}: {of_one}")
+    print(f"see {run_dir}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -30,7 +30,8 @@ def main() -> None:
 
     print("held-out accuracy at temperature 1.0")
     for stage, name in (("base model", "base"), ("after SFT", "sft"), ("after GPPO", "rl")):
-        scores = json.loads((out / f"eval-{name}" / "results.json").read_text())
+        results = json.loads((out / f"eval-{name}" / "results.json").read_text())
+        scores = results["heldout"]
         print(
             f"  {stage:11} avg@{scores['samples_per_problem']} {scores['accuracy']:6.1%} "
             f"± {scores['standard_error']:.1%}"

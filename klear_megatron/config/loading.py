@@ -1,9 +1,10 @@
 """Reading a config from a YAML file and `--section.key value` overrides, and writing it back."""
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -87,8 +88,20 @@ def _describe(cls: type[Section], problem: Any) -> str:
 
 
 def _valid_keys(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Of the section at `location`, whose parts are keys and, where a key holds several sections,
+    the name or number of one of them."""
+    section, elements = cls, False
     for part in location:
-        annotation = cls.model_fields[part].annotation
-        assert isinstance(annotation, type), "only a section has keys"
-        cls = annotation
-    return list(cls.model_fields)
+        if elements:
+            elements = False
+            continue
+        annotation = section.model_fields[part].annotation
+        elements = get_origin(annotation) in (dict, list, tuple)
+        section = _section_in(annotation)
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section that a field is, may be, or holds several of."""
+    candidates = [annotation, *get_args(annotation)]
+    return next(c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel))

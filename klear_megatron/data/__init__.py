@@ -1,6 +1,6 @@
 """Reading prompts and conversations, encoding them, and the order they are trained in."""
 
-from klear_megatron.data.config import DataConfig, StageConfig
+from klear_megatron.data.config import DataConfig, PromptsConfig, StageConfig
 from klear_megatron.data.encoding import encode_conversation, encode_prompt
 from klear_megatron.data.loading import LoadedPrompts, load_prompts
 from klear_megatron.data.rows import Conversation, Prompt, read_conversations, read_prompts
@@ -12,6 +12,7 @@ __all__ = [
     "LoadedPrompts",
     "Prompt",
     "PromptSampler",
+    "PromptsConfig",
     "StageConfig",
     "encode_conversation",
     "encode_prompt",

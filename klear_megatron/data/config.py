@@ -16,7 +16,7 @@ class StageConfig(Section):
     """How many are drawn before the next stage begins; the last stage has no end."""
 
 
-class DataConfig(Section):
+class PromptsConfig(Section):
     """Which prompts to read."""
 
     path: Path | tuple[Path, ...]
@@ -31,6 +31,10 @@ class DataConfig(Section):
 
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """skip counts malformed rows and goes on."""
+
+
+class DataConfig(PromptsConfig):
+    """Which prompts to train on, and in which order."""
 
     stages: tuple[StageConfig, ...] = ()
     """Of training, for a curriculum or a mix of data sources; without any, each epoch is a shuffle

@@ -79,7 +79,7 @@ def cut_prompt(
     cut, ids = shortened(fits)
     if len(ids) > max_length:
         raise UserError(
-            f"data.max_prompt_length: row {prompt.index} does not fit {max_length} tokens even "
+            f"max_prompt_length: row {prompt.index} does not fit {max_length} tokens even "
             "without its longest message; raise the limit, or drop long prompts"
         )
     return cut, ids

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.data.config import DataConfig
+from klear_megatron.data.config import PromptsConfig
 from klear_megatron.data.encoding import cut_prompt, encode_prompt
 from klear_megatron.data.rows import Prompt, read_prompts
 from klear_megatron.errors import UserError
@@ -21,19 +21,23 @@ class LoadedPrompts:
     too_long: int
     """Prompts that were dropped or cut."""
 
-    def notes(self, config: DataConfig) -> list[str]:
-        """A line for the user about each kind of row that is not there as it was."""
+    def notes(self, config: PromptsConfig, name: str) -> list[str]:
+        """A line for the user about each kind of row that is not there as it was.
+
+        Args:
+            name: what the user calls this data.
+        """
         notes = []
         if self.bad_rows:
-            notes.append(f"data: {len(self.bad_rows)} malformed rows skipped; {self.bad_rows[0]}")
+            notes.append(f"{name}: {len(self.bad_rows)} malformed rows skipped; {self.bad_rows[0]}")
         if self.too_long:
             done = "dropped" if config.too_long == "drop" else "cut"
             limit = config.max_prompt_length
-            notes.append(f"data: {self.too_long} prompts longer than {limit} tokens {done}")
+            notes.append(f"{name}: {self.too_long} prompts longer than {limit} tokens {done}")
         return notes
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
+def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
     """Reads and encodes the prompts of a config.
 
     Raises:
@@ -57,7 +61,6 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Load
         kept_ids.append(ids)
     if not kept:
         raise UserError(
-            f"data.max_prompt_length: no prompt has at most {limit} tokens; the shortest has "
-            f"{shortest}"
+            f"max_prompt_length: no prompt has at most {limit} tokens; the shortest has {shortest}"
         )
     return LoadedPrompts(kept, kept_ids, bad_rows, too_long)

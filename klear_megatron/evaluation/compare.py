@@ -1,13 +1,13 @@
 """Is one run better than another, or luckier?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from klear_megatron.errors import UserError
-from klear_megatron.evaluation.scores import measure
+from klear_megatron.evaluation.scores import Problems, Row, measure
 from klear_megatron.evaluation.statistics import Comparison, compare_paired, mean_and_error
-from klear_megatron.evaluation.stored import Problems, Row, read_all
+from klear_megatron.evaluation.stored import read_all, stored_config
 
 _NO_SHARES = {"tokens"}
 
@@ -22,14 +22,27 @@ class MeasureComparison:
     paired: Comparison
 
 
-def compare_runs(first: Path, second: Path) -> list[MeasureComparison]:
-    """Two finished evaluations, measure by measure; those that only one has are left out.
+def compare_runs(first: Path, second: Path) -> dict[str, list[MeasureComparison]]:
+    """Two finished evaluations, measure by measure of each benchmark.
+
+    Benchmarks and measures that only one has are left out.
 
     Raises:
-        UserError: an evaluation is not finished, or they are of different problems.
+        UserError: they have no benchmark in common, one is not finished, or its problems differ.
     """
-    runs = [_read_graded(run_dir) for run_dir in (first, second)]
-    _check_same_problems(first, second, *runs)
+    names = [list(stored_config(run_dir).benchmarks) for run_dir in (first, second)]
+    common = [name for name in names[0] if name in names[1]]
+    if not common:
+        raise UserError(
+            f"{first} and {second}: no benchmark in common: {', '.join(names[0])}; and "
+            f"{', '.join(names[1])}. Evaluate both on the same, by the same name"
+        )
+    return {name: _compare_benchmark(first, second, name) for name in common}
+
+
+def _compare_benchmark(first: Path, second: Path, name: str) -> list[MeasureComparison]:
+    runs = [_read_graded(run_dir, name) for run_dir in (first, second)]
+    _check_same_problems(name, first, second, *runs)
     a, b = ([measure(rows) for rows in run.values()] for run in runs)
     compared = []
     for name in a[0]:
@@ -42,9 +55,15 @@ def compare_runs(first: Path, second: Path) -> list[MeasureComparison]:
     return compared
 
 
-def format_comparison(compared: Sequence[MeasureComparison]) -> str:
-    """A table to read; shares are percentages."""
-    lines = [f"{'':12}{'A':>9}{'B':>9}{'B - A':>10}{'std. error':>12}{'p':>9}"]
+def format_comparison(compared: Mapping[str, Sequence[MeasureComparison]]) -> str:
+    """A table to read, with a part for each benchmark; shares are percentages."""
+    width = max(len(name) for name in [*compared, "formatted"]) + 3
+    parts = [_format_benchmark(name, rows, width) for name, rows in compared.items()]
+    return "\n\n".join(parts)
+
+
+def _format_benchmark(name: str, compared: Sequence[MeasureComparison], width: int) -> str:
+    lines = [f"{name:{width}}{'A':>9}{'B':>9}{'B - A':>10}{'std. error':>12}{'p':>9}"]
     for row in compared:
         values = row.first, row.second, row.paired.difference, row.paired.standard_error
         a, b, difference, error = (
@@ -54,19 +73,20 @@ def format_comparison(compared: Sequence[MeasureComparison]) -> str:
         )
         sign = "" if difference.startswith("-") else "+"
         lines.append(
-            f"{row.name:12}{a:>9}{b:>9}{sign + difference:>10}{error:>12}{row.paired.p_value:>9.4f}"
+            f"{row.name:{width}}{a:>9}{b:>9}{sign + difference:>10}{error:>12}"
+            f"{row.paired.p_value:>9.4f}"
         )
     return "\n".join(lines)
 
 
-def _read_graded(run_dir: Path) -> Problems:
-    problems = read_all(run_dir)
+def _read_graded(run_dir: Path, benchmark: str) -> Problems:
+    problems = read_all(run_dir, benchmark)
     if any(row["reward"] is None for rows in problems.values() for row in rows):
         raise UserError(f"{run_dir}: its responses are not graded; `klear-megatron regrade` it")
     return problems
 
 
-def _check_same_problems(first: Path, second: Path, a: Problems, b: Problems) -> None:
+def _check_same_problems(name: str, first: Path, second: Path, a: Problems, b: Problems) -> None:
     different = [
         index
         for index in sorted(a.keys() | b.keys())
@@ -74,7 +94,7 @@ def _check_same_problems(first: Path, second: Path, a: Problems, b: Problems) ->
     ]
     if different:
         raise UserError(
-            f"{first} and {second}: not evaluations of the same problems; {len(different)} differ, "
+            f"{first} and {second}: {name} is not of the same problems; {len(different)} differ, "
             f"row {different[0]} of the data for one. Evaluate both on the same data"
         )
 

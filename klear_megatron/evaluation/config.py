@@ -1,11 +1,41 @@
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from klear_megatron.config import Section
-from klear_megatron.data import DataConfig
+from klear_megatron.data import PromptsConfig
 from klear_megatron.rewards import RewardConfig
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
+
+BenchmarkName = Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]
+"""A folder and metrics are named after it."""
+
+
+class BenchmarkConfig(PromptsConfig):
+    """Problems, and how many responses are drawn to each."""
+
+    samples_per_problem: PositiveInt = 1
+    """Accuracy is their average: avg@n."""
+
+
+class TrainingEvalConfig(Section):
+    """Evaluation of a policy while it is trained, on the servers that it is trained with."""
+
+    every: PositiveInt
+    """Steps between evaluations; there is one before the first step and one after the last, too."""
+    benchmarks: dict[BenchmarkName, BenchmarkConfig] = Field(min_length=1)
+    """By a name of your choice."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
+
+
+class YarnConfig(Section):
+    """An extension of the context length by YaRN."""
+
+    factor: float = Field(gt=1)
+    original_length: PositiveInt | None = None
+    """In tokens, what the model was trained with and `factor` multiplies; its
+    max_position_embeddings if not given."""
 
 
 class EvalConfig(Section):
@@ -14,22 +44,20 @@ class EvalConfig(Section):
     model: Path
     """Hugging Face checkpoint."""
     run_dir: Path
-    """Gets results.json, responses.jsonl and the server's log; an evaluation that was ended goes on
+    """Gets results.json, the responses and the server's log; an evaluation that was ended goes on
     from the responses there."""
-    data: DataConfig
-    samples_per_problem: PositiveInt = 1
-    """Accuracy is their average: avg@n."""
+    benchmarks: dict[BenchmarkName, BenchmarkConfig] = Field(min_length=1)
+    """By a name of your choice."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
-    yarn_factor: float | None = Field(None, gt=1)
-    """Extends the model's context length, its max_position_embeddings, to so many times as much."""
+    yarn: YarnConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
     seed: int = 0
 
     @model_validator(mode="after")
     def _yarn_decides_the_context_length(self) -> "EvalConfig":
-        if self.yarn_factor is not None and self.rollout.urls:
-            raise ValueError("yarn_factor: takes a server of its own; leave rollout.urls out")
-        if self.yarn_factor is not None and self.rollout.context_length is not None:
-            raise ValueError("yarn_factor: decides rollout.context_length; leave that out")
+        if self.yarn is not None and self.rollout.urls:
+            raise ValueError("yarn: takes a server of its own; leave rollout.urls out")
+        if self.yarn is not None and self.rollout.context_length is not None:
+            raise ValueError("yarn: decides rollout.context_length; leave that out")
         return self

@@ -1,4 +1,4 @@
-"""Accuracy of a model on a set of problems, through a real SGLang server."""
+"""Accuracy of a model on benchmarks, through real SGLang servers."""
 
 import json
 from collections.abc import Sequence
@@ -7,109 +7,97 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.config import load_config, write_config
-from klear_megatron.data import LoadedPrompts, load_prompts
+from klear_megatron.config import write_config
 from klear_megatron.errors import UserError
+from klear_megatron.evaluation.benchmark import Asked, Benchmark, draw, grade, load_benchmarks
 from klear_megatron.evaluation.config import EvalConfig
-from klear_megatron.evaluation.scores import Scores, is_math, score
+from klear_megatron.evaluation.scores import Row, Scores, score
 from klear_megatron.evaluation.stored import (
-    Problems,
-    append_rows,
+    append_row,
     check_problems,
     claim,
+    config_path,
+    folder_of,
     read_all,
     read_drawn,
+    stored_config,
     write_problems,
 )
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.hf_checkpoint import read_config
-from klear_megatron.models.tokenizer import decode_response, read_stop_token_ids, read_tokenizer
+from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
 from klear_megatron.observability import Progress, say
-from klear_megatron.observability.responses import response_row
-from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
-from klear_megatron.rewards.answers import math_answers
-from klear_megatron.rollout import Generator, Response, serving
-
-_CONFIG = "config.yaml"
+from klear_megatron.rewards import RewardPool
+from klear_megatron.rollout import Generator, serving
 
 
-def evaluate(config: EvalConfig) -> Scores:
+def evaluate(config: EvalConfig) -> dict[str, Scores]:
     """Draws what is missing in the run directory, then grades it all.
 
-    `responses.jsonl` gets each problem's samples as they finish, so that an evaluation that was
-    ended can be run again and goes on. `results.json` gets the scores.
+    Each response is stored as it arrives, so that an evaluation that was ended can be run again and
+    goes on. `results.json` gets the scores.
+
+    Returns:
+        The scores of each benchmark.
 
     Raises:
         UserError: bad data, a bad model, a server that fails, or a run directory with responses
             that were drawn with other settings.
     """
     tokenizer = read_tokenizer(config.model)
-    loaded = _load(config, tokenizer)
-    claim(config, len(loaded.prompts))
-    write_config(config, config.run_dir / _CONFIG)
-    drawn = read_drawn(config.run_dir)
-    check_problems(drawn, loaded.prompts, config.run_dir)
-    missing = [i for i, prompt in enumerate(loaded.prompts) if prompt.index not in drawn]
-    if missing:
-        if drawn:
-            say(f"going on: {len(drawn)} of {len(loaded.prompts)} problems are in {config.run_dir}")
-        write_problems(config.run_dir, drawn)  # without what was half-written
-        _draw(config, tokenizer, loaded, missing)
+    benchmarks = load_benchmarks(config.benchmarks, tokenizer, config.rewards)
+    asked: list[Asked] = []
+    stored = 0
+    for benchmark in benchmarks:
+        for note in benchmark.loaded.notes(config.benchmarks[benchmark.name], benchmark.name):
+            say(note)
+        claim(config, benchmark)
+        drawn = read_drawn(config.run_dir, benchmark.name)
+        prompts = benchmark.loaded.prompts
+        check_problems(folder_of(config.run_dir, benchmark.name), drawn, prompts)
+        write_problems(config.run_dir, benchmark.name, drawn)  # without what was half-written
+        stored += sum(len(rows) for rows in drawn.values())
+        for i, prompt in enumerate(prompts):
+            missing = benchmark.samples_per_problem - len(drawn.get(prompt.index, []))
+            asked += [(benchmark, i)] * missing
+    write_config(config, config_path(config.run_dir))
+    if asked:
+        _draw(config, tokenizer, asked, stored)
     return _grade(config)
 
 
-def _load(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
-    loaded = load_prompts(config.data, tokenizer)
-    check_data_sources((prompt.data_source for prompt in loaded.prompts), config.rewards)
-    check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in loaded.prompts)
-    for note in loaded.notes(config.data):
-        say(note)
-    return loaded
-
-
 def _draw(
-    config: EvalConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    loaded: LoadedPrompts,
-    missing: list[int],
+    config: EvalConfig, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], stored: int
 ) -> None:
-    """Appends the samples of the missing prompts to the stored ones."""
+    """Appends the responses that are asked for to the stored ones, of which there are so many."""
     hf = read_config(config.model)
-    stop_token_ids = read_stop_token_ids(config.model, tokenizer)
     rollout = config.rollout
-    if config.yarn_factor is not None:
-        rollout = extend_context(rollout, hf, config.yarn_factor)
+    if config.yarn is not None:
+        rollout = extend_context(rollout, hf, config.yarn)
+    longest_prompt = max(len(benchmark.loaded.token_ids[i]) for benchmark, i in asked)
+    rollout.check_lengths(hf, longest_prompt, config.sampling)
+    stop_token_ids = read_stop_token_ids(config.model, tokenizer)
+    if stored:
+        say(f"going on: {stored} of {stored + len(asked)} responses are in {config.run_dir}")
     say(f"starting SGLang for {config.model}")
+    # Servers with the seeds of those before would draw the same responses again.
+    seed = config.seed + stored * rollout.num_servers
     with (
-        serving(rollout, config.model, config.run_dir / "logs", seed=config.seed) as urls,
-        Progress("generate", len(loaded.prompts), start=len(loaded.prompts) - len(missing)) as bar,
+        serving(rollout, config.model, config.run_dir / "logs", seed=seed) as urls,
+        Progress("generate", stored + len(asked), start=stored) as progress,
     ):
 
-        def store(i: int, responses: list[Response]) -> None:
-            prompt = loaded.prompts[missing[i]]
-            append_rows(
-                config.run_dir,
-                [
-                    response_row(
-                        prompt, decode_response(tokenizer, response.token_ids), response, None
-                    )
-                    for response in responses
-                ],
-            )
-            bar.advance()
+        def store(benchmark: Benchmark, row: Row) -> None:
+            append_row(config.run_dir, benchmark.name, row)
+            progress.advance()
 
         generator = Generator(
             urls, rollout, vocab_size=hf.vocab_size, stop_token_ids=stop_token_ids
         )
-        generator.generate(
-            [loaded.token_ids[i] for i in missing],
-            config.sampling,
-            responses_per_prompt=config.samples_per_problem,
-            on_done=store,
-        )
+        draw(asked, generator, tokenizer, config.sampling, store)
 
 
-def regrade(run_dir: Path, overrides: Sequence[str] = ()) -> Scores:
+def regrade(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Scores]:
     """Grades the responses of a finished evaluation anew, without a server.
 
     Args:
@@ -118,43 +106,25 @@ def regrade(run_dir: Path, overrides: Sequence[str] = ()) -> Scores:
     Raises:
         UserError: responses are missing or cannot be graded here, or `run_dir` is no evaluation's.
     """
-    read_all(run_dir)  # says what is wrong with a folder that is something else
-    stored = load_config(EvalConfig, run_dir / _CONFIG)
-    config = load_config(EvalConfig, run_dir / _CONFIG, overrides)
+    stored, config = stored_config(run_dir), stored_config(run_dir, overrides)
     if config.model_copy(update={"rewards": stored.rewards}) != stored:
         raise UserError(
             f"{' '.join(overrides)}: responses that are there can be graded by other --rewards.*; "
             "all else takes another `klear-megatron eval`"
         )
-    config = config.model_copy(update={"run_dir": run_dir})
-    write_config(config, run_dir / _CONFIG)
+    write_config(config, config_path(run_dir))
     return _grade(config)
 
 
-def _grade(config: EvalConfig) -> Scores:
+def _grade(config: EvalConfig) -> dict[str, Scores]:
     """Grades all stored responses, and writes them back and their scores."""
-    problems = read_all(config.run_dir)
-    _grade_rows(problems, config)
-    scores = score(problems)
-    write_problems(config.run_dir, problems)
-    (config.run_dir / "results.json").write_text(json.dumps(asdict(scores), indent=2) + "\n")
+    stored = {name: read_all(config.run_dir, name) for name in config.benchmarks}
+    rows = [row for problems in stored.values() for of_one in problems.values() for row in of_one]
+    with RewardPool(config.rewards) as rewards:
+        grade(rows, rewards)
+    for name, problems in stored.items():
+        write_problems(config.run_dir, name, problems)
+    scores = {name: score(problems) for name, problems in stored.items()}
+    results = {name: asdict(of_one) for name, of_one in scores.items()}
+    (config.run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return scores
-
-
-def _grade_rows(problems: Problems, config: EvalConfig) -> None:
-    """Puts `reward`, and `answer` where it is mathematical, into the rows."""
-    rows = [row for samples in problems.values() for row in samples]
-    jobs = [(row["data_source"], row["response"], row["ground_truth"]) for row in rows]
-    with (
-        RewardPool(config.rewards) as rewards,
-        Progress("grade", len(jobs)) as progress,
-    ):
-        for row, reward in zip(
-            rows, rewards.grade(jobs, on_done=lambda _: progress.advance()), strict=True
-        ):
-            row["reward"] = asdict(reward)
-    mathematical = [row for row in rows if is_math(row)]
-    if mathematical:
-        answers = math_answers([row["response"] for row in mathematical], config.rewards)
-        for row, answer in zip(mathematical, answers, strict=True):
-            row["answer"] = answer

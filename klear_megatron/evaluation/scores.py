@@ -1,13 +1,18 @@
 """From graded responses to the results of an evaluation."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from klear_megatron.evaluation.statistics import majority_correct, mean_and_error, pass_at_k
-from klear_megatron.evaluation.stored import Problems, Row
 from klear_megatron.rewards.graders import verifier_of
+
+Row = dict[str, Any]
+"""Of one response, as `response_row` makes it; with `answer` beside `reward` where it is graded and
+mathematical."""
+Problems = dict[int, list[Row]]
+"""The rows of each problem's samples, by its index, in the order of the indices."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,19 @@ class Scores:
     problems: int
     samples_per_problem: int
 
+    def metrics(self) -> dict[str, float]:
+        """By short names, for charts; of pass@k the largest k."""
+        k, share = list(self.pass_at_k.items())[-1]
+        metrics = {
+            "avg": self.accuracy,
+            "standard_error": self.standard_error,
+            f"pass_at_{k}": share,
+            "formatted": self.formatted,
+            "truncated": self.truncated,
+            "length_mean": self.length_mean,
+        }
+        return metrics if self.majority is None else metrics | {"majority": self.majority}
+
     def __str__(self) -> str:
         n = self.samples_per_problem
         more = [f"pass@{k} {share:.1%}" for k, share in self.pass_at_k.items() if k > 1]
@@ -45,8 +63,16 @@ class Scores:
         )
 
 
+def by_problem(rows: Iterable[Row]) -> Problems:
+    """The samples of a problem stay in their order."""
+    problems: Problems = {}
+    for row in rows:
+        problems.setdefault(row["index"], []).append(row)
+    return dict(sorted(problems.items()))
+
+
 def score(problems: Problems) -> Scores:
-    """Of graded rows."""
+    """Of graded rows, as many to each problem."""
     measured = [measure(rows) for rows in problems.values()]
     n = len(next(iter(problems.values())))
 
@@ -84,7 +110,7 @@ def measure(rows: Sequence[Row]) -> dict[str, float]:
     return measured
 
 
-def is_math(row: dict[str, Any]) -> bool:
+def is_math(row: Row) -> bool:
     return verifier_of(row["data_source"]) == "math"
 
 

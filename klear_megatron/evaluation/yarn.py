@@ -5,11 +5,12 @@ import json
 from transformers import PretrainedConfig
 
 from klear_megatron.errors import UserError
+from klear_megatron.evaluation.config import YarnConfig
 from klear_megatron.rollout.config import RolloutConfig
 
 
-def extend_context(config: RolloutConfig, hf: PretrainedConfig, factor: float) -> RolloutConfig:
-    """The servers' settings for `factor` times the model's max_position_embeddings.
+def extend_context(config: RolloutConfig, hf: PretrainedConfig, yarn: YarnConfig) -> RolloutConfig:
+    """The servers' settings for `yarn.factor` times the length that the model was trained with.
 
     Raises:
         UserError: the model's rotary embedding is scaled already.
@@ -17,16 +18,16 @@ def extend_context(config: RolloutConfig, hf: PretrainedConfig, factor: float) -
     rope = hf.rope_parameters
     if rope["rope_type"] != "default":
         raise UserError(
-            f"yarn_factor: the model's config.json has rope type {rope['rope_type']} already; "
-            "leave yarn_factor out, or give a model without"
+            f"yarn: the model's config.json has rope type {rope['rope_type']} already; leave yarn "
+            "out, or give a model without"
         )
-    original = hf.max_position_embeddings
-    length = int(factor * original)
+    original = yarn.original_length or hf.max_position_embeddings
+    length = int(yarn.factor * original)
     override = {
         "rope_parameters": {
             **rope,
             "rope_type": "yarn",
-            "factor": factor,
+            "factor": yarn.factor,
             "original_max_position_embeddings": original,
         },
         # SGLang takes no longer context than this.

@@ -16,6 +16,10 @@ from klear_megatron.platform import cpu
 HAS_GPU = torch.cuda.is_available()
 BACKEND: Literal["gloo", "nccl"] = "nccl" if HAS_GPU else "gloo"
 
+# Ranks wait in collectives of the default group while others generate or evaluate, which takes as
+# long as it takes and has time limits of its own. Megatron's groups keep theirs, of 30 minutes.
+_LONGEST_WAIT = timedelta(days=1)
+
 
 def device() -> torch.device:
     """The device of this rank: `cuda:LOCAL_RANK`, or the CPU."""
@@ -24,7 +28,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
+def init_distributed() -> None:
     """Joins the process group that torchrun describes; without torchrun, makes a world of one.
 
     Call it before any model, optimizer or process group of Megatron-Core's is made.
@@ -36,7 +40,7 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
     if HAS_GPU:
         torch.cuda.set_device(device())
     if "RANK" in os.environ:
-        dist.init_process_group(BACKEND, timeout=timeout)
+        dist.init_process_group(BACKEND, timeout=_LONGEST_WAIT)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(BACKEND, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(BACKEND, store=store, rank=0, world_size=1)

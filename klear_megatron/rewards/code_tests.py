@@ -118,7 +118,7 @@ def _text(lines: str | list[Any]) -> str:
 
 def _call(function: str, arguments: Any, result: Any) -> CallTest:
     if isinstance(arguments, str):  # LiveCodeBench's: JSON throughout
-        values = [json.loads(line) for line in arguments.splitlines() if line.strip()]
+        values = [json.loads(line) for line in arguments.split("\n") if line.strip()]
         return CallTest(function, values, (_json_or_text(result),))
     # The older data sets wrap a result in a list, or do not.
     wrapped = isinstance(result, list) and len(result) == 1

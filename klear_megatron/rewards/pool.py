@@ -7,9 +7,11 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
+from klear_megatron.rewards.answers import math_answer
 from klear_megatron.rewards.config import RewardConfig
 from klear_megatron.rewards.graders import (
     CustomGrader,
@@ -21,6 +23,8 @@ from klear_megatron.rewards.graders import (
 )
 from klear_megatron.rewards.math import math_reward
 from klear_megatron.rewards.reward import Reward
+
+T = TypeVar("T")
 
 Job = tuple[str, str, GroundTruth]
 """data_source, response, ground truth."""
@@ -91,6 +95,30 @@ class RewardPool:
             for i, grade in enumerate(grades)
         ]
 
+    def read_answers(self, responses: Sequence[str]) -> list[str | None]:
+        """What each response to a mathematical problem answers, to compare them with each other.
+
+        None where it gives no answer, or none that can be read within `math.timeout_s`.
+
+        Raises:
+            RuntimeError: the processes cannot be started, or were all killed.
+        """
+        pool = self._running_pool()
+        finished: queue.SimpleQueue[Future[str | None]] = queue.SimpleQueue()
+        limit_s = self._config.math.timeout_s
+        futures: list[Future[str | None]] = [
+            pool.schedule(_within_limit, args=(limit_s, math_answer, response))
+            for response in responses
+        ]
+        for future in futures:
+            future.add_done_callback(finished.put)
+        for _ in futures:
+            _next_finished(finished, pool)
+        return [
+            None if isinstance(future.exception(), ProcessExpired) else future.result()
+            for future in futures
+        ]
+
     def _start(self) -> ProcessPool:
         pool = ProcessPool(
             max_workers=self._config.workers,
@@ -117,7 +145,9 @@ class RewardPool:
         if isinstance(grader, CustomGrader) and grader.is_async:
             call = self._call_within_limit(grader, *arguments)
             return asyncio.run_coroutine_threadsafe(call, self._loop)
-        future: Future[Reward] = pool.schedule(_grade_within_limit, args=(grader, *arguments))
+        future: Future[Reward] = pool.schedule(
+            _within_limit, args=(grader.limit_s, grader.grade, *arguments)
+        )
         return future
 
     async def _call_within_limit(
@@ -138,9 +168,7 @@ class RewardPool:
             return grader.failed(response, timed_out=True)
 
 
-def _next_finished(
-    finished: "queue.SimpleQueue[Future[Reward]]", pool: ProcessPool
-) -> "Future[Reward]":
+def _next_finished(finished: "queue.SimpleQueue[Future[T]]", pool: ProcessPool) -> "Future[T]":
     while True:
         try:
             return finished.get(timeout=1.0)
@@ -158,14 +186,12 @@ def _prepare_worker() -> None:
     math_reward("<think></think>\\boxed{1}", "1")  # imports the rest of sympy
 
 
-def _grade_within_limit(
-    grader: Grader, response: str, ground_truth: GroundTruth, data_source: str
-) -> Reward:
+def _within_limit(limit_s: float, function: Callable[..., T], *arguments: Any) -> T:
     # The kernel ends this process at the limit: nothing running in it could be relied on to do so,
     # as a long integer operation lets no other thread or signal handler run, and the process that
     # started it may be gone by then.
-    signal.setitimer(signal.ITIMER_REAL, grader.limit_s)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
-        return grader.grade(response, ground_truth, data_source)
+        return function(*arguments)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

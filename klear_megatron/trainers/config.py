@@ -7,6 +7,7 @@ from pydantic import PositiveInt, model_validator
 
 from klear_megatron.config import Section
 from klear_megatron.data import DataConfig
+from klear_megatron.evaluation.config import TrainingEvalConfig
 from klear_megatron.losses import LossConfig
 from klear_megatron.policy.config import PolicyConfig
 from klear_megatron.rewards import RewardConfig
@@ -64,6 +65,7 @@ class RLConfig(RunConfig):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
+    evaluation: TrainingEvalConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "RLConfig":

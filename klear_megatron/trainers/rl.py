@@ -9,7 +9,6 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
-from klear_megatron.errors import UserError
 from klear_megatron.losses import PolicyObjective
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
@@ -22,6 +21,7 @@ from klear_megatron.rollout import Generator, serving
 from klear_megatron.rollout.weight_sync import WeightSync
 from klear_megatron.trainers import run
 from klear_megatron.trainers.config import RLConfig
+from klear_megatron.trainers.evaluations import Evaluations
 from klear_megatron.trainers.rollouts import RolloutWorker
 
 
@@ -33,9 +33,9 @@ def train_rl(config: RLConfig) -> None:
     """
     run.start(config)
     tokenizer = read_tokenizer(config.policy.path)
-    check_lengths(config)
     prompts = read_training_prompts(config, tokenizer)
-    objective, phases = PolicyObjective(config.loss), Phases()
+    evaluations = Evaluations(config, tokenizer)
+    objective = PolicyObjective(config.loss)
     policy = Policy(
         config.policy,
         total_steps=config.optimizer_steps,
@@ -53,9 +53,17 @@ def train_rl(config: RLConfig) -> None:
         worker = make_worker(config, tokenizer, prompts, sampler, urls, policy, stack)
         main = run.is_main_rank()
         sync = stack.enter_context(WeightSync(urls, config.rollout)) if main else None
-        recorder = stack.enter_context(Recorder(config.run_dir, next_step=first)) if main else None
+        next_step = first if state else 0
+        recorder = (
+            stack.enter_context(Recorder(config.run_dir, next_step=next_step)) if main else None
+        )
         progress = stack.enter_context(Progress("RL", config.steps, start=first - 1, enabled=main))
         sync_weights(policy, sync, version=first - 1)
+        phases = Phases()
+        if state is None:
+            metrics = evaluations.after(0, worker, phases)
+            if recorder is not None and metrics:
+                recorder.write(0, metrics)
         for step in range(first, config.steps + 1):
             rollouts = worker.collect(step, phases)
             metrics = rollouts.metrics
@@ -70,6 +78,7 @@ def train_rl(config: RLConfig) -> None:
                 metrics |= differences | summarize(trained)
             with phases("sync"):
                 sync_weights(policy, sync, version=step)
+            metrics |= evaluations.after(step, worker, phases)
             metrics |= throughput(metrics, phases.take(), rollouts.batch)
             if recorder is not None:
                 recorder.write(step, metrics)
@@ -80,28 +89,19 @@ def train_rl(config: RLConfig) -> None:
             run.save(policy, config, step, config.steps, {"sampler": sampler.state_dict()})
 
 
-def check_lengths(config: RLConfig) -> None:
-    """Raises UserError where a prompt and its response can be longer than the servers take."""
-    longest = config.data.max_prompt_length + config.sampling.max_response_length
-    model = read_config(config.policy.path).max_position_embeddings
-    limit = config.rollout.context_length or model
-    if longest > limit:
-        raise UserError(
-            f"data.max_prompt_length + sampling.max_response_length = {longest} tokens, but the "
-            f"servers take {limit} (rollout.context_length, or the model's max_position_embeddings)"
-        )
-
-
 def read_training_prompts(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
     """The prompts to train on; says how many rows were left out or cut.
 
     Raises:
-        UserError: a malformed row, a row that cannot be graded, or prompts all too long.
+        UserError: a malformed row, a row that cannot be graded, prompts all too long, or servers
+            whose context is too short for prompt and response.
     """
     loaded = load_prompts(config.data, tokenizer)
+    hf = read_config(config.policy.path)
+    config.rollout.check_lengths(hf, max(map(len, loaded.token_ids)), config.sampling)
     check_data_sources((prompt.data_source for prompt in loaded.prompts), config.rewards)
     check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in loaded.prompts)
-    for note in loaded.notes(config.data) if run.is_main_rank() else ():
+    for note in loaded.notes(config.data, "data") if run.is_main_rank() else ():
         say(note)
     return loaded
 
@@ -213,9 +213,11 @@ def summarize(mini_batches: list[dict[str, float]]) -> dict[str, float]:
 def throughput(
     metrics: dict[str, float], seconds: dict[str, float], batch: Batch
 ) -> dict[str, float]:
-    """The seconds, and tokens per second of generation, of training, and of the whole step."""
+    """The seconds, and tokens per second of generation, of training, and of the whole step but its
+    evaluation."""
     generated = metrics["rollout/tokens"]
-    rates = {"throughput/tokens_per_second": generated / seconds["seconds/total"]}
+    training = seconds["seconds/total"] - seconds.get("seconds/evaluate", 0.0)
+    rates = {"throughput/tokens_per_second": generated / training}
     if "seconds/generate" in seconds:
         rates["throughput/generated_per_second"] = generated / seconds["seconds/generate"]
     if "seconds/train" in seconds:

@@ -59,7 +59,7 @@ class RolloutWorker:
 
     Args:
         prompts: the sampler hands out indices into them.
-        generator, rewards: None on a rank that does not lead.
+        generator, rewards: None on a rank that does not lead; the main rank leads.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RolloutWorker:
         self._prompts = prompts
         self._sampler = sampler
         self._leader, self._leaders = leader, leaders
-        self._generator, self._rewards = generator, rewards
+        self.generator, self.rewards = generator, rewards
         self._dumps = config.run_dir / "rollouts"
         self._dumps.mkdir(parents=True, exist_ok=True)
 
@@ -110,13 +110,13 @@ class RolloutWorker:
         groups = min(wanted, len(batch.lengths) // size)
         metrics = _summary(table) | _means(parts)
         metrics["rollout/groups"] = groups
-        crashes = self._rewards.crashes if self._rewards is not None else 0
+        crashes = self.rewards.crashes if self.rewards is not None else 0
         metrics["reward/crashes"] = sum(_all_gather(crashes))  # since the run was started
         return Rollouts(batch.select(range(groups * size)), groups, metrics)
 
     def _draw(self, rows: Sequence[int], step: int, phases: Phases) -> list[Group]:
-        assert self._generator is not None
-        assert self._rewards is not None
+        assert self.generator is not None
+        assert self.rewards is not None
         prompts = [self._prompts.prompts[row] for row in rows]
         prompt_ids = [self._prompts.token_ids[row] for row in rows]
         size = self._config.responses_per_prompt
@@ -124,7 +124,7 @@ class RolloutWorker:
             phases("generate"),
             Progress("  generate", len(rows), enabled=self._leader == 0, keep=False) as progress,
         ):
-            drawn = self._generator.generate(
+            drawn = self.generator.generate(
                 prompt_ids,
                 self._config.sampling,
                 responses_per_prompt=size,
@@ -147,7 +147,7 @@ class RolloutWorker:
                 for prompt, answers in zip(prompts, texts, strict=True)
                 for text in answers
             ]
-            graded = self._rewards.grade(jobs)
+            graded = self.rewards.grade(jobs)
         groups = []
         for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
             rewards = graded[i * size : (i + 1) * size]

@@ -13,11 +13,18 @@ class Optimizer(Section):
     betas: tuple[float, float] = (0.9, 0.95)
 
 
+class Reward(Section):
+    weight: float = 1.0
+
+
 class Config(Section):
     run_dir: Path
     optimizer: Optimizer
     style: Literal["cosine", "linear"] = "cosine"
     steps: int = 1
+    stages: dict[str, Optimizer] = Field(default_factory=dict)
+    rewards: tuple[Reward, ...] = ()
+    extra: Reward | None = None
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -48,6 +55,13 @@ def test_what_is_written_loads_back_equal_with_every_default(tmp_path):
     [
         (GOOD + "step: 3\n", [], "step: unknown key; did you mean steps?"),
         (GOOD, ["--optimizer.learning", "1"], "optimizer.learning: unknown key; valid keys: lr,"),
+        (GOOD, ["--stages.first.lrr", "1"], "stages.first.lrr: unknown key; did you mean lr?"),
+        (
+            GOOD + "rewards: [{wight: 1}]\n",
+            [],
+            "rewards.0.wight: unknown key; did you mean weight?",
+        ),
+        (GOOD, ["--extra.wight", "1"], "extra.wight: unknown key; did you mean weight?"),
         ("optimizer: {lr: 1}\n", [], "run_dir: missing"),
         (GOOD, ["--optimizer.lr", "0"], "optimizer.lr: Input should be greater than 0; given: 0"),
         (GOOD, ["--style", "cosin"], "style: Input should be 'cosine' or 'linear'"),

@@ -24,6 +24,14 @@ def refusal(*arguments: str) -> str:
         (["--data.path", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
         (["--policy.path", "nowhere"], "nowhere: no config.json there"),
         (["--sampling.max_response_length", "5000"], "but the servers take 256"),
+        (
+            [
+                "--evaluation",
+                "{every: 5, benchmarks: {aime: {path: nowhere.jsonl}}}",
+            ],
+            "nowhere.jsonl: no such data file",
+        ),
+        (["--evaluation.every", "5"], "evaluation.benchmarks: missing; give it a value"),
         (["--loss.name", "gpo"], "loss.name: 'gpo' is unknown"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM
 from klear_megatron.config import load_config
 from klear_megatron.trainers.config import RLConfig
 from tests.e2e.conftest import ROOT, run_command
+from tests.files import read_rows
 
 SMALL = ["--prompts_per_step", "4", "--prompts_per_mini_batch", "2", "--save_every", "1"]
 SMALL += ["--export_every", "1"]
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(run_dir / "metrics.jsonl")
 
 
 def head(path: Path, rows: int, to: Path) -> Path:
@@ -67,11 +68,19 @@ def wait_for(path: Path, process: subprocess.Popen[Any], timeout: float = 180) -
         time.sleep(0.05)
 
 
-def test_rl_trains_syncs_dumps_and_goes_on_after_it_is_killed(make_config, tmp_path):
+def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
+    make_config, quickstart, tmp_path
+):
     config = str(make_config("rl"))
     # The base model is never right, but its answers differ in format, so groups teach something.
-    base = ["--policy.path", str(load_config(RLConfig, Path(config)).policy.path.parent / "base")]
-    arguments = ["rl", config, *base, *SMALL, "--steps", "3"]
+    arguments = ["rl", config, "--policy.path", str(quickstart / "base"), *SMALL, "--steps", "3"]
+    problems = head(quickstart / "heldout.jsonl", 4, tmp_path / "heldout.jsonl")
+    evaluation = {
+        "every": 2,
+        "benchmarks": {"sums": {"path": str(problems), "samples_per_problem": 2}},
+        "sampling": {"max_response_length": 64},
+    }
+    arguments += ["--evaluation", json.dumps(evaluation)]
     run_dir = tmp_path / "rl"
     with subprocess.Popen(
         [
@@ -96,14 +105,23 @@ def test_rl_trains_syncs_dumps_and_goes_on_after_it_is_killed(make_config, tmp_p
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
     rows = metrics(run_dir)
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    # Before the first step, after every second and after the last, with the weights of that step.
+    lengths = {row["step"]: row["eval/sums/length_mean"] for row in rows if "eval/sums/avg" in row}
+    assert lengths.keys() == {0, 2, 3}
+    for step, length_mean in lengths.items():
+        path = run_dir / "evaluations" / f"step_{step:08}" / "sums.jsonl"
+        responses = read_rows(path)
+        assert [row["index"] for row in responses] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert {row["weight_version"] for row in responses} == {str(step)}
+        assert sum(row["tokens"] for row in responses) / 8 == pytest.approx(length_mean)
     for row in rows:
         # The servers computed with the trainer's current weights, in every step and after resuming.
         if "rollout/log_prob_difference_max" in row:
             assert row["rollout/log_prob_difference_max"] < 1e-4
     for step in (1, 2, 3):
         dumps = sorted((run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))
-        responses = [json.loads(line) for path in dumps for line in path.read_text().splitlines()]
+        responses = [row for path in dumps for row in read_rows(path)]
         assert len(responses) == 4 * 8
         assert {row["weight_version"] for row in responses} == {str(step - 1)}
         assert len({row["index"] for row in responses}) == 4

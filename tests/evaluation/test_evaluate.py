@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,13 +16,37 @@ import pytest
 import yaml
 
 from klear_megatron.errors import UserError
-from klear_megatron.evaluation import EvalConfig, Scores, compare_runs, evaluate, regrade
+from klear_megatron.evaluation import (
+    EvalConfig,
+    Scores,
+    YarnConfig,
+    compare_runs,
+    evaluate,
+    evaluate_policy,
+    format_comparison,
+    load_benchmarks,
+    regrade,
+)
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.hf_checkpoint import read_config
-from klear_megatron.rollout import serving
+from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
+from klear_megatron.rewards import RewardPool
+from klear_megatron.rollout import Generator, serving
+from tests.files import read_lines, read_rows
 
 ROOT = Path(__file__).parents[2]
-PROBLEMS, SAMPLES = 24, 4
+MATH, CODE = "heldout", "doubling"
+PROBLEMS, SAMPLES = {MATH: 24, CODE: 2}, {MATH: 4, CODE: 3}
+CODE_ROW = {
+    "data_source": "coder1_longcot",
+    "prompt": [{"role": "user", "content": "Double a number."}],
+    "ability": "code",
+    "reward_model": {
+        "ground_truth": json.dumps({"inputs": ["2\n", "3\n"], "outputs": ["4\n", "6\n"]}),
+        "style": "rule",
+    },
+}
+PROGRAM = "<think></think>\n```python\nprint(2 * int(input()))\n```"
 
 
 @pytest.fixture(scope="module")
@@ -33,140 +58,232 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvalConfig]:
     text = (ROOT / "examples" / "quickstart" / "eval.yaml").read_text()
     values = yaml.safe_load(text.replace("runs/quickstart", str(folder)))
     heldout = (folder / "heldout.jsonl").read_text().splitlines(keepends=True)
-    (folder / "heldout.jsonl").write_text("".join(heldout[:PROBLEMS]))
-    values["samples_per_problem"] = SAMPLES
+    (folder / "heldout.jsonl").write_text("".join(heldout[: PROBLEMS[MATH]]))
+    (folder / "code.jsonl").write_text(PROBLEMS[CODE] * (json.dumps(CODE_ROW) + "\n"))
+    values["benchmarks"][CODE] = {
+        "path": str(folder / "code.jsonl"),
+        "samples_per_problem": SAMPLES[CODE],
+    }
     values["sampling"]["max_response_length"] = 32
     config = EvalConfig.model_validate(values)
     # YaRN changes nothing that is asserted here, but SGLang has to take it.
     plain = config.rollout.model_copy(update={"context_length": None, "start_timeout_s": 240})
-    extended = extend_context(plain, read_config(config.model), 2)
+    extended = extend_context(plain, read_config(config.model), YarnConfig(factor=2))
     with serving(extended, config.model, folder / "logs") as urls:
         told = httpx.get(f"{urls[0]}/get_server_info", timeout=30).json()
         assert told["context_length"] == 512
-        # Two problems at a time, so that it can be killed between them.
-        rollout = {"urls": urls, "max_running_requests": 2 * SAMPLES}
+        # A few at a time, so that it can be killed between them.
+        rollout = {"urls": urls, "max_running_requests": 8}
         yield EvalConfig.model_validate(values | {"rollout": rollout, "rewards": {"workers": 1}})
 
 
+def responses_of(run_dir: Path, benchmark: str) -> Path:
+    return run_dir / "benchmarks" / benchmark / "responses.jsonl"
+
+
+def rows_of(run_dir: Path, benchmark: str) -> list[dict[str, Any]]:
+    return read_rows(responses_of(run_dir, benchmark))
+
+
 @pytest.fixture(scope="module")
-def killed_and_resumed(config: EvalConfig) -> tuple[list[str], Scores]:
+def killed_and_resumed(config: EvalConfig) -> tuple[list[str], dict[str, Scores]]:
     """The lines that the killed evaluation left, and the scores of the resumed one."""
     path = config.run_dir.parent / "killed.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    responses = config.run_dir / "responses.jsonl"
+    responses = responses_of(config.run_dir, MATH)
     with subprocess.Popen(
         [sys.executable, "-m", "klear_megatron", "eval", str(path)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     ) as process:
-        deadline = time.monotonic() + 60
-        while not responses.exists() or responses.read_bytes().count(b"\n") < 3 * SAMPLES:
+        deadline = time.monotonic() + 120
+        while not responses.exists() or responses.read_bytes().count(b"\n") < 10:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
-    left = responses.read_text().splitlines(keepends=True)
-    assert len(left) < PROBLEMS * SAMPLES
-    whole = len(left) // SAMPLES * SAMPLES
-    # Wherever it was hit, now it was in the middle of a problem's samples, and of a line.
-    begun = {json.loads(line)["index"] for line in left[:whole]}
-    other = min(set(range(PROBLEMS)) - begun)
-    half_a_problem = json.dumps(json.loads(left[0]) | {"index": other}) + "\n"
-    responses.write_text("".join(left[:whole]) + half_a_problem + left[0][:-20])
-    return left[:whole], evaluate(config)
-
-
-def rows_of(config: EvalConfig) -> list[dict[str, Any]]:
-    lines = (config.run_dir / "responses.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    left = responses.read_bytes().decode(errors="replace").split("\n")
+    assert len(left) < PROBLEMS[MATH] * SAMPLES[MATH]
+    whole = [line + "\n" for line in left[:-1]]
+    # Wherever it was hit, now it was in the middle of a line too, and of a problem's samples.
+    if len(whole) % SAMPLES[MATH] == 0:
+        whole.pop()
+    responses.write_text("".join(whole) + whole[0][:-20])
+    return whole, evaluate(config)
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(config, killed_and_resumed):
     left, scores = killed_and_resumed
-    rows = rows_of(config)
-    assert Counter(row["index"] for row in rows) == dict.fromkeys(range(PROBLEMS), SAMPLES)
-    drawn_before = Counter(json.loads(line)["response"] for line in left)
-    assert drawn_before <= Counter(row["response"] for row in rows)
-    for row in rows:
-        problem = json.loads((config.data.path).read_text().splitlines()[row["index"]])
-        assert row["prompt"] == problem["prompt"]
-        assert row["ground_truth"] == problem["reward_model"]["ground_truth"]
-    assert scores.problems == PROBLEMS
-    assert scores.samples_per_problem == SAMPLES
-    assert scores.truncated == pytest.approx(
-        sum(row["finish_reason"] == "length" for row in rows) / len(rows)
+    for name in (MATH, CODE):
+        rows = rows_of(config.run_dir, name)
+        expected = dict.fromkeys(range(PROBLEMS[name]), SAMPLES[name])
+        assert Counter(row["index"] for row in rows) == expected
+        assert [row["index"] for row in rows] == sorted(row["index"] for row in rows)
+        problems = config.benchmarks[name].path.read_text().splitlines()
+        for row in rows:
+            problem = json.loads(problems[row["index"]])
+            assert row["prompt"] == problem["prompt"]
+            assert row["ground_truth"] == problem["reward_model"]["ground_truth"]
+        assert scores[name].problems == PROBLEMS[name]
+        assert scores[name].samples_per_problem == SAMPLES[name]
+        cut = sum(row["finish_reason"] == "length" for row in rows)
+        assert scores[name].truncated == pytest.approx(cut / len(rows))
+        tokens = sum(row["tokens"] for row in rows)
+        assert scores[name].length_mean == pytest.approx(tokens / len(rows))
+    drawn_before = Counter(
+        (json.loads(line)["index"], json.loads(line)["response"]) for line in left
     )
-    assert scores.length_mean == pytest.approx(sum(row["tokens"] for row in rows) / len(rows))
+    drawn = Counter((row["index"], row["response"]) for row in rows_of(config.run_dir, MATH))
+    assert drawn_before <= drawn
+    assert scores[MATH].majority == 0
+    assert scores[CODE].majority is None
+
+
+def test_servers_of_a_resumed_evaluation_have_seeds_of_their_own(
+    config, killed_and_resumed, tmp_path
+):
+    # With the seed of the servers before, they draw the same responses again.
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    lines = read_lines(responses_of(tmp_path / "run", MATH))
+    responses_of(tmp_path / "run", MATH).write_text("".join(lines[:10]))
+    stored = 10 + PROBLEMS[CODE] * SAMPLES[CODE]
+    # In place of SGLang, what prints its command line and ends.
+    rollout = {"python": "/bin/echo", "num_servers": 2}
+    values = config.model_dump() | {"run_dir": tmp_path / "run", "rollout": rollout}
+    with pytest.raises(UserError, match=f"--random-seed {2 * stored} "):
+        evaluate(EvalConfig.model_validate(values))
 
 
 def test_a_finished_evaluation_draws_nothing_and_grades_the_same(config, killed_and_resumed):
-    before = (config.run_dir / "responses.jsonl").read_bytes()
+    before = responses_of(config.run_dir, MATH).read_bytes()
     # No server answers there; none is needed.
     elsewhere = config.rollout.model_copy(update={"urls": ["http://127.0.0.1:9"]})
     assert evaluate(config.model_copy(update={"rollout": elsewhere})) == killed_and_resumed[1]
-    assert (config.run_dir / "responses.jsonl").read_bytes() == before
+    assert responses_of(config.run_dir, MATH).read_bytes() == before
 
 
 def test_regrading_is_grading_and_counts_what_is_right(config, killed_and_resumed, tmp_path):
-    rows = rows_of(config)
-    results = json.loads((config.run_dir / "results.json").read_text())
-    for name in ("settings.json", "config.yaml"):
-        (tmp_path / name).write_bytes((config.run_dir / name).read_bytes())
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    run_dir = tmp_path / "run"
+    math_rows, code_rows = rows_of(run_dir, MATH), rows_of(run_dir, CODE)
 
     def regraded(*overrides: str) -> dict[str, Any]:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (tmp_path / "responses.jsonl").write_text(text)
-        regrade(tmp_path, overrides)
-        return json.loads((tmp_path / "results.json").read_text())
+        for name, rows in ((MATH, math_rows), (CODE, code_rows)):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            responses_of(run_dir, name).write_text(text)
+        regrade(run_dir, overrides)
+        return json.loads((run_dir / "results.json").read_text())
 
-    ungraded = [{**row, "reward": None} for row in rows]
-    graded, rows = rows, ungraded
-    assert regraded() == results
-    assert (tmp_path / "responses.jsonl").read_bytes() == (
-        config.run_dir / "responses.jsonl"
-    ).read_bytes()
+    assert not any(row["reward"]["correct"] for row in [*math_rows, *code_rows])
+    for row in [*math_rows, *code_rows]:
+        row["reward"] = None
+        row.pop("answer", None)
+    assert regraded() == json.loads((config.run_dir / "results.json").read_text())
+    for name in (MATH, CODE):
+        before = responses_of(config.run_dir, name).read_bytes()
+        assert responses_of(run_dir, name).read_bytes() == before
 
     # The first problem is answered right twice and wrong in two ways; the second right once, and
     # wrong twice in one way however written; the model got no other one right.
-    assert not any(row["reward"]["correct"] for row in graded)
     answers = [None, None, "1", "2", None, r"\frac{1}{2}", "1/2", "7"]
-    for row, answer in zip(rows[: len(answers)], answers, strict=True):
+    for row, answer in zip(math_rows, answers, strict=False):
         text = row["ground_truth"] if answer is None else answer
         row["response"] = f"<think></think>\\boxed{{{text}}}"
-    scores = regraded("--rewards.math.correct", "5")
-    assert scores["accuracy"] == pytest.approx((2 / 4 + 1 / 4) / PROBLEMS)
-    assert scores["majority"] == pytest.approx(1 / PROBLEMS)
-    assert scores["pass_at_k"] == pytest.approx(
-        {"1": 0.75 / PROBLEMS, "2": (5 / 6 + 1 / 2) / PROBLEMS, "4": 2 / PROBLEMS}
+    code_rows[0]["response"] = PROGRAM
+    results = regraded("--rewards.math.correct", "5")
+    problems = PROBLEMS[MATH]
+    assert results[MATH]["accuracy"] == pytest.approx((2 / 4 + 1 / 4) / problems)
+    assert results[MATH]["majority"] == pytest.approx(1 / problems)
+    assert results[MATH]["pass_at_k"] == pytest.approx(
+        {"1": 0.75 / problems, "2": (5 / 6 + 1 / 2) / problems, "4": 2 / problems}
     )
-    first = json.loads((tmp_path / "responses.jsonl").read_text().splitlines()[0])
-    assert first["reward"]["score"] == 5
-    accuracy, *_ = compare_runs(config.run_dir, tmp_path)
+    assert rows_of(run_dir, MATH)[0]["reward"]["score"] == 5
+    assert results[CODE]["accuracy"] == pytest.approx(1 / 3 / PROBLEMS[CODE])
+    assert results[CODE]["pass_at_k"] == pytest.approx({"1": 1 / 6, "2": 2 / 3 / 2})
+
+    compared = compare_runs(config.run_dir, run_dir)
+    assert list(compared) == [MATH, CODE]
+    accuracy = compared[MATH][0]
     assert (accuracy.name, accuracy.first) == ("accuracy", 0)
-    assert accuracy.paired.difference == accuracy.second == pytest.approx(0.75 / PROBLEMS)
+    assert accuracy.paired.difference == accuracy.second == pytest.approx(0.75 / problems)
     # Two problems differ, both to the better: so do two of the four combinations of signs.
     assert accuracy.paired.p_value == 0.5
+    table = format_comparison(compared).splitlines()
+    assert table[0].split() == [MATH, "A", "B", "B", "-", "A", "std.", "error", "p"]
+    assert table[1].split()[:4] == ["accuracy", "0.0%", "3.1%", "+3.1%"]
+    assert len({len(line) for line in table if line}) == 1
 
-    text = (tmp_path / "responses.jsonl").read_text()
-    (tmp_path / "responses.jsonl").write_text(text.replace("What is", "Who is", 1))
-    with pytest.raises(UserError, match="not evaluations of the same problems; 1 differ, row 0"):
-        compare_runs(config.run_dir, tmp_path)
+    text = responses_of(run_dir, MATH).read_text()
+    responses_of(run_dir, MATH).write_text(text.replace("What is", "Who is", 1))
+    with pytest.raises(UserError, match=f"{MATH} is not of the same problems; 1 differ, row 0"):
+        compare_runs(config.run_dir, run_dir)
     with pytest.raises(UserError, match="other --rewards"):
-        regrade(tmp_path, ["--seed", "1"])
+        regrade(run_dir, ["--seed", "1"])
+
+
+def test_only_what_both_runs_have_is_compared(config, killed_and_resumed, tmp_path):
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["benchmarks"]["other"] = values["benchmarks"].pop(MATH)
+    path.write_text(yaml.safe_dump(values))
+    assert list(compare_runs(config.run_dir, tmp_path / "run")) == [CODE]
+    del values["benchmarks"][CODE]
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=f"no benchmark in common: {MATH}, {CODE}; and other"):
+        compare_runs(config.run_dir, tmp_path / "run")
+
+
+def test_a_policy_in_training_is_measured_as_its_dumped_responses_say(config, tmp_path):
+    tokenizer = read_tokenizer(config.model)
+    benchmarks = load_benchmarks(config.benchmarks, tokenizer, config.rewards)
+    generator = Generator(
+        config.rollout.urls,
+        config.rollout,
+        vocab_size=read_config(config.model).vocab_size,
+        stop_token_ids=read_stop_token_ids(config.model, tokenizer),
+    )
+    with RewardPool(config.rewards) as rewards:
+        scores = evaluate_policy(
+            benchmarks, generator, rewards, tokenizer, config.sampling, tmp_path / "step_1"
+        )
+    for name in (MATH, CODE):
+        rows = read_rows(tmp_path / "step_1" / f"{name}.jsonl")
+        expected = dict.fromkeys(range(PROBLEMS[name]), SAMPLES[name])
+        assert Counter(row["index"] for row in rows) == expected
+        tokens = sum(row["tokens"] for row in rows)
+        metrics = scores[name].metrics()
+        assert metrics["length_mean"] == pytest.approx(tokens / len(rows))
+        correct = sum(row["reward"]["correct"] for row in rows)
+        assert metrics["avg"] == pytest.approx(correct / len(rows))
+    assert {"pass_at_4", "majority"} < scores[MATH].metrics().keys()
+    assert "pass_at_2" in scores[CODE].metrics()
+    assert "majority" not in scores[CODE].metrics()
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"samples_per_problem": 2}, {"sampling": {"temperature": 0.5}}]
+    ("name", "change"),
+    [
+        ("seed", {"seed": 1}),
+        ("sampling", {"sampling": {"temperature": 0.5}}),
+        (
+            "samples_per_problem",
+            {"benchmarks": {MATH: {"path": "heldout.jsonl", "samples_per_problem": 2}}},
+        ),
+    ],
 )
-def test_a_run_dir_of_other_settings_is_refused(config, killed_and_resumed, change):
-    changed = EvalConfig.model_validate(config.model_dump() | change)
-    with pytest.raises(UserError, match=f"drawn with another {next(iter(change))}"):
-        evaluate(changed)
+def test_a_run_dir_of_other_settings_is_refused(config, killed_and_resumed, name, change):
+    values = config.model_dump() | change
+    if "benchmarks" in change:
+        values["benchmarks"][MATH]["path"] = config.benchmarks[MATH].path
+        values["benchmarks"][MATH]["max_prompt_length"] = 64
+    with pytest.raises(UserError, match=f"drawn with another {name} "):
+        evaluate(EvalConfig.model_validate(values))
 
 
 def test_data_that_changed_is_refused(config, killed_and_resumed):
-    path = config.data.path
+    path = config.benchmarks[MATH].path
     before = path.read_text()
     path.write_text(before.replace("What is", "Who is", 1))
     with pytest.raises(UserError, match="other problems, row 0"):
@@ -183,6 +300,27 @@ def test_a_model_that_changed_is_refused(config, killed_and_resumed):
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_what_is_no_finished_evaluation_cannot_be_graded(tmp_path):
+def test_what_is_no_finished_evaluation_cannot_be_graded(config, killed_and_resumed, tmp_path):
     with pytest.raises(UserError, match="give the run_dir of `klear-megatron eval`"):
         regrade(tmp_path)
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    lines = read_lines(responses_of(tmp_path / "run", CODE))
+    responses_of(tmp_path / "run", CODE).write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="has 5 responses, and more are wanted"):
+        regrade(tmp_path / "run")
+
+
+def test_a_budget_that_no_server_takes_is_refused_before_one_is_started(config, tmp_path):
+    values = config.model_dump() | {"run_dir": tmp_path, "rollout": {"python": "/nowhere"}}
+    longest = 256 - longest_prompt(config)
+    fits = EvalConfig.model_validate(values | {"sampling": {"max_response_length": longest}})
+    with pytest.raises(UserError, match="/nowhere is not there"):
+        evaluate(fits)
+    too_long = {"sampling": {"max_response_length": longest + 1}, "run_dir": tmp_path / "other"}
+    with pytest.raises(UserError, match="make 257, but the servers take 256"):
+        evaluate(EvalConfig.model_validate(values | too_long))
+
+
+def longest_prompt(config: EvalConfig) -> int:
+    benchmarks = load_benchmarks(config.benchmarks, read_tokenizer(config.model), config.rewards)
+    return max(len(ids) for benchmark in benchmarks for ids in benchmark.loaded.token_ids)

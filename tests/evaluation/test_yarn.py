@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import Qwen3Config
 
 from klear_megatron.errors import UserError
-from klear_megatron.evaluation import EvalConfig
+from klear_megatron.evaluation import EvalConfig, YarnConfig
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.rollout import RolloutConfig
 from klear_megatron.rollout.servers import server_command
@@ -16,9 +16,12 @@ from klear_megatron.rollout.servers import server_command
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 
 
-def test_the_command_line_has_the_scaled_positions_and_length():
-    hf = Qwen3Config(max_position_embeddings=32768, rope_parameters=ROPE)
-    config = extend_context(RolloutConfig(extra_args=["--log-level", "debug"]), hf, 2.5)
+# Some of Qwen3's say 40960, and were trained with 32768.
+@pytest.mark.parametrize(("positions", "original"), [(32768, None), (40960, 32768)])
+def test_the_command_line_has_the_scaled_positions_and_length(positions, original):
+    hf = Qwen3Config(max_position_embeddings=positions, rope_parameters=ROPE)
+    rollout = RolloutConfig(extra_args=["--log-level", "debug"])
+    config = extend_context(rollout, hf, YarnConfig(factor=2.5, original_length=original))
     words = server_command(config, Path("model"), 30000)
     assert words[words.index("--context-length") + 1] == "81920"
     override = json.loads(words[words.index("--json-model-override-args") + 1])
@@ -37,12 +40,13 @@ def test_the_command_line_has_the_scaled_positions_and_length():
 def test_a_model_that_is_scaled_already_is_refused():
     scaled = {**ROPE, "rope_type": "yarn", "factor": 4.0}
     with pytest.raises(UserError, match="has rope type yarn already"):
-        extend_context(RolloutConfig(), Qwen3Config(rope_parameters=scaled), 2)
+        extend_context(RolloutConfig(), Qwen3Config(rope_parameters=scaled), YarnConfig(factor=2))
 
 
 @pytest.mark.parametrize("rollout", [{"urls": ["http://node7:30000"]}, {"context_length": 4096}])
 def test_settings_that_contradict_it_are_refused(rollout):
-    values = {"model": "m", "run_dir": "r", "data": {"path": "d.jsonl"}, "yarn_factor": 2}
-    assert EvalConfig.model_validate(values).yarn_factor == 2
-    with pytest.raises(ValidationError, match="yarn_factor"):
+    benchmarks = {"aime": {"path": "d.jsonl"}}
+    values = {"model": "m", "run_dir": "r", "benchmarks": benchmarks, "yarn": {"factor": 2}}
+    assert EvalConfig.model_validate(values).yarn == YarnConfig(factor=2)
+    with pytest.raises(ValidationError, match="yarn: "):
         EvalConfig.model_validate(values | {"rollout": rollout})

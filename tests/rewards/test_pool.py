@@ -53,6 +53,19 @@ def in_thread(function):
     return result[0]
 
 
+def test_reads_answers_alike_however_they_are_written_and_gives_up_on_long_ones(pool):
+    nested = "(" * 3000 + "1" + ")" * 3000  # takes math-verify minutes
+    long = "1" + "0" * 9999
+    contents = [r"\frac{1}{2}", "1/2", "7", nested, long]
+    texts = [f"<think></think>\\boxed{{{content}}}" for content in contents]
+    half, same, seven, given_up, number, empty, unfinished = pool.read_answers(
+        [*texts, "<think></think>", r"<think>\boxed{7}"]
+    )
+    assert half == same is not None
+    assert (seven, given_up, number, empty, unfinished) == ("7", None, long, None, None)
+    assert pool.read_answers([]) == []
+
+
 def test_grades_like_the_plain_function_in_the_order_of_the_jobs(pool):
     responses = [rf"<think>{i}</think>\boxed{{{i}}}" for i in range(40)] + [r"\boxed{4}"]
     done = []

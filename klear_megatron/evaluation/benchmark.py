@@ -1,0 +1,86 @@
+"""A benchmark's problems, and responses to them as rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.data import LoadedPrompts, load_prompts
+from klear_megatron.evaluation.config import BenchmarkConfig
+from klear_megatron.evaluation.scores import Row, is_math
+from klear_megatron.models.tokenizer import decode_response
+from klear_megatron.observability import Progress
+from klear_megatron.observability.responses import response_row
+from klear_megatron.rewards import (
+    RewardConfig,
+    RewardPool,
+    check_data_sources,
+    check_ground_truths,
+)
+from klear_megatron.rollout import Generator, Response, SamplingConfig
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Problems that are read and encoded."""
+
+    name: str
+    loaded: LoadedPrompts
+    samples_per_problem: int
+
+
+Asked = tuple[Benchmark, int]
+"""One response is wanted to this benchmark's prompt of this position."""
+
+
+def load_benchmarks(
+    configs: Mapping[str, BenchmarkConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: RewardConfig,
+) -> list[Benchmark]:
+    """Raises UserError where problems cannot be read, encoded or graded."""
+    benchmarks = []
+    for name, config in configs.items():
+        loaded = load_prompts(config, tokenizer)
+        check_data_sources((prompt.data_source for prompt in loaded.prompts), rewards)
+        check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in loaded.prompts)
+        benchmarks.append(Benchmark(name, loaded, config.samples_per_problem))
+    return benchmarks
+
+
+def draw(
+    asked: Sequence[Asked],
+    generator: Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingConfig,
+    store: Callable[[Benchmark, Row], object],
+) -> None:
+    """Calls `store` with the ungraded row of each response as it arrives, in any order.
+
+    Each is a request of its own, so that none waits for the longest of its problem's.
+
+    Raises:
+        GenerationError: a server failed.
+    """
+
+    def on_done(position: int, responses: list[Response]) -> None:
+        benchmark, i = asked[position]
+        text = decode_response(tokenizer, responses[0].token_ids)
+        store(benchmark, response_row(benchmark.loaded.prompts[i], text, responses[0], None))
+
+    prompts = [benchmark.loaded.token_ids[i] for benchmark, i in asked]
+    generator.generate(prompts, sampling, on_done=on_done)
+
+
+def grade(rows: Sequence[Row], rewards: RewardPool, *, keep_progress: bool = True) -> None:
+    """Puts `reward`, and `answer` where it is mathematical, into the rows."""
+    jobs = [(row["data_source"], row["response"], row["ground_truth"]) for row in rows]
+    with Progress("grade", len(jobs), keep=keep_progress) as progress:
+        graded = rewards.grade(jobs, on_done=lambda _: progress.advance())
+    for row, reward in zip(rows, graded, strict=True):
+        row["reward"] = asdict(reward)
+    mathematical = [row for row in rows if is_math(row)]
+    if mathematical:
+        answers = rewards.read_answers([row["response"] for row in mathematical])
+        for row, answer in zip(mathematical, answers, strict=True):
+            row["answer"] = answer

@@ -1,0 +1,64 @@
+"""Evaluation of the policy between steps of its training."""
+
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.evaluation import Benchmark, evaluate_policy, load_benchmarks
+from klear_megatron.models.hf_checkpoint import read_config
+from klear_megatron.observability import Phases, say
+from klear_megatron.trainers import run
+from klear_megatron.trainers.config import RLConfig
+from klear_megatron.trainers.rollouts import RolloutWorker
+
+
+class Evaluations:
+    """The evaluations of a run: none, or at the steps that its config says.
+
+    Raises:
+        UserError: problems cannot be read, encoded or graded, or the servers' context is too short.
+    """
+
+    def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._benchmarks: list[Benchmark] = []
+        if config.evaluation is None:
+            return
+        configs = config.evaluation.benchmarks
+        self._benchmarks = load_benchmarks(configs, tokenizer, config.rewards)
+        hf = read_config(config.policy.path)
+        for benchmark in self._benchmarks:
+            if run.is_main_rank():
+                for note in benchmark.loaded.notes(configs[benchmark.name], benchmark.name):
+                    say(note)
+            longest_prompt = max(len(ids) for ids in benchmark.loaded.token_ids)
+            config.rollout.check_lengths(hf, longest_prompt, config.evaluation.sampling)
+
+    def after(self, step: int, worker: RolloutWorker, phases: Phases) -> dict[str, float]:
+        """`eval/NAME/avg` and others of each benchmark, if an evaluation is due.
+
+        Only the main rank evaluates, through the generator and the graders of its `worker`; the
+        other ranks get nothing. The graded responses are written to `evaluations/`.
+
+        Raises:
+            GenerationError: a server failed.
+        """
+        config = self._config.evaluation
+        due = config is not None and (step % config.every == 0 or step == self._config.steps)
+        if config is None or not due or not run.is_main_rank():
+            return {}
+        assert worker.generator is not None
+        assert worker.rewards is not None
+        with phases("evaluate"):
+            scores = evaluate_policy(
+                self._benchmarks,
+                worker.generator,
+                worker.rewards,
+                self._tokenizer,
+                config.sampling,
+                self._config.run_dir / "evaluations" / f"step_{step:08}",
+            )
+        metrics: dict[str, float] = {}
+        for name, of_one in scores.items():
+            say(f"step {step}: {name}: {of_one}")
+            metrics |= {f"eval/{name}/{key}": value for key, value in of_one.metrics().items()}
+        return metrics
