@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from klear_megatron.config import Section
+from klear_megatron.rewards import RewardConfig
+from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 
 
 class DecontaminationConfig(Section):
@@ -22,17 +24,43 @@ class DecontaminationConfig(Section):
     instructions («You are an expert Python programmer…»), not of a problem, and does not count."""
 
 
+class TeacherConfig(Section):
+    """A model that answers the prompts that the other filters leave."""
+
+    model: Path
+    """Hugging Face checkpoint; with `rollout.urls`, the one that is served there."""
+
+    samples_per_prompt: PositiveInt = 16
+    max_prompt_length: PositiveInt = 4096
+    """In tokens, chat template included; longer prompts are not asked, and dropped."""
+
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardConfig = RewardConfig()
+    seed: int = 0
+
+
 class PassRateConfig(Section):
     """Keeps prompts of which a teacher gets the right share right."""
 
-    responses: tuple[Path, ...] = Field(min_length=1)
+    responses: tuple[Path, ...] = ()
     """The teacher's graded responses, several for each prompt: `responses.jsonl` of `eval`."""
+
+    teacher: TeacherConfig | None = None
+    """Is asked now. Its responses are kept in `.teacher/` beside the output, and what was ended
+    goes on from there."""
 
     above: float = Field(default=0.5, ge=0, lt=1)
     """The share of correct responses has to be greater than this: a majority, as in the paper."""
 
     at_most: float = Field(default=1.0, gt=0, le=1)
     """And no greater than this; 1 keeps what the teacher always gets right."""
+
+    @model_validator(mode="after")
+    def _has_one_teacher(self) -> "PassRateConfig":
+        if bool(self.responses) == (self.teacher is not None):
+            raise ValueError("give either responses that are there, or a teacher to ask")
+        return self
 
 
 class TopSourcesConfig(Section):

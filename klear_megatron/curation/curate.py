@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from klear_megatron.curation.config import CurateConfig, SubsetConfig, TopSourcesConfig
 from klear_megatron.curation.filters import Candidate, count_tests, make_filters
 from klear_megatron.curation.k_center import k_center_greedy
+from klear_megatron.curation.pass_rate import why_dropped
 from klear_megatron.curation.text import DIMENSIONS, hashed_vector
 from klear_megatron.data.files import Row
 from klear_megatron.data.rows import parse_prompt, parse_rows
@@ -47,13 +48,20 @@ def curate(config: CurateConfig) -> CurationReport:
     """
     config.output.parent.mkdir(parents=True, exist_ok=True)
     report = CurationReport()
-    spool = config.output.with_suffix(".partial")
+    spool = config.output.with_suffix(".partial.jsonl")
     with _dropped_rows(config.output, report) as drop:
         survivors = _filter(config, spool, report, drop)
         kept = np.ones(len(survivors.rows), dtype=bool)
+        if config.pass_rate is not None:
+            folder = config.output.with_suffix(".teacher")
+            for i, why in enumerate(why_dropped(config.pass_rate, spool, folder)):
+                if why is not None:
+                    kept[i] = False
+                    drop(survivors.rows[i], "pass rate", why)
         if config.top_sources is not None:
-            kept &= _of_top_sources(config.top_sources, survivors)
-            _tell(drop, survivors, ~kept, "not a top source")
+            of_best = kept & _of_top_sources(config.top_sources, survivors, kept)
+            _tell(drop, survivors, kept & ~of_best, "not a top source")
+            kept = of_best
         if config.subset is not None:
             chosen = kept & _of_subset(config.subset, survivors, kept)
             _tell(drop, survivors, kept & ~chosen, "not in the subset")
@@ -144,7 +152,9 @@ def _tell(drop: Drop, survivors: _Survivors, dropped: NDArray[np.bool_], reason:
         drop(survivors.rows[i], reason, survivors.source_names[survivors.sources[i]])
 
 
-def _of_top_sources(config: TopSourcesConfig, survivors: _Survivors) -> NDArray[np.bool_]:
+def _of_top_sources(
+    config: TopSourcesConfig, survivors: _Survivors, among: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
     sources = np.array(survivors.sources)
     names = survivors.source_names
     unknown = set(config.ranking) - set(names)
@@ -156,7 +166,7 @@ def _of_top_sources(config: TopSourcesConfig, survivors: _Survivors) -> NDArray[
     if config.ranking:
         best = [names.index(name) for name in config.ranking[: config.count]]
     else:
-        counts = np.bincount(sources, minlength=len(names))
+        counts = np.bincount(sources[among], minlength=len(names))
         best = list(np.argsort(-counts, kind="stable")[: config.count])
     return np.isin(sources, best)
 

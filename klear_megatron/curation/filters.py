@@ -1,17 +1,13 @@
 """What decides of a prompt whether it is kept, one prompt at a time."""
 
-from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from klear_megatron.curation.config import CurateConfig, DecontaminationConfig, PassRateConfig
+from klear_megatron.curation.config import CurateConfig, DecontaminationConfig
 from klear_megatron.curation.text import digest, ngrams, query_of, words_of
 from klear_megatron.data import Prompt, read_prompts
-from klear_megatron.data.files import read_rows
-from klear_megatron.errors import UserError
 from klear_megatron.rewards.code_tests import parse_tests
 from klear_megatron.rewards.graders import verifier_of
 
@@ -47,8 +43,6 @@ def make_filters(config: CurateConfig) -> dict[str, Filter]:
     filters: dict[str, Filter] = {}
     if config.min_tests is not None:
         filters["too few tests"] = _min_tests(config.min_tests)
-    if config.pass_rate is not None:
-        filters["pass rate"] = _pass_rate(config.pass_rate)
     if config.decontaminate is not None:
         filters["contaminated"] = _decontaminate(config.decontaminate)
     if config.deduplicate:
@@ -94,36 +88,3 @@ def _decontaminate(config: DecontaminationConfig) -> Filter:
         return None
 
     return drop
-
-
-def _pass_rate(config: PassRateConfig) -> Filter:
-    counts: dict[bytes, array[int]] = {}
-    for path in config.responses:
-        _count_correct(path, counts)
-
-    def drop(candidate: Candidate) -> str | None:
-        correct, total = counts.get(digest(candidate.query), (0, 0))
-        if total == 0:
-            return "no responses"
-        if config.above < correct / total <= config.at_most:
-            return None
-        return f"{correct} of {total} responses correct"
-
-    return drop
-
-
-def _count_correct(path: Path, counts: dict[bytes, "array[int]"]) -> None:
-    for where, row in read_rows(path):
-        try:
-            if isinstance(row, str):
-                raise TypeError(row)
-            query = query_of(Prompt("", row["prompt"], "", 0))
-            correct = bool(row["reward"]["correct"])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{where}: no graded response; curate.pass_rate.responses takes the "
-                "responses.jsonl that `klear-megatron eval` writes"
-            ) from error
-        count = counts.setdefault(digest(query), array("i", [0, 0]))
-        count[0] += correct
-        count[1] += 1

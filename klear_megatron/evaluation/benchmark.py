@@ -68,8 +68,8 @@ def draw(
         text = decode_response(tokenizer, responses[0].token_ids)
         store(benchmark, response_row(benchmark.loaded.prompts[i], text, responses[0], None))
 
-    prompts = [benchmark.loaded.token_ids[i] for benchmark, i in asked]
-    generator.generate(prompts, sampling, on_done=on_done)
+    prompts = (benchmark.loaded.token_ids[i] for benchmark, i in asked)
+    generator.stream(prompts, sampling, on_done)
 
 
 def grade(rows: Sequence[Row], rewards: RewardPool, *, keep_progress: bool = True) -> None:

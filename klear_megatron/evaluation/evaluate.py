@@ -20,6 +20,7 @@ from klear_megatron.evaluation.stored import (
     folder_of,
     read_all,
     read_drawn,
+    settings_of,
     stored_config,
     write_problems,
 )
@@ -51,10 +52,11 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
     for benchmark in benchmarks:
         for note in benchmark.loaded.notes(config.benchmarks[benchmark.name], benchmark.name):
             say(note)
-        claim(config, benchmark)
+        folder = folder_of(config.run_dir, benchmark.name)
+        claim(folder, settings_of(config, benchmark))
         drawn = read_drawn(config.run_dir, benchmark.name)
         prompts = benchmark.loaded.prompts
-        check_problems(folder_of(config.run_dir, benchmark.name), drawn, prompts)
+        check_problems(folder, drawn, prompts)
         write_problems(config.run_dir, benchmark.name, drawn)  # without what was half-written
         stored += sum(len(rows) for rows in drawn.values())
         for i, prompt in enumerate(prompts):
@@ -88,7 +90,7 @@ def _draw(
     ):
 
         def store(benchmark: Benchmark, row: Row) -> None:
-            append_row(config.run_dir, benchmark.name, row)
+            append_row(folder_of(config.run_dir, benchmark.name), row)
             progress.advance()
 
         generator = Generator(

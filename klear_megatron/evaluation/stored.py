@@ -1,7 +1,7 @@
 """The responses of an evaluation, stored as they are drawn: a folder per benchmark."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from klear_megatron.evaluation.config import EvalConfig
 from klear_megatron.evaluation.scores import Problems, Row, by_problem
 from klear_megatron.observability.responses import write_rows
 
-_RESPONSES, _SETTINGS = "responses.jsonl", "settings.json"
+RESPONSES, _SETTINGS = "responses.jsonl", "settings.json"
 
 
 def config_path(run_dir: Path) -> Path:
@@ -39,20 +39,18 @@ def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
     return load_config(EvalConfig, path, overrides).model_copy(update={"run_dir": run_dir})
 
 
-def claim(config: EvalConfig, benchmark: Benchmark) -> None:
-    """Records in the benchmark's folder what its responses are drawn with.
+def claim(folder: Path, ours: dict[str, Any]) -> None:
+    """Records in a folder what the responses there are drawn with.
 
     Raises:
         UserError: it holds responses that were drawn with something else.
     """
-    folder = folder_of(config.run_dir, benchmark.name)
     path = folder / _SETTINGS
-    ours = _settings(config, benchmark)
     if not path.exists():
-        if (folder / _RESPONSES).exists():
+        if (folder / RESPONSES).exists():
             raise UserError(
                 f"{folder}: has responses but no {_SETTINGS} that says what they were drawn with; "
-                "give another run_dir, or delete it"
+                "write elsewhere, or delete it"
             )
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(ours, indent=2) + "\n")
@@ -63,31 +61,39 @@ def claim(config: EvalConfig, benchmark: Benchmark) -> None:
         name = different[0]
         raise UserError(
             f"{folder}: its responses were drawn with another {', '.join(different)} "
-            f"({name} was {theirs.get(name)}, is {ours[name]}); give another run_dir, or delete it"
+            f"({name} was {theirs.get(name)}, is {ours[name]}); write elsewhere, or delete it"
         )
 
 
-def _settings(config: EvalConfig, benchmark: Benchmark) -> dict[str, Any]:
-    """All that decides what is drawn; the weights by their files' sizes and times."""
-    weights = {
-        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(config.model.glob("*.safetensors"))
-    }
+def settings_of(config: EvalConfig, benchmark: Benchmark) -> dict[str, Any]:
+    """All that decides what is drawn."""
     return {
         **config.model_dump(mode="json", include={"model", "sampling", "yarn", "seed"}),
         **config.benchmarks[benchmark.name].model_dump(mode="json"),
-        "weights": weights,
+        "weights": weights_of(config.model),
         "problems": len(benchmark.loaded.prompts),
     }
 
 
+def weights_of(model: Path) -> dict[str, list[int]]:
+    """What tells a checkpoint's weights from others: its files' sizes and times."""
+    return {
+        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(model.glob("*.safetensors"))
+    }
+
+
 def read_drawn(run_dir: Path, benchmark: str) -> Problems:
-    """What has been drawn so far, without the line that a killed run left half-written."""
-    path = folder_of(run_dir, benchmark) / _RESPONSES
-    if not path.exists():
-        return {}
-    with path.open("rb") as file:
-        return by_problem(from_json(line) for line in file if line.endswith(b"\n"))
+    """What has been drawn so far."""
+    return by_problem(stored_rows(folder_of(run_dir, benchmark)))
+
+
+def stored_rows(folder: Path) -> Iterator[Row]:
+    """Streams what has been drawn so far, without the line that a killed run left half-written."""
+    path = folder / RESPONSES
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (from_json(line) for line in file if line.endswith(b"\n"))
 
 
 def read_all(run_dir: Path, benchmark: str) -> Problems:
@@ -121,12 +127,11 @@ def check_problems(folder: Path, problems: Problems, prompts: Sequence[Prompt]) 
 
 def write_problems(run_dir: Path, benchmark: str, problems: Mapping[int, Sequence[Row]]) -> None:
     """Replaces what is stored."""
-    path = folder_of(run_dir, benchmark) / _RESPONSES
+    path = folder_of(run_dir, benchmark) / RESPONSES
     write_rows(path, chain.from_iterable(problems.values()))
 
 
-def append_row(run_dir: Path, benchmark: str, row: Row) -> None:
+def append_row(folder: Path, row: Row) -> None:
     """Once this returns, only the whole machine's end loses the row."""
-    path = folder_of(run_dir, benchmark) / _RESPONSES
-    with path.open("a", encoding="utf-8") as file:
+    with (folder / RESPONSES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")

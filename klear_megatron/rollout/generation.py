@@ -1,7 +1,7 @@
 """Drawing responses from SGLang servers: token ids in, token ids and log-probabilities out."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,10 @@ class Response:
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+
+OnDone = Callable[[int, list[Response]], None]
+"""Is given a prompt's position and the responses to it."""
 
 
 class GenerationError(UserError):
@@ -62,7 +66,7 @@ class Generator:
         sampling: SamplingConfig,
         *,
         responses_per_prompt: int = 1,
-        on_done: Callable[[int, list[Response]], None] | None = None,
+        on_done: OnDone | None = None,
     ) -> list[list[Response]]:
         """`responses_per_prompt` responses to each prompt (token ids), in the prompts' order.
 
@@ -72,30 +76,42 @@ class Generator:
             UserError: a prompt is empty or has a token id outside the vocabulary.
             GenerationError: a server failed.
         """
-        for i, prompt in enumerate(prompts):
-            if not prompt or not all(0 <= token < self._vocab_size for token in prompt):
-                raise UserError(
-                    f"prompt {i}: token ids must be a non-empty list of numbers from 0 to "
-                    f"{self._vocab_size - 1} (vocab_size); is the tokenizer the model's own?"
-                )
-        return asyncio.run(self._generate(prompts, sampling, responses_per_prompt, on_done))
+        results: dict[int, list[Response]] = {}
 
-    async def _generate(
+        def keep(i: int, responses: list[Response]) -> None:
+            results[i] = responses
+            if on_done is not None:
+                on_done(i, responses)
+
+        self.stream(prompts, sampling, keep, responses_per_prompt=responses_per_prompt)
+        return [results[i] for i in range(len(prompts))]
+
+    def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Iterable[Sequence[int]],
+        sampling: SamplingConfig,
+        on_done: OnDone,
+        *,
+        responses_per_prompt: int = 1,
+    ) -> None:
+        """Like `generate`, but nothing is kept: prompts are taken as servers have room for them,
+        and responses are only handed to `on_done`."""
+        asyncio.run(self._stream(prompts, sampling, responses_per_prompt, on_done))
+
+    async def _stream(
+        self,
+        prompts: Iterable[Sequence[int]],
         sampling: SamplingConfig,
         responses_per_prompt: int,
-        on_done: Callable[[int, list[Response]], None] | None,
-    ) -> list[list[Response]]:
-        results: dict[int, list[Response]] = {}
-        waiting = iter(enumerate(prompts))
+        on_done: OnDone,
+    ) -> None:
+        waiting = enumerate(prompts)
         at_a_time = max(1, self._config.max_running_requests // responses_per_prompt)
 
         async def work(client: httpx.AsyncClient) -> None:
             for i, prompt in waiting:
-                results[i] = await self._request(client, prompt, sampling, responses_per_prompt)
-                if on_done is not None:
-                    on_done(i, results[i])
+                self._check(i, prompt)
+                on_done(i, await self._request(client, prompt, sampling, responses_per_prompt))
 
         timeout = httpx.Timeout(self._config.request_timeout_s, connect=30)
         limits = httpx.Limits(max_connections=None)
@@ -112,7 +128,13 @@ class Generator:
         finally:
             for client in clients:
                 await client.aclose()
-        return [results[i] for i in range(len(prompts))]
+
+    def _check(self, i: int, prompt: Sequence[int]) -> None:
+        if not prompt or not all(0 <= token < self._vocab_size for token in prompt):
+            raise UserError(
+                f"prompt {i}: token ids must be a non-empty list of numbers from 0 to "
+                f"{self._vocab_size - 1} (vocab_size); is the tokenizer the model's own?"
+            )
 
     async def _request(
         self, client: httpx.AsyncClient, prompt: Sequence[int], sampling: SamplingConfig, n: int

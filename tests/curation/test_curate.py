@@ -46,7 +46,7 @@ def run(tmp_path, rows, **settings):
     assert report.rows == report.kept + report.dropped.total()
     numbers = json.loads((tmp_path / "out.report.json").read_text())
     assert (numbers["rows"], numbers["kept"]) == (report.rows, report.kept)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))
     return kept, report, dropped
 
 

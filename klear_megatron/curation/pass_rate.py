@@ -1,0 +1,54 @@
+"""Which prompts a teacher gets right often enough, and not too often."""
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from klear_megatron.curation.config import PassRateConfig
+from klear_megatron.curation.teacher import ask
+from klear_megatron.curation.text import digest, query_of
+from klear_megatron.data import Prompt
+from klear_megatron.data.files import read_rows
+from klear_megatron.data.rows import parse_prompt, parse_rows
+from klear_megatron.errors import UserError
+
+
+def why_dropped(config: PassRateConfig, prompts: Path, folder: Path) -> Iterator[str | None]:
+    """Why each prompt of a file is dropped; None where it is not.
+
+    Args:
+        prompts: JSON Lines.
+        folder: gets the responses of a teacher that is asked.
+
+    Raises:
+        UserError: responses that are not graded, or a teacher that cannot be asked.
+    """
+    teacher = config.teacher
+    counts: dict[bytes, array[int]] = {}
+    for path in (ask(teacher, prompts, folder),) if teacher else config.responses:
+        _count_correct(path, counts)
+    for _, prompt in parse_rows(prompts, parse_prompt, None):
+        correct, total = counts.get(digest(query_of(prompt)), (0, 0))
+        if total == 0:
+            yield "no responses"
+        elif config.above < correct / total <= config.at_most:
+            yield None
+        else:
+            yield f"{correct} of {total} responses correct"
+
+
+def _count_correct(path: Path, counts: dict[bytes, "array[int]"]) -> None:
+    for where, row in read_rows(path):
+        try:
+            if isinstance(row, str):
+                raise TypeError(row)
+            query = query_of(Prompt("", row["prompt"], "", 0))
+            correct = bool(row["reward"]["correct"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{where}: no graded response; curate.pass_rate.responses takes the "
+                "responses.jsonl that `klear-megatron eval` writes"
+            ) from error
+        count = counts.setdefault(digest(query), array("i", [0, 0]))
+        count[0] += correct
+        count[1] += 1

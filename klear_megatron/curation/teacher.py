@@ -1,0 +1,137 @@
+"""Responses of a teacher to the prompts of a file, drawn from SGLang servers and graded."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.curation.config import TeacherConfig
+from klear_megatron.curation.text import digest, query_of
+from klear_megatron.data import Prompt
+from klear_megatron.data.encoding import encode_prompt
+from klear_megatron.data.rows import parse_prompt, parse_rows
+from klear_megatron.evaluation.scores import Row
+from klear_megatron.evaluation.stored import RESPONSES, append_row, claim, stored_rows, weights_of
+from klear_megatron.models.hf_checkpoint import read_config
+from klear_megatron.models.tokenizer import decode_response, read_stop_token_ids, read_tokenizer
+from klear_megatron.observability import Progress, say
+from klear_megatron.observability.responses import response_row, write_rows
+from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
+from klear_megatron.rollout import Generator, Response, serving
+
+_GRADED_AT_ONCE = 1024
+
+
+def ask(teacher: TeacherConfig, prompts: Path, folder: Path) -> Path:
+    """Draws and grades what is missing of `samples_per_prompt` responses to each prompt.
+
+    Each response is stored as it arrives, so that what was ended goes on when it is asked again.
+
+    Args:
+        prompts: JSON Lines. Equal prompts share their responses.
+        folder: gets the responses and the servers' logs.
+
+    Returns:
+        The file of graded responses, in the format of an evaluation's.
+
+    Raises:
+        UserError: prompts that cannot be graded, a bad model, a server that fails, or a folder
+            with responses of another teacher.
+    """
+    settings = teacher.model_dump(mode="json", include={"model", "sampling", "seed"})
+    claim(folder, settings | {"weights": weights_of(teacher.model)})
+    path = folder / RESPONSES
+    drawn: Counter[bytes] = Counter()
+    write_rows(path, _counted(folder, drawn))  # without what was half-written
+    tokenizer = read_tokenizer(teacher.model)
+    missing = _missing(teacher, tokenizer, prompts, drawn)
+    stored = drawn.total()
+    if missing:
+        if stored:
+            say(f"going on: {stored} of {stored + missing.total()} responses are in {folder}")
+        _draw(teacher, tokenizer, prompts, folder, missing, stored)
+    with (
+        RewardPool(teacher.rewards) as rewards,
+        Progress("grade", stored + missing.total()) as progress,
+    ):
+        write_rows(path, _graded(folder, rewards, progress))
+    return path
+
+
+def _counted(folder: Path, drawn: Counter[bytes]) -> Iterator[Row]:
+    for row in stored_rows(folder):
+        drawn[digest(query_of(Prompt("", row["prompt"], "", 0)))] += 1
+        yield row
+
+
+def _missing(
+    teacher: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Path,
+    drawn: Counter[bytes],
+) -> Counter[bytes]:
+    """How many responses are to be drawn to each prompt, by the digest of its query."""
+    missing: Counter[bytes] = Counter()
+    for _, prompt in parse_rows(prompts, parse_prompt, None):
+        check_data_sources([prompt.data_source], teacher.rewards)
+        check_ground_truths([(prompt.data_source, prompt.ground_truth)])
+        key = digest(query_of(prompt))
+        if len(encode_prompt(tokenizer, prompt.messages)) <= teacher.max_prompt_length:
+            missing[key] = teacher.samples_per_prompt - drawn[key]
+    return +missing
+
+
+def _draw(
+    teacher: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Path,
+    folder: Path,
+    missing: Counter[bytes],
+    stored: int,
+) -> None:
+    hf, rollout = read_config(teacher.model), teacher.rollout
+    rollout.check_lengths(hf, teacher.max_prompt_length, teacher.sampling)
+    stop_token_ids = read_stop_token_ids(teacher.model, tokenizer)
+    asked: dict[int, Prompt] = {}
+    # Servers with the seeds of those before would draw the same responses again.
+    seed = teacher.seed + stored * rollout.num_servers
+    with (
+        serving(rollout, teacher.model, folder / "logs", seed=seed) as urls,
+        Progress("teacher", stored + missing.total(), start=stored) as progress,
+    ):
+
+        def token_ids() -> Iterator[list[int]]:
+            for i, prompt in enumerate(_wanted(prompts, missing)):
+                asked[i] = prompt
+                yield encode_prompt(tokenizer, prompt.messages)
+
+        def store(i: int, responses: list[Response]) -> None:
+            text = decode_response(tokenizer, responses[0].token_ids)
+            append_row(folder, response_row(asked.pop(i), text, responses[0], None))
+            progress.advance()
+
+        generator = Generator(
+            urls, rollout, vocab_size=hf.vocab_size, stop_token_ids=stop_token_ids
+        )
+        generator.stream(token_ids(), teacher.sampling, store)
+
+
+def _wanted(prompts: Path, missing: Counter[bytes]) -> Iterator[Prompt]:
+    """Each prompt as often as a response to it is missing."""
+    left = dict(missing)
+    for _, prompt in parse_rows(prompts, parse_prompt, None):
+        yield from [prompt] * left.pop(digest(query_of(prompt)), 0)
+
+
+def _graded(folder: Path, rewards: RewardPool, progress: Progress) -> Iterator[Row]:
+    rows = stored_rows(folder)
+    while batch := list(islice(rows, _GRADED_AT_ONCE)):
+        ungraded = [row for row in batch if row["reward"] is None]
+        jobs = [(row["data_source"], row["response"], row["ground_truth"]) for row in ungraded]
+        for row, reward in zip(ungraded, rewards.grade(jobs), strict=True):
+            row["reward"] = asdict(reward)
+        progress.advance(len(batch))
+        yield from batch
