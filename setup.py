@@ -23,6 +23,7 @@ setup(
         "pydantic>=2.9",
         "PyYAML",
         "datasets",
+        "pyarrow",
         "numpy",
         "httpx",
         "psutil",

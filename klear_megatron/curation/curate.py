@@ -52,7 +52,7 @@ def curate(config: CurateConfig) -> CurationReport:
     with _dropped_rows(config.output, report) as drop:
         survivors = _filter(config, spool, report, drop)
         kept = np.ones(len(survivors.rows), dtype=bool)
-        if config.pass_rate is not None:
+        if config.pass_rate is not None and survivors.rows:
             folder = config.output.with_suffix(".teacher")
             for i, why in enumerate(why_dropped(config.pass_rate, spool, folder)):
                 if why is not None:
@@ -127,10 +127,9 @@ def _candidates(
         drop(None, "malformed", str(error))
 
     on_bad_row = skip if config.bad_rows == "skip" else None
-    for path in [config.path] if isinstance(config.path, Path) else config.path:
-        for row, candidate in parse_rows(path, parse, on_bad_row, start=report.rows):
-            report.rows += 1
-            yield row, candidate
+    for row, candidate in parse_rows(config.path, parse, on_bad_row):
+        report.rows += 1
+        yield row, candidate
 
 
 @contextlib.contextmanager

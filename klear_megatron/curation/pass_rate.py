@@ -27,7 +27,7 @@ def why_dropped(config: PassRateConfig, prompts: Path, folder: Path) -> Iterator
     counts: dict[bytes, array[int]] = {}
     for path in (ask(teacher, prompts, folder),) if teacher else config.responses:
         _count_correct(path, counts)
-    for _, prompt in parse_rows(prompts, parse_prompt, None):
+    for _, prompt in parse_rows(prompts, parse_prompt):
         correct, total = counts.get(digest(query_of(prompt)), (0, 0))
         if total == 0:
             yield "no responses"

@@ -12,9 +12,10 @@ from klear_megatron.curation.config import TeacherConfig
 from klear_megatron.curation.text import digest, query_of
 from klear_megatron.data import Prompt
 from klear_megatron.data.encoding import encode_prompt
+from klear_megatron.data.files import stamps
 from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.evaluation.scores import Row
-from klear_megatron.evaluation.stored import RESPONSES, append_row, claim, stored_rows, weights_of
+from klear_megatron.evaluation.stored import RESPONSES, append_row, claim, stored_rows
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import decode_response, read_stop_token_ids, read_tokenizer
 from klear_megatron.observability import Progress, say
@@ -42,7 +43,7 @@ def ask(teacher: TeacherConfig, prompts: Path, folder: Path) -> Path:
             with responses of another teacher.
     """
     settings = teacher.model_dump(mode="json", include={"model", "sampling", "seed"})
-    claim(folder, settings | {"weights": weights_of(teacher.model)})
+    claim(folder, settings | {"weights": stamps(teacher.model.glob("*.safetensors"))})
     path = folder / RESPONSES
     drawn: Counter[bytes] = Counter()
     write_rows(path, _counted(folder, drawn))  # without what was half-written
@@ -75,7 +76,7 @@ def _missing(
 ) -> Counter[bytes]:
     """How many responses are to be drawn to each prompt, by the digest of its query."""
     missing: Counter[bytes] = Counter()
-    for _, prompt in parse_rows(prompts, parse_prompt, None):
+    for _, prompt in parse_rows(prompts, parse_prompt):
         check_data_sources([prompt.data_source], teacher.rewards)
         check_ground_truths([(prompt.data_source, prompt.ground_truth)])
         key = digest(query_of(prompt))
@@ -122,7 +123,7 @@ def _draw(
 def _wanted(prompts: Path, missing: Counter[bytes]) -> Iterator[Prompt]:
     """Each prompt as often as a response to it is missing."""
     left = dict(missing)
-    for _, prompt in parse_rows(prompts, parse_prompt, None):
+    for _, prompt in parse_rows(prompts, parse_prompt):
         yield from [prompt] * left.pop(digest(query_of(prompt)), 0)
 
 

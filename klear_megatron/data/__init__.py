@@ -1,13 +1,14 @@
 """Reading prompts and conversations, encoding them, and the order they are trained in."""
 
-from klear_megatron.data.config import DataConfig, PromptsConfig, StageConfig
+from klear_megatron.data.config import ConversationsConfig, DataConfig, PromptsConfig, StageConfig
 from klear_megatron.data.encoding import encode_conversation, encode_prompt
 from klear_megatron.data.loading import LoadedPrompts, load_prompts
-from klear_megatron.data.rows import Conversation, Prompt, read_conversations, read_prompts
+from klear_megatron.data.rows import Conversation, Prompt, read_prompts
 from klear_megatron.data.sampler import PromptSampler
 
 __all__ = [
     "Conversation",
+    "ConversationsConfig",
     "DataConfig",
     "LoadedPrompts",
     "Prompt",
@@ -17,6 +18,5 @@ __all__ = [
     "encode_conversation",
     "encode_prompt",
     "load_prompts",
-    "read_conversations",
     "read_prompts",
 ]

@@ -16,6 +16,20 @@ class StageConfig(Section):
     """How many are drawn before the next stage begins; the last stage has no end."""
 
 
+class ConversationsConfig(Section):
+    """Which conversations to fine-tune on."""
+
+    path: Path | tuple[Path, ...]
+    """One or several: a .jsonl or .parquet file of `{"messages": [...]}` rows, a folder of such
+    files, or the name of a data set on the Hugging Face hub."""
+
+    max_length: PositiveInt = 32768
+    """In tokens; longer conversations are left out."""
+
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """skip counts malformed rows and goes on."""
+
+
 class PromptsConfig(Section):
     """Which prompts to read."""
 

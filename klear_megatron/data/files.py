@@ -1,6 +1,6 @@
 """Reading the rows of data files as they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,34 @@ from klear_megatron.errors import UserError
 Row = dict[str, Any]
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    """Streams a .jsonl or .parquet file, a folder of such files, or a data set of the hub.
+def stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """What tells files from other ones of the same names: sizes in bytes, and times in ns."""
+    existing = [file for file in sorted(files) if file.is_file()]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in existing}
+
+
+def read_rows(path: Path | Sequence[Path]) -> Iterator[tuple[str, Row | str]]:
+    """Streams one or several data sets, one after another.
+
+    Args:
+        path: each a .jsonl or .parquet file, a folder of such files, or a data set of the hub.
 
     Yields:
         Where the row is, for messages, and the row; or, if it is none, what is wrong with it.
 
     Raises:
-        UserError: no such file or data set, or one that cannot be read.
+        UserError: no such file or data set, or one that cannot be read or has no rows.
     """
+    for one in [path] if isinstance(path, Path) else path:
+        empty = True
+        for where_and_row in _read(one):
+            empty = False
+            yield where_and_row
+        if empty:
+            raise UserError(f"{one}: the data file has no rows")
+
+
+def _read(path: Path) -> Iterator[tuple[str, Row | str]]:
     if path.suffix == ".jsonl":
         return _read_jsonl(_existing(path))
     if path.suffix == ".parquet":

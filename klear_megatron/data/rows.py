@@ -93,14 +93,10 @@ def read_prompts(path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None
     Raises:
         UserError: no such file, no rows, or a malformed row (file, line and field are named).
     """
-    return _read_all(path, parse_prompt, on_bad_row)
-
-
-def read_conversations(
-    path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None
-) -> list[Conversation]:
-    """Read SFT rows, `{"messages": [{"role", "content"}, ...]}`; otherwise like `read_prompts`."""
-    return _read_all(path, _parse_conversation, on_bad_row)
+    prompts = [prompt for _, prompt in parse_rows(path, parse_prompt, on_bad_row)]
+    if not prompts:
+        raise UserError(f"{path}: all rows are malformed; is it of another format?")
+    return prompts
 
 
 def parse_prompt(row: Row, index: int) -> Prompt:
@@ -113,14 +109,30 @@ def parse_prompt(row: Row, index: int) -> Prompt:
     return Prompt(parsed.data_source, messages, parsed.reward_model.ground_truth, index)
 
 
-def parse_rows(
-    path: Path, parse: Callable[[Row, int], Parsed], on_bad_row: OnBadRow | None, start: int = 0
-) -> Iterator[tuple[Row, Parsed]]:
-    """Streams the rows of a data set, as they are and parsed; they are numbered from `start`.
+def parse_conversation(row: Row, index: int) -> Conversation:
+    """Raises ValidationError."""
+    parsed = _ConversationRow.model_validate(row)
+    return Conversation([message.model_dump() for message in parsed.messages], index)
 
-    `parse(row, index)` raises ValidationError, or a UserError that begins with the field.
+
+def parse_rows(
+    path: Path | Sequence[Path],
+    parse: Callable[[Row, int], Parsed],
+    on_bad_row: OnBadRow | None = None,
+    *,
+    part: int = 0,
+    parts: int = 1,
+) -> Iterator[tuple[Row, Parsed]]:
+    """Streams the rows of data sets, as they are and parsed.
+
+    Args:
+        parse: `parse(row, index)` raises ValidationError, or a UserError that begins with the
+            field.
+        part: of `parts`, each of which has every `parts`-th row.
     """
-    for index, (where, row) in enumerate(read_rows(path), start):
+    for index, (where, row) in enumerate(read_rows(path)):
+        if index % parts != part:
+            continue
         try:
             if isinstance(row, str):
                 raise UserError(f"{where}: {row}\nCorrect or remove the row.")
@@ -136,34 +148,6 @@ def parse_rows(
             on_bad_row(error)
         else:
             yield row, parsed
-
-
-def _parse_conversation(row: Row, index: int) -> Conversation:
-    parsed = _ConversationRow.model_validate(row)
-    return Conversation([message.model_dump() for message in parsed.messages], index)
-
-
-def _read_all(
-    path: Path | Sequence[Path], parse: Callable[[Row, int], Parsed], on_bad_row: OnBadRow | None
-) -> list[Parsed]:
-    rows: list[Parsed] = []
-    bad_rows = 0
-
-    def skip(error: UserError) -> None:
-        nonlocal bad_rows
-        if on_bad_row is None:
-            raise error
-        bad_rows += 1
-        on_bad_row(error)
-
-    for one in [path] if isinstance(path, Path) else path:
-        before = len(rows)
-        # Bad rows have numbers too, so that no two rows share one.
-        start = before + bad_rows
-        rows += (parsed for _, parsed in parse_rows(one, parse, skip, start))
-        if len(rows) == before:
-            raise UserError(f"{one}: the data file has no rows")
-    return rows
 
 
 def _describe(error: ValidationError, where: str) -> str:

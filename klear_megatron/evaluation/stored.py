@@ -10,6 +10,7 @@ from pydantic_core import from_json
 
 from klear_megatron.config import load_config
 from klear_megatron.data import Prompt
+from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation.benchmark import Benchmark
 from klear_megatron.evaluation.config import EvalConfig
@@ -70,16 +71,8 @@ def settings_of(config: EvalConfig, benchmark: Benchmark) -> dict[str, Any]:
     return {
         **config.model_dump(mode="json", include={"model", "sampling", "yarn", "seed"}),
         **config.benchmarks[benchmark.name].model_dump(mode="json"),
-        "weights": weights_of(config.model),
+        "weights": stamps(config.model.glob("*.safetensors")),
         "problems": len(benchmark.loaded.prompts),
-    }
-
-
-def weights_of(model: Path) -> dict[str, list[int]]:
-    """What tells a checkpoint's weights from others: its files' sizes and times."""
-    return {
-        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(model.glob("*.safetensors"))
     }
 
 

@@ -15,14 +15,20 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """Counts up to `total`; a context manager.
+    """Counts up to `total`, where it is known; a context manager.
 
     Without a terminal it prints a line every ten seconds and one at the end. `enabled=False`
     prints nothing, for all ranks but one; `keep=False` leaves nothing behind at the end.
     """
 
     def __init__(
-        self, title: str, total: int, *, start: int = 0, enabled: bool = True, keep: bool = True
+        self,
+        title: str,
+        total: int | None,
+        *,
+        start: int = 0,
+        enabled: bool = True,
+        keep: bool = True,
     ) -> None:
         self._title, self._total, self._done = title, total, start
         self._enabled, self._keep = enabled, keep
@@ -48,7 +54,8 @@ class Progress:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start_time
-        say(f"{self._title} {self._done}/{self._total} [{elapsed:.0f} s] {self._note}".rstrip())
+        count = f"{self._done}/{self._total}" if self._total is not None else f"{self._done}"
+        say(f"{self._title} {count} [{elapsed:.0f} s] {self._note}".rstrip())
 
     def __enter__(self) -> "Progress":
         return self

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import PositiveInt, model_validator
 
 from klear_megatron.config import Section
-from klear_megatron.data import DataConfig
+from klear_megatron.data import ConversationsConfig, DataConfig
 from klear_megatron.evaluation.config import TrainingEvalConfig
 from klear_megatron.losses import LossConfig
 from klear_megatron.policy.config import PolicyConfig
@@ -28,19 +28,10 @@ class RunConfig(Section):
     policy: PolicyConfig
 
 
-class SFTDataConfig(Section):
-    """Which conversations to train on."""
-
-    path: Path
-    """A .jsonl or .parquet file of `{"messages": [...]}` rows."""
-    max_length: PositiveInt = 32768
-    """In tokens; longer conversations are left out."""
-
-
 class SFTConfig(RunConfig):
     """Supervised fine-tuning: `klear-megatron sft`."""
 
-    data: SFTDataConfig
+    data: ConversationsConfig
     epochs: PositiveInt = 1
     batch_size: PositiveInt
     """Conversations per optimizer step."""

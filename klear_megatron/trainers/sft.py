@@ -1,22 +1,17 @@
 """Supervised fine-tuning on conversations."""
 
 import contextlib
-from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
-from klear_megatron.data import PromptSampler, encode_conversation, read_conversations
+from klear_megatron.data import PromptSampler
 from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
 from klear_megatron.models.tokenizer import read_tokenizer
-from klear_megatron.observability import Phases, Progress, Recorder, say
+from klear_megatron.observability import Phases, Progress, Recorder
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.policy import Policy
 from klear_megatron.trainers import run
 from klear_megatron.trainers.config import SFTConfig
-
-Example = tuple[list[int], list[int]]
-"""Token ids, and 1 where a token is trained."""
+from klear_megatron.trainers.examples import read_examples
 
 
 def train_sft(config: SFTConfig) -> None:
@@ -26,11 +21,11 @@ def train_sft(config: SFTConfig) -> None:
         UserError: bad data, a bad model, or a config that does not fit them.
     """
     run.start(config)
-    examples = read_examples(config.data.path, read_tokenizer(config.policy.path), config)
+    examples = read_examples(config, read_tokenizer(config.policy.path))
     steps = len(examples) * config.epochs // config.batch_size
     if steps == 0:
         raise UserError(
-            f"batch_size: {config.batch_size} conversations a step, but {config.data.path} has "
+            f"batch_size: {config.batch_size} conversations a step, but data.path has "
             f"{len(examples)} x {config.epochs} epochs"
         )
     policy = Policy(config.policy, total_steps=steps, seed=config.seed)
@@ -63,30 +58,3 @@ def train_sft(config: SFTConfig) -> None:
                 recorder.write(step, metrics)
             progress.advance(note=f"loss {trained['loss']:.3f}")
             run.save(policy, config, step, steps, {"sampler": sampler.state_dict()})
-
-
-def read_examples(
-    path: Path, tokenizer: PreTrainedTokenizerBase, config: SFTConfig
-) -> list[Example]:
-    """Encodes the conversations that are not too long.
-
-    Raises:
-        UserError: a malformed row, or no conversation short enough.
-    """
-    conversations = read_conversations(path)
-    examples = []
-    with Progress("encode", len(conversations), enabled=run.is_main_rank(), keep=False) as progress:
-        for conversation in conversations:
-            tokens, mask = encode_conversation(tokenizer, conversation.messages)
-            if len(tokens) <= config.data.max_length:
-                examples.append((tokens, mask))
-            progress.advance()
-    left_out = len(conversations) - len(examples)
-    if not examples:
-        raise UserError(f"{path}: every conversation has more than {config.data.max_length} tokens")
-    if left_out and run.is_main_rank():
-        say(
-            f"{path}: {left_out} of {len(conversations)} conversations have more than "
-            f"{config.data.max_length} tokens (data.max_length) and are left out"
-        )
-    return examples

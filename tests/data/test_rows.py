@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from klear_megatron.data import Conversation, Prompt, read_conversations, read_prompts
+from klear_megatron.data import Conversation, Prompt, read_prompts
+from klear_megatron.data.rows import parse_conversation, parse_rows
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import RewardConfig, RewardPool
 
@@ -50,7 +51,8 @@ def test_parquet_and_jsonl_give_the_same(tmp_path):
 
 def test_reads_conversations(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", json.dumps({"messages": CONVERSATION, "id": 7}))
-    assert read_conversations(path) == [Conversation(CONVERSATION, index=0)]
+    parsed = [conversation for _, conversation in parse_rows(path, parse_conversation)]
+    assert parsed == [Conversation(CONVERSATION, index=0)]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path):
 def test_conversation_without_a_turn_to_learn_is_refused(tmp_path, messages, what):
     path = write_lines(tmp_path / "bad.jsonl", json.dumps({"messages": messages}))
     with pytest.raises(UserError, match=f"line 1, field messages: .*{what}"):
-        read_conversations(path)
+        list(parse_rows(path, parse_conversation))
 
 
 def test_malformed_parquet_row_is_refused_with_its_number(tmp_path):
@@ -163,7 +165,7 @@ def test_bad_rows_are_skipped_and_told_where_asked(tmp_path):
     other = write_lines(tmp_path / "c.jsonl", changed())
     both = read_prompts([path, other], problems.append)
     assert [prompt.index for prompt in both] == [0, 3, 4]
-    with pytest.raises(UserError, match="no rows"):
+    with pytest.raises(UserError, match="all rows are malformed"):
         read_prompts(write_lines(tmp_path / "b.jsonl", "{"), problems.append)
 
 

@@ -1,0 +1,106 @@
+"""Encoded conversations on the disk, made by several processes, each a part of them.
+
+Millions of long conversations fit in no memory as lists. Each part is an Arrow file that is mapped,
+so that a process holds only the rows it reads, and those of one host share them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.data.config import ConversationsConfig
+from klear_megatron.data.encoding import encode_conversation
+from klear_megatron.data.rows import parse_conversation, parse_rows
+from klear_megatron.errors import UserError
+from klear_megatron.observability import Progress
+
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("tokens", pa.list_(pa.int32())),
+        ("trained", pa.list_(pa.int8())),
+    ]
+)
+_ROWS_AT_ONCE = 256
+
+
+@dataclass
+class EncodedPart:
+    """What became of the rows of a part."""
+
+    kept: int = 0
+    too_long: int = 0
+    bad_rows: int = 0
+
+
+def encode_part(
+    config: ConversationsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    part: int,
+    parts: int,
+) -> EncodedPart:
+    """Encodes every `parts`-th conversation, beginning with number `part`, into a file.
+
+    Raises:
+        UserError: data that cannot be read, or a malformed row that is not to be skipped.
+    """
+    done = EncodedPart()
+
+    def skip(_: UserError) -> None:
+        done.bad_rows += 1
+
+    on_bad_row = skip if config.bad_rows == "skip" else None
+    parsed = parse_rows(config.path, parse_conversation, on_bad_row, part=part, parts=parts)
+
+    def encoded() -> Iterator[dict[str, Any]]:
+        for _, conversation in parsed:
+            tokens, trained = encode_conversation(tokenizer, conversation.messages)
+            if len(tokens) > config.max_length:
+                done.too_long += 1
+            else:
+                done.kept += 1
+                yield {"index": conversation.index, "tokens": tokens, "trained": trained}
+
+    with (
+        pa.OSFile(str(folder / f"{part}.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, _SCHEMA) as writer,
+        Progress("encode", None, enabled=part == 0, keep=False) as progress,
+    ):
+        rows = encoded()
+        while batch := list(islice(rows, _ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(batch, _SCHEMA))
+            progress.advance(len(batch) * parts)
+    return done
+
+
+class EncodedConversations:
+    """The conversations of all parts, in the order they were read in, however many parts."""
+
+    def __init__(self, folder: Path, parts: int) -> None:
+        tables = [
+            pa.ipc.open_stream(pa.memory_map(str(folder / f"{part}.arrow"))).read_all()
+            for part in range(parts)
+        ]
+        self._table = pa.concat_tables(tables)
+        self._order: NDArray[np.int64] = np.argsort(self._table["index"].to_numpy())
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
+        """Token ids, and 1 where a token is trained."""
+        place = int(self._order[row])
+        return self._values("tokens", place), self._values("trained", place)
+
+    def _values(self, column: str, place: int) -> NDArray[Any]:
+        values: NDArray[Any] = self._table[column][place].values.to_numpy(zero_copy_only=True)
+        return values

@@ -1,0 +1,88 @@
+"""The conversations of a fine-tuning run, encoded by all of its ranks together."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encode_part
+from klear_megatron.data.files import stamps
+from klear_megatron.errors import UserError
+from klear_megatron.observability import say
+from klear_megatron.trainers import run
+from klear_megatron.trainers.config import SFTConfig
+
+
+def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedConversations:
+    """Collective. The conversations that are not too long; says how many were left out.
+
+    They are kept in `encoded/` under the run directory, for a run that goes on with the same data
+    and the same tokenizer.
+
+    Raises:
+        UserError: on all ranks, a malformed row, or no conversation short enough.
+    """
+    folder = config.run_dir / "encoded"
+    settings = _what_decides(config)
+    record = folder / "complete.json"
+    found: list[dict[str, Any] | None] = [None]
+    if run.is_main_rank():
+        if record.exists() and (stored := json.loads(record.read_text()))["of"] == settings:
+            found = [stored]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+    dist.broadcast_object_list(found)
+    if found[0] is None:
+        parts = _encode(config, tokenizer, folder)
+        if run.is_main_rank():
+            record.write_text(json.dumps({"of": settings, "parts": [vars(part) for part in parts]}))
+    else:
+        parts = [EncodedPart(**part) for part in found[0]["parts"]]
+    _report(config, parts)
+    return EncodedConversations(folder, len(parts))
+
+
+def _what_decides(config: SFTConfig) -> dict[str, Any]:
+    path = config.data.path
+    files = []
+    for one in [path] if isinstance(path, Path) else path:
+        files += [one, *one.rglob("*")]
+    model = config.policy.path
+    tokenizer = [file for file in model.iterdir() if file.suffix != ".safetensors"]
+    return config.data.model_dump(mode="json") | {"files": stamps([*files, *tokenizer])}
+
+
+def _encode(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> list[EncodedPart]:
+    mine: EncodedPart | UserError
+    try:
+        mine = encode_part(
+            config.data, tokenizer, folder, part=dist.get_rank(), parts=dist.get_world_size()
+        )
+    except UserError as error:
+        mine = error
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for one in everyone:
+        if isinstance(one, UserError):
+            raise one
+    return everyone
+
+
+def _report(config: SFTConfig, parts: list[EncodedPart]) -> None:
+    total = EncodedPart(*map(sum, zip(*map(dataclasses.astuple, parts), strict=True)))
+    limit = f"more than {config.data.max_length} tokens (data.max_length)"
+    if not total.kept:
+        raise UserError(f"data: no conversation is left: {total.too_long} have {limit}")
+    if run.is_main_rank():
+        if total.bad_rows:
+            say(f"data: {total.bad_rows} malformed rows skipped")
+        if total.too_long:
+            of = total.kept + total.too_long
+            say(f"data: {total.too_long} of {of} conversations have {limit} and are left out")
