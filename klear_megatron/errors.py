@@ -1,4 +1,7 @@
-"""The one exception that is meant for the user rather than for a developer."""
+"""The one exception that is meant for the user rather than for a developer, and advice in it."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -6,3 +9,10 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Advice on a name that is not known: the one that was meant, or else all there are."""
+    names = list(known)
+    meant = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {meant[0]}?" if meant else f"there are: {', '.join(names)}"

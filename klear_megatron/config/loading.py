@@ -1,6 +1,5 @@
 """Reading a config from a YAML file and `--section.key value` overrides, and writing it back."""
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from klear_megatron.config.section import Section
-from klear_megatron.errors import UserError
+from klear_megatron.errors import UserError, nearest
 
 C = TypeVar("C", bound=Section)
 
@@ -77,9 +76,7 @@ def _describe(cls: type[Section], problem: Any) -> str:
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         valid = _valid_keys(cls, problem["loc"][:-1])
-        nearest = difflib.get_close_matches(str(problem["loc"][-1]), valid, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(valid)}"
-        return f"  {location}: unknown key; {hint}"
+        return f"  {location}: unknown key; {nearest(str(problem['loc'][-1]), valid)}"
     if problem["type"] == "missing":
         return f"  {location}: missing; give it a value"
     if problem["type"] == "value_error":  # a section's own check

@@ -1,6 +1,5 @@
 """The order in which the rows of a data set are trained on."""
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from klear_megatron.data.config import StageConfig
-from klear_megatron.errors import UserError
+from klear_megatron.errors import UserError, nearest
 
 
 class PromptSampler:
@@ -44,10 +43,9 @@ class PromptSampler:
         for i, weights in enumerate(self._weights):
             for source in weights:
                 if source not in self._rows:
-                    nearest = difflib.get_close_matches(source, self._rows, 1)
                     raise UserError(
                         f"data.stages.{i}.weights.{source}: no row is of this data source; "
-                        f"there are {', '.join(nearest or sorted(self._rows))}"
+                        f"{nearest(source, sorted(self._rows))}"
                     )
         self._stage = 0
         self._drawn: Counter[str] = Counter()

@@ -1,6 +1,5 @@
 """Finding the loss that a config names."""
 
-import difflib
 import importlib
 import inspect
 from functools import partial
@@ -8,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from klear_megatron.errors import UserError
+from klear_megatron.errors import UserError, nearest
 from klear_megatron.losses.cispo import cispo
 from klear_megatron.losses.config import LossConfig
 from klear_megatron.losses.gppo import gppo
@@ -46,10 +45,9 @@ def resolve_loss(config: LossConfig) -> TokenLoss:
         options.setdefault("dual_clip", config.dual_clip)
     for option in options:
         if option not in known:
-            nearest = difflib.get_close_matches(option, known, 1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"it has: {', '.join(known)}"
             raise UserError(
-                f"loss.options.{option}: the loss {config.name} has no such option; {hint}"
+                f"loss.options.{option}: the loss {config.name} has no such option; "
+                f"{nearest(option, known)}"
             )
     return partial(loss, **options)
 

@@ -1,6 +1,5 @@
 """What the package has to know about a model architecture, and the registry of those it knows."""
 
-import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,10 +55,8 @@ def get_architecture(hf: PretrainedConfig) -> Architecture:
     """
     name = (hf.architectures or ["(none)"])[0]
     if name not in _ARCHITECTURES:
-        nearest = difflib.get_close_matches(name, _ARCHITECTURES, 1)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
         raise UserError(
-            f"{hf.name_or_path or 'config.json'}: unknown architecture {name!r}{hint}; known: "
+            f"{hf.name_or_path or 'config.json'}: unknown architecture {name!r}; known: "
             f"{', '.join(sorted(_ARCHITECTURES))}. Register your own with "
             "klear_megatron.models.register_architecture, in a module that policy.imports names."
         )

@@ -85,7 +85,7 @@ def test_each_source_goes_through_its_own_epochs_across_stages():
 
 
 def test_stage_of_a_source_without_rows_is_refused():
-    with pytest.raises(UserError, match=r"data\.stages\.1\.weights\.cde: .*there are code"):
+    with pytest.raises(UserError, match=r"data\.stages\.1\.weights\.cde: .*did you mean code"):
         curriculum(stages=[CURRICULUM[0], StageConfig(weights={"cde": 1})])
 
 
