@@ -1,0 +1,67 @@
+"""The example configs can be carried out, as far as it shows without GPUs."""
+
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config
+
+from klear_megatron.config import load_config
+from klear_megatron.curation import CurateConfig
+from klear_megatron.evaluation import EvalConfig
+from klear_megatron.evaluation.yarn import extend_context
+from klear_megatron.rollout import ServeConfig
+from klear_megatron.trainers.config import RLConfig, SFTConfig
+
+FOLDER = Path(__file__).parents[2] / "examples" / "klear_reasoner_8b"
+QWEN3_8B = Qwen3Config(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=32768,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "optimizer_steps"), [("math_rl", 1e-6, 8), ("code_rl", 5e-7, 4)]
+)
+def test_rl_has_the_papers_numbers_and_fits_the_model(name, lr, optimizer_steps):
+    config = load_config(RLConfig, FOLDER / f"{name}.yaml")
+    assert config.policy.optimizer.lr == lr
+    assert config.optimizer_steps == config.steps * optimizer_steps
+    assert config.prompts_per_step * config.max_generation_batches == 256
+    config.policy.parallel.check_model(QWEN3_8B)
+    assert config.policy.parallel.data_parallel_size(32) == 4
+    for sampling in (config.sampling, config.evaluation.sampling):
+        config.rollout.check_lengths(QWEN3_8B, config.data.max_prompt_length, sampling)
+    # A sequence of the greatest length is cut over context-parallel ranks in two pieces each.
+    assert config.policy.tokens_per_micro_batch % (2 * 2 * 4) == 0
+
+
+def test_sft_fits_the_model():
+    config = load_config(SFTConfig, FOLDER / "sft.yaml")
+    config.policy.parallel.check_model(QWEN3_8B)
+    assert (config.policy.optimizer.lr, config.policy.optimizer.min_lr) == (8e-5, 4e-5)
+    assert config.policy.tokens_per_micro_batch == config.data.max_length
+
+
+def test_evaluation_has_room_for_its_budget():
+    config = load_config(EvalConfig, FOLDER / "eval.yaml")
+    rollout = extend_context(config.rollout, QWEN3_8B, config.yarn)
+    longest = max(benchmark.max_prompt_length for benchmark in config.benchmarks.values())
+    rollout.check_lengths(QWEN3_8B, longest, config.sampling)
+    assert rollout.context_length == 81920
+
+
+def test_servers_for_other_hosts_serve_what_training_asks_of_them():
+    served = load_config(ServeConfig, FOLDER / "serve.yaml").rollout
+    trained = load_config(RLConfig, FOLDER / "math_rl.yaml").rollout
+    assert served == trained.model_copy(update={"num_servers": 8})
+
+
+def test_curation_is_a_config():
+    config = load_config(CurateConfig, FOLDER / "curate.yaml")
+    assert config.pass_rate.above == 0.5
