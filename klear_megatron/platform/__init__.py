@@ -15,10 +15,7 @@ from klear_megatron.platform import cpu
 
 HAS_GPU = torch.cuda.is_available()
 BACKEND: Literal["gloo", "nccl"] = "nccl" if HAS_GPU else "gloo"
-
-# Ranks wait in collectives of the default group while others generate or evaluate, which takes as
-# long as it takes and has time limits of its own. Megatron's groups keep theirs, of 30 minutes.
-_LONGEST_WAIT = timedelta(days=1)
+_TIMEOUT = timedelta(minutes=30)
 
 
 def device() -> torch.device:
@@ -40,7 +37,7 @@ def init_distributed() -> None:
     if HAS_GPU:
         torch.cuda.set_device(device())
     if "RANK" in os.environ:
-        dist.init_process_group(BACKEND, timeout=_LONGEST_WAIT)
+        dist.init_process_group(BACKEND, timeout=_TIMEOUT)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(BACKEND, store=store, rank=0, world_size=1)

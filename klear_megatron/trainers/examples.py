@@ -13,6 +13,7 @@ from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encod
 from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
+from klear_megatron.platform import objects
 from klear_megatron.trainers import run
 from klear_megatron.trainers.config import SFTConfig
 
@@ -29,20 +30,20 @@ def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
     folder = config.run_dir / "encoded"
     settings = _what_decides(config)
     record = folder / "complete.json"
-    found: list[dict[str, Any] | None] = [None]
+    found: dict[str, Any] | None = None
     if run.is_main_rank():
         if record.exists() and (stored := json.loads(record.read_text()))["of"] == settings:
-            found = [stored]
+            found = stored
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-    dist.broadcast_object_list(found)
-    if found[0] is None:
+    found = objects.broadcast(found)
+    if found is None:
         parts = _encode(config, tokenizer, folder)
         if run.is_main_rank():
             record.write_text(json.dumps({"of": settings, "parts": [vars(part) for part in parts]}))
     else:
-        parts = [EncodedPart(**part) for part in found[0]["parts"]]
+        parts = [EncodedPart(**part) for part in found["parts"]]
     _report(config, parts)
     return EncodedConversations(folder, len(parts))
 
@@ -67,12 +68,12 @@ def _encode(
         )
     except UserError as error:
         mine = error
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for one in everyone:
+    parts = []
+    for one in objects.all_gather(mine):
         if isinstance(one, UserError):
             raise one
-    return everyone
+        parts.append(one)
+    return parts
 
 
 def _report(config: SFTConfig, parts: list[EncodedPart]) -> None:

@@ -5,7 +5,6 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
@@ -13,6 +12,7 @@ from klear_megatron.losses import PolicyObjective
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
 from klear_megatron.observability import Phases, Progress, Recorder, say
+from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.policy.policy import Policy
@@ -118,17 +118,12 @@ def make_sampler(config: RLConfig, loaded: LoadedPrompts) -> PromptSampler:
 
 def start_servers(config: RLConfig, stack: contextlib.ExitStack) -> list[str]:
     """The servers' URLs on every rank; the main rank starts and, at the end, stops them."""
-    urls: list[list[str]] = [[]]
+    urls: list[str] = []
     if run.is_main_rank():
-        urls = [
-            stack.enter_context(
-                serving(
-                    config.rollout, config.policy.path, config.run_dir / "logs", seed=config.seed
-                )
-            )
-        ]
-    dist.broadcast_object_list(urls)
-    return urls[0]
+        logs = config.run_dir / "logs"
+        servers = serving(config.rollout, config.policy.path, logs, seed=config.seed)
+        urls = stack.enter_context(servers)
+    return objects.broadcast(urls)
 
 
 def make_worker(

@@ -11,7 +11,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from klear_megatron.losses import group_advantages
 from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.observability import Phases, Progress
 from klear_megatron.observability.responses import response_row, write_rows
+from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rewards import Reward, RewardPool
 from klear_megatron.rollout import GenerationError, Generator, Response
@@ -79,6 +79,8 @@ class RolloutWorker:
         self._prompts = prompts
         self._sampler = sampler
         self._leader, self._leaders = leader, leaders
+        leads = objects.all_gather(leader is not None)
+        self._leading_ranks = [rank for rank, does in enumerate(leads) if does]
         self.generator, self.rewards = generator, rewards
         self._dumps = config.run_dir / "rollouts"
         self._dumps.mkdir(parents=True, exist_ok=True)
@@ -97,21 +99,21 @@ class RolloutWorker:
             if self._leader is not None:
                 drawn += self._draw(rows[self._leader :: self._leaders], step, phases)
             informative = [group for group in drawn if group.informative]
-            if sum(_all_gather(len(informative))) >= wanted:
+            if sum(objects.all_gather(len(informative))) >= wanted:
                 break
         if self._leader is not None:
             write_rows(self._dumps / f"step_{step:08}_{self._leader}.jsonl", _rows(drawn))
         with phases("share"):
-            batches = _all_gather(self._batch(informative))
-            table = torch.cat(_all_gather(_statistics(drawn)))
-            parts = list(chain.from_iterable(_all_gather(_parts(drawn))))
+            mine = self._batch(informative), _statistics(drawn), _parts(drawn)
+            shared = [objects.broadcast(mine, source) for source in self._leading_ranks]
+            batches, tables, parts = zip(*shared, strict=True)
         batch = Batch.concatenate(batches)
         size = self._config.responses_per_prompt
         groups = min(wanted, len(batch.lengths) // size)
-        metrics = _summary(table) | _means(parts)
+        metrics = _summary(torch.cat(tables)) | _means(list(chain.from_iterable(parts)))
         metrics["rollout/groups"] = groups
         crashes = self.rewards.crashes if self.rewards is not None else 0
-        metrics["reward/crashes"] = sum(_all_gather(crashes))  # since the run was started
+        metrics["reward/crashes"] = sum(objects.all_gather(crashes))  # since the run was started
         return Rollouts(batch.select(range(groups * size)), groups, metrics)
 
     def _draw(self, rows: Sequence[int], step: int, phases: Phases) -> list[Group]:
@@ -233,9 +235,3 @@ def _means(parts: Sequence[dict[str, float]]) -> dict[str, float]:
         f"reward/{name}": statistics.mean(part[name] for part in parts if name in part)
         for name in names
     }
-
-
-def _all_gather(value: Any) -> list[Any]:
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone

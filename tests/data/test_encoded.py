@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from klear_megatron.data import ConversationsConfig, encode_conversation
 from klear_megatron.data.encoded import EncodedConversations, encode_part
@@ -79,6 +80,7 @@ def _read(folder: Path, name: str) -> object:
         examples = read_examples(config_of(folder, path=folder / name), TOKENIZER)
     except UserError as error:
         return str(error)
+    dist.barrier()  # the first rank has written its record
     files = {path.name: path.stat().st_mtime_ns for path in (folder / "run/encoded").iterdir()}
     return as_lists(examples), files
 

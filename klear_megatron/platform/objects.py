@@ -1,0 +1,35 @@
+"""Objects that ranks give to each other, through the memory of their hosts.
+
+Between GPUs, torch would send them through the GPUs' memory, padded to the largest rank's.
+"""
+
+import functools
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# Ranks wait here while others generate, evaluate or start servers, which takes as long as it takes
+# and has time limits of its own.
+_LONGEST_WAIT = timedelta(days=1)
+
+
+@functools.cache
+def _group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+
+
+def all_gather(value: T) -> list[T]:
+    """Collective. Every rank's value, by rank."""
+    everyone: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(everyone, value, group=_group())
+    return everyone
+
+
+def broadcast(value: T, source: int = 0) -> T:
+    """Collective. The value of the rank `source`; the others' is not looked at."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=source, group=_group())
+    return holder[0]
