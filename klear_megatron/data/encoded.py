@@ -102,5 +102,5 @@ class EncodedConversations:
         return self._values("tokens", place), self._values("trained", place)
 
     def _values(self, column: str, place: int) -> NDArray[Any]:
-        values: NDArray[Any] = self._table[column][place].values.to_numpy(zero_copy_only=True)
-        return values
+        values: pa.Array = self._table[column][place].values
+        return values.to_numpy(zero_copy_only=False, writable=True)  # torch takes no other
