@@ -1,13 +1,8 @@
 """Prompts chosen by what a teacher answers, through a real server."""
 
-import os
 import random
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,10 +11,10 @@ from klear_megatron.curation import CurateConfig, curate
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import Reward, RewardConfig
 from klear_megatron.rollout import RolloutConfig, serving
+from tests.commands import kill_command, prepare_quickstart
 from tests.curation.test_curate import make_row, texts, write
 from tests.files import read_lines, read_rows
 
-ROOT = Path(__file__).parents[2]
 SAMPLES, PROMPTS = 5, 16
 
 
@@ -32,8 +27,7 @@ def even(response: str, ground_truth: str, data_source: str) -> Reward:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
     folder = tmp_path_factory.mktemp("teacher")
-    script = ROOT / "examples" / "quickstart" / "prepare.py"
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, timeout=120)
+    prepare_quickstart(folder)
     rng = random.Random(0)
     rows = [make_row(f"Sum up {rng.random()}", "essays") for _ in range(PROMPTS)]
     rows.insert(3, make_row("Sum up " + "9" * 100, "essays"))
@@ -74,18 +68,7 @@ def killed_and_resumed(config: CurateConfig) -> list[str]:
     path = config.output.parent / "curate.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     responses = config.output.with_suffix(".teacher") / "responses.jsonl"
-    with subprocess.Popen(
-        [sys.executable, "-m", "klear_megatron", "curate", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not responses.exists() or responses.read_bytes().count(b"\n") < 10:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
+    kill_command("curate", str(path), path=responses, lines=10)
     whole = [line for line in read_lines(responses) if line.endswith("\n")]
     assert len(whole) < PROMPTS * SAMPLES
     responses.write_text("".join(whole) + whole[0][:-20])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.conftest import run_command
+from tests.commands import run_command
 
 
 def refusal(*arguments: str) -> str:

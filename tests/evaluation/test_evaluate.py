@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +29,9 @@ from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout import Generator, serving
+from tests.commands import ROOT, kill_command, prepare_quickstart
 from tests.files import read_lines, read_rows
 
-ROOT = Path(__file__).parents[2]
 MATH, CODE = "heldout", "doubling"
 PROBLEMS, SAMPLES = {MATH: 24, CODE: 2}, {MATH: 4, CODE: 3}
 CODE_ROW = {
@@ -53,8 +50,7 @@ PROGRAM = "<think></think>\n```python\nprint(2 * int(input()))\n```"
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvalConfig]:
     """Of an evaluation that takes seconds, by a server that is there already."""
     folder = tmp_path_factory.mktemp("evaluation")
-    script = ROOT / "examples" / "quickstart" / "prepare.py"
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, timeout=120)
+    prepare_quickstart(folder)
     text = (ROOT / "examples" / "quickstart" / "eval.yaml").read_text()
     values = yaml.safe_load(text.replace("runs/quickstart", str(folder)))
     heldout = (folder / "heldout.jsonl").read_text().splitlines(keepends=True)
@@ -91,18 +87,7 @@ def killed_and_resumed(config: EvalConfig) -> tuple[list[str], dict[str, Scores]
     path = config.run_dir.parent / "killed.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     responses = responses_of(config.run_dir, MATH)
-    with subprocess.Popen(
-        [sys.executable, "-m", "klear_megatron", "eval", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not responses.exists() or responses.read_bytes().count(b"\n") < 10:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
+    kill_command("eval", str(path), path=responses, lines=10)
     left = responses.read_bytes().decode(errors="replace").split("\n")
     assert len(left) < PROBLEMS[MATH] * SAMPLES[MATH]
     whole = [line + "\n" for line in left[:-1]]
