@@ -8,6 +8,7 @@ experts, after that.
 
 import io
 import math
+import mmap
 import pickle
 import re
 import zipfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from klear_megatron.conversion.checksums import check_companions
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight
 
@@ -60,6 +62,7 @@ class MegatronCheckpoint:
         self.path = path
         if not is_megatron_checkpoint(path):
             raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
+        check_companions(path)
         try:
             metadata = FileSystemReader(path).read_metadata()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -185,17 +188,11 @@ class MegatronCheckpoint:
     def _read(self, key: str, chunk: Chunk) -> Tensor:
         path = self.path / chunk.file
         where = f"{path}: {key} at byte {chunk.position}"
-        with path.open("rb") as file:
-            record: Any = _Record(file, chunk.position, chunk.length)
-            try:
-                tensor: Tensor = torch.load(record, map_location="cpu", weights_only=True)
-                with zipfile.ZipFile(record) as archive:
-                    (crc,) = [x.CRC for x in archive.infolist() if x.filename.endswith("/data/0")]
-            except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError) as error:
-                raise UserError(f"{where}: {error}; the file is corrupt") from error
-        stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-        if zlib.crc32(stored.numpy().data) != crc:
-            raise UserError(f"{where}: the checksum does not match; the file is corrupt")
+        try:
+            with path.open("rb") as file:
+                tensor = _read_record(file, chunk.position, chunk.length)
+        except _CORRUPT as error:
+            raise UserError(f"{where}: {error}; the file is corrupt") from error
         if tensor.shape != chunk.sizes or tensor.dtype != self._tensors[key].properties.dtype:
             raise UserError(f"{where}: {tensor.dtype} {tuple(tensor.shape)}, unlike .metadata says")
         return tensor
@@ -207,6 +204,42 @@ def _covers(chunk: Chunk, index: tuple[int, ...]) -> bool:
         start <= i < start + size
         for i, start, size in zip(index, chunk.offsets, chunk.sizes, strict=False)
     )
+
+
+_CORRUPT = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError)
+"""What reading a damaged record raises."""
+
+
+def _read_record(file: BinaryIO, position: int, length: int) -> Tensor:
+    """The tensor of a record of `torch.save`, whose every byte that matters has been checked.
+
+    Its numbers stay in the file, of which they are a private map.
+    """
+    record: Any = _Record(file, position, length)
+    with zipfile.ZipFile(record) as archive:
+        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+        data = entries.pop("data/0")
+        for entry in entries.values():
+            archive.read(entry)  # compares it with its checksum
+    record.seek(0)
+    form: Tensor = torch.load(record, map_location="meta", weights_only=True)
+    storage = form.untyped_storage()
+    stored = _map(file, position + storage._checkpoint_offset, storage.nbytes())
+    if zlib.crc32(stored.numpy().data) != data.CRC:
+        raise ValueError("the checksum does not match")
+    if stored.data_ptr() % form.dtype.itemsize:
+        stored = stored.clone()
+    return stored.view(form.dtype).as_strided(form.shape, form.stride(), form.storage_offset())
+
+
+def _map(file: BinaryIO, position: int, length: int) -> Tensor:
+    """Bytes of a file, as a tensor of uint8. Their pages are given back together with it."""
+    before = position % mmap.ALLOCATIONGRANULARITY
+    mapped = mmap.mmap(
+        file.fileno(), before + length, offset=position - before, access=mmap.ACCESS_COPY
+    )
+    mapped.madvise(mmap.MADV_WILLNEED)
+    return torch.frombuffer(mapped, dtype=torch.uint8, offset=before, count=length)
 
 
 class _Record(io.RawIOBase):
