@@ -121,9 +121,9 @@ class _Streaming(io.FileIO):
         count = super().write(memoryview(data)[:_WINDOW])
         self._unsent += count
         if self._unsent >= _WINDOW:
-            # Said of bytes that are not yet on the disk, this makes Linux begin to write them.
-            start = self.tell() - self._unsent
-            os.posix_fadvise(self.fileno(), start, self._unsent, os.POSIX_FADV_DONTNEED)
+            # To Linux: begin to write what is not yet on the disk, and forget what is, so that the
+            # next bytes take its place in memory.
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._unsent = 0
         return count
 
