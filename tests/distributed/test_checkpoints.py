@@ -22,15 +22,16 @@ TP, PP, VPP, CP = (
     f"{name}_parallel_size"
     for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context")
 )
+FIRST, LAST = (f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))
 EP = "expert_model_parallel_size"
 DENSE: list[tuple[int, dict[str, int]]] = [
     (1, {}),
     (2, {TP: 2}),
     (2, {PP: 2, VPP: 2}),
     (4, {TP: 2, CP: 2}),
-    (4, {PP: 2}),
+    (4, {PP: 2, LAST: 1}),
 ]
-MOE: list[tuple[int, dict[str, int]]] = [(2, {EP: 2}), (2, {TP: 2}), (4, {EP: 2, PP: 2})]
+MOE: list[tuple[int, dict[str, int]]] = [(2, {EP: 2}), (2, {TP: 2}), (4, {EP: 2, PP: 2, FIRST: 1})]
 
 
 def _policy(model: Path, parallel: dict[str, int], **checkpoint: Any) -> Any:
