@@ -169,7 +169,8 @@ class Policy:
         self._writer.finish(wait=True)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restores weights, optimizer and schedule from `save`, in whatever layout it ran.
+        """Restores weights, optimizer and schedule from `save`, in whatever layout it ran, and
+        random states if that was the same.
 
         Returns:
             the trainer's state.
