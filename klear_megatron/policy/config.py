@@ -220,8 +220,9 @@ class PolicyConfig(Section):
     fp8_param_gather: bool = False
     """Keep and gather the layers' weights in FP8 as well; master weights stay float32."""
     moe_aux_loss_coeff: float = Field(0.0, ge=0)
-    """Weight of the load-balancing loss of mixtures of experts. It is computed per micro-batch, as
-    Megatron does: with it on, gradients depend a little on how a mini-batch is packed."""
+    """Weight of the load-balancing loss of mixtures of experts, summed over layers. It is computed
+    per micro-batch, as Megatron does, and averaged over tokens: with it on, gradients depend a
+    little on how a mini-batch is packed, but not on the ranks that share a micro-batch."""
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig
