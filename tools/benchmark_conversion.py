@@ -109,8 +109,8 @@ def main() -> None:
         (folder / "hf").mkdir()
         nbytes = write_random(folder / "hf", arguments.shape)
         table = [
-            f"Qwen3 {arguments.shape}, bfloat16, {nbytes / 1e9:.2f} GB; {os.cpu_count()} CPU cores, "
-            f"load average {os.getloadavg()[0]:.1f} before",
+            f"Qwen3 {arguments.shape}, bfloat16, {nbytes / 1e9:.2f} GB; {os.cpu_count()} CPU "
+            f"cores, load average {os.getloadavg()[0]:.1f} before",
             "",
             "| | s | GB/s | cp just before, GB/s | of cp's speed | CPU s | peak RSS, GB |",
             "|---|---|---|---|---|---|---|",

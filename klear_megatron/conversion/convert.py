@@ -64,9 +64,7 @@ def megatron_to_hf(
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
     source = MegatronCheckpoint(checkpoint)
-    hf = read_config(checkpoint / "hf")
-    table = list(get_architecture(hf).weights(hf, source.padded_vocab_size))
-    source.check(table)
+    table = source.table(read_config(checkpoint / "hf"))
     moves = [Move(row, DTYPES[dtype] if dtype else source.dtype(row)) for row in table]
 
     def tensors(move: Move) -> list[Tensor]:

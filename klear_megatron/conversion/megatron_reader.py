@@ -6,26 +6,22 @@ Layers are stacked: layer i of `decoder.layers.{i}.x` is `decoder.layers.x`[i]; 
 experts, after that.
 """
 
-import io
 import math
-import mmap
-import pickle
 import re
-import zipfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import PretrainedConfig
 
 from klear_megatron.conversion.checksums import check_companions
+from klear_megatron.conversion.records import read_record
 from klear_megatron.errors import UserError
-from klear_megatron.models import Weight
+from klear_megatron.models import Weight, get_architecture
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,15 @@ class Chunk:
     file: str
     position: int
     length: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a checkpoint."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[Chunk]
 
 
 def stacked(name: str) -> tuple[str, tuple[int, ...]]:
@@ -64,33 +69,15 @@ class MegatronCheckpoint:
             raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
         check_companions(path)
         try:
-            metadata = FileSystemReader(path).read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}/.metadata: {error}; missing or corrupt") from error
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
-        }
-        self._chunks: dict[str, list[Chunk]] = {}
-        for index, info in metadata.storage_data.items():
-            if index.fqn in self._tensors:
-                sizes = {c.offsets: c.sizes for c in self._tensors[index.fqn].chunks}
-                self._chunks.setdefault(index.fqn, []).append(
-                    Chunk(
-                        tuple(index.offset),
-                        tuple(sizes[index.offset]),
-                        info.relative_path,
-                        info.offset,
-                        info.length,
-                    )
-                )
+            self._tensors = _read_metadata(path)
+        except Exception as error:  # a damaged pickle may do anything
+            raise UserError(f"{path}/.metadata: {error!r}; missing or corrupt") from error
         self._check_files()
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
-        for chunks in self._chunks.values():
-            for chunk in chunks:
+        for stored in self._tensors.values():
+            for chunk in stored.chunks:
                 ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.position + chunk.length)
         for file, end in ends.items():
             path = self.path / file
@@ -101,28 +88,29 @@ class MegatronCheckpoint:
                     "the file is missing or truncated"
                 )
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding.
-
-        Raises:
-            UserError: there is none.
-        """
-        entry = self._tensors.get("embedding.word_embeddings.weight")
-        if entry is None:
-            raise UserError(f"{self.path}: no embedding.word_embeddings.weight in it")
-        return entry.size[0]
-
     def dtype(self, row: Weight) -> torch.dtype:
         """Of the row's tensor as stored."""
-        return self._tensors[self._locate(row.name)[0]].properties.dtype
+        return self._tensors[self._locate(row.name)[0]].dtype
 
-    def check(self, table: Iterable[Weight]) -> None:
-        """Compares names and shapes with what the config asks for, reading no weights.
+    def table(self, hf: PretrainedConfig) -> list[Weight]:
+        """The table of the config's architecture, after names and shapes have been compared.
 
         Raises:
             UserError: listing every missing, unexpected, mis-shaped and incomplete tensor.
         """
+        embedding = self._tensors.get("embedding.word_embeddings.weight")
+        if embedding is None:
+            raise UserError(f"{self.path}: no embedding.word_embeddings.weight in it")
+        if embedding.size[0] < hf.vocab_size:
+            raise UserError(
+                f"{self.path}: embedding.word_embeddings.weight has {embedding.size[0]} rows, "
+                f"fewer than hf/config.json's vocab_size, {hf.vocab_size}"
+            )
+        table = list(get_architecture(hf).weights(hf, embedding.size[0]))
+        self._check(table)
+        return table
+
+    def _check(self, table: Iterable[Weight]) -> None:
         layers: dict[str, set[tuple[int, ...]]] = {}
         problems: list[str] = []
         for row in table:
@@ -131,24 +119,23 @@ class MegatronCheckpoint:
                 problems.append(f"{row.name} is missing")
                 continue
             layers.setdefault(key, set()).add(index)
-            found = tuple(self._tensors[key].size[len(index) :])
+            found = self._tensors[key].size[len(index) :]
             if found != tuple(full_shape(row)):
                 problems.append(
                     f"{row.name}: {found} in the checkpoint, {tuple(full_shape(row))} by the config"
                 )
-        for key, entry in self._tensors.items():
+        for key, stored in self._tensors.items():
             if key not in layers:
                 problems.append(f"{key} is not in the model")
                 continue
             depth = len(next(iter(layers[key])))
-            if math.prod(entry.size[:depth]) != len(layers[key]):
+            if math.prod(stored.size[:depth]) != len(layers[key]):
                 problems.append(
-                    f"{key}: {math.prod(entry.size[:depth])} layers in the checkpoint, "
+                    f"{key}: {math.prod(stored.size[:depth])} layers in the checkpoint, "
                     f"{len(layers[key])} by the config"
                 )
-            stored = sum(math.prod(chunk.sizes) for chunk in self._chunks.get(key, []))
-            if stored != math.prod(entry.size):
-                problems.append(f"{key}: {stored} of {math.prod(entry.size)} numbers are there")
+            if not _make_up(stored.chunks, stored.size):
+                problems.append(f"{key}: its pieces leave gaps or overlap")
         if problems:
             more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise UserError(
@@ -164,11 +151,12 @@ class MegatronCheckpoint:
             UserError: a chunk is corrupt.
         """
         key, index = self._locate(row.name)
-        shape = self._tensors[key].size[len(index) :]
-        mine = [c for c in self._chunks[key] if _covers(c, index)]
-        if len(mine) == 1 and mine[0].sizes[len(index) :] == tuple(shape):
+        stored = self._tensors[key]
+        shape = stored.size[len(index) :]
+        mine = [c for c in stored.chunks if _covers(c, index)]
+        if len(mine) == 1 and mine[0].sizes[len(index) :] == shape:
             return self._read(key, mine[0])[self._inside(mine[0], index)]
-        full = torch.empty(shape, dtype=self._tensors[key].properties.dtype)
+        full = torch.empty(shape, dtype=stored.dtype)
         for chunk in mine:
             place = tuple(
                 slice(start, start + size)
@@ -190,12 +178,46 @@ class MegatronCheckpoint:
         where = f"{path}: {key} at byte {chunk.position}"
         try:
             with path.open("rb") as file:
-                tensor = _read_record(file, chunk.position, chunk.length)
-        except _CORRUPT as error:
-            raise UserError(f"{where}: {error}; the file is corrupt") from error
-        if tensor.shape != chunk.sizes or tensor.dtype != self._tensors[key].properties.dtype:
+                tensor = read_record(file, chunk.position, chunk.length)
+        except Exception as error:  # a damaged zip file may do anything
+            raise UserError(f"{where}: {error!r}; the file is corrupt") from error
+        if tensor.shape != chunk.sizes or tensor.dtype != self._tensors[key].dtype:
             raise UserError(f"{where}: {tensor.dtype} {tuple(tensor.shape)}, unlike .metadata says")
         return tensor
+
+
+def _read_metadata(path: Path) -> dict[str, _Stored]:
+    """The model's tensors by the names under which they are stored."""
+    metadata = FileSystemReader(path).read_metadata()
+    tensors: dict[str, _Stored] = {}
+    sizes: dict[tuple[str, torch.Size], tuple[int, ...]] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer."):
+            tensors[key] = _Stored(tuple(entry.size), entry.properties.dtype, [])
+            sizes |= {(key, chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
+    for index, info in metadata.storage_data.items():
+        if index.fqn in tensors:
+            chunk = Chunk(
+                tuple(index.offset),
+                sizes[index.fqn, index.offset],
+                info.relative_path,
+                info.offset,
+                info.length,
+            )
+            tensors[index.fqn].chunks.append(chunk)
+    return tensors
+
+
+def _make_up(chunks: Sequence[Chunk], size: Sequence[int]) -> bool:
+    """Whether the chunks, no two of which begin at the same place, are all the cells of a grid."""
+    cells = 1
+    for dim, end in enumerate(size):
+        intervals = sorted({(c.offsets[dim], c.offsets[dim] + c.sizes[dim]) for c in chunks})
+        edges = [0, *(stop for _, stop in intervals)]
+        if [start for start, _ in intervals] != edges[:-1] or edges[-1] != end:
+            return False
+        cells *= len(intervals)
+    return cells == len(chunks)
 
 
 def _covers(chunk: Chunk, index: tuple[int, ...]) -> bool:
@@ -204,67 +226,6 @@ def _covers(chunk: Chunk, index: tuple[int, ...]) -> bool:
         start <= i < start + size
         for i, start, size in zip(index, chunk.offsets, chunk.sizes, strict=False)
     )
-
-
-_CORRUPT = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError)
-"""What reading a damaged record raises."""
-
-
-def _read_record(file: BinaryIO, position: int, length: int) -> Tensor:
-    """The tensor of a record of `torch.save`, whose every byte that matters has been checked.
-
-    Its numbers stay in the file, of which they are a private map.
-    """
-    record: Any = _Record(file, position, length)
-    with zipfile.ZipFile(record) as archive:
-        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-        data = entries.pop("data/0")
-        for entry in entries.values():
-            archive.read(entry)  # compares it with its checksum
-    record.seek(0)
-    form: Tensor = torch.load(record, map_location="meta", weights_only=True)
-    storage = form.untyped_storage()
-    stored = _map(file, position + storage._checkpoint_offset, storage.nbytes())
-    if zlib.crc32(stored.numpy().data) != data.CRC:
-        raise ValueError("the checksum does not match")
-    if stored.data_ptr() % form.dtype.itemsize:
-        stored = stored.clone()
-    return stored.view(form.dtype).as_strided(form.shape, form.stride(), form.storage_offset())
-
-
-def _map(file: BinaryIO, position: int, length: int) -> Tensor:
-    """Bytes of a file, as a tensor of uint8. Their pages are given back together with it."""
-    before = position % mmap.ALLOCATIONGRANULARITY
-    mapped = mmap.mmap(
-        file.fileno(), before + length, offset=position - before, access=mmap.ACCESS_COPY
-    )
-    mapped.madvise(mmap.MADV_WILLNEED)
-    return torch.frombuffer(mapped, dtype=torch.uint8, offset=before, count=length)
-
-
-class _Record(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self._length - self._position)
-        self._file.seek(self._start + self._position)
-        count = self._file.readinto(memoryview(buffer)[:size])  # type: ignore[attr-defined]
-        self._position += count
-        return int(count)
 
 
 def is_megatron_checkpoint(path: Path) -> bool:

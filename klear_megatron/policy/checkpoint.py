@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from klear_megatron.conversion.checksums import write_checksums
 from klear_megatron.errors import UserError
 from klear_megatron.models.hf_checkpoint import copy_companions
 from klear_megatron.models.language_model import LanguageModel
@@ -106,6 +107,7 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             (partial / "hf").mkdir()
             copy_companions(self._companions, partial / "hf")
+            write_checksums(partial, {})
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
             self._prune(path.parent)

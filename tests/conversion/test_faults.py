@@ -140,6 +140,10 @@ MEGATRON_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _set_layers(3)(f / "hf"),
         "4 layers in the checkpoint, 3 by the config",
     ),
+    "more vocabulary than rows": (
+        lambda f: _set_config(vocab_size=400)(f / "hf"),
+        "has 384 rows, fewer than .* vocab_size, 400",
+    ),
     "wrong head count": (
         lambda f: _set_config(num_attention_heads=4)(f / "hf"),
         r"linear_proj.weight: \(64, 128\) in the checkpoint, \(64, 64\) by the config",
