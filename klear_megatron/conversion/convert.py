@@ -132,6 +132,8 @@ def hf_to_megatron(
     Raises:
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
+    if tensor_parallel_size < 1:
+        raise UserError(f"{tensor_parallel_size} tensor-parallel ranks: at least 1 is needed")
     check_companions(hf_dir)
     hf = read_config(hf_dir)
     padded = padded_vocab_size(hf.vocab_size, tensor_parallel_size)

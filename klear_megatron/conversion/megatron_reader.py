@@ -186,17 +186,29 @@ class MegatronCheckpoint:
         return tensor
 
 
+_NOT_WEIGHTS = re.compile(
+    r"(chained_\d+\.)?optimizer\.|(random_states|rng_state|rerun_state_machine_state)/"
+    r"|.*\._extra_state\d*(/|$)"
+)
+"""What else a training checkpoint keeps. Transformer Engine's extra states are scales of FP8, which
+it finds anew; weights are stored without them."""
+
+
 def _read_metadata(path: Path) -> dict[str, _Stored]:
-    """The model's tensors by the names under which they are stored."""
+    """All tensors and objects but those known not to belong to the model, by their names there."""
     metadata = FileSystemReader(path).read_metadata()
     tensors: dict[str, _Stored] = {}
     sizes: dict[tuple[str, torch.Size], tuple[int, ...]] = {}
     for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer."):
+        if _NOT_WEIGHTS.match(key):
+            continue
+        if isinstance(entry, TensorStorageMetadata):
             tensors[key] = _Stored(tuple(entry.size), entry.properties.dtype, [])
             sizes |= {(key, chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
+        else:
+            tensors[key] = _Stored((), torch.uint8, [])
     for index, info in metadata.storage_data.items():
-        if index.fqn in tensors:
+        if (index.fqn, index.offset) in sizes:
             chunk = Chunk(
                 tuple(index.offset),
                 sizes[index.fqn, index.offset],
