@@ -9,6 +9,7 @@ are on the disk. Inputs are in the page cache as far as they fit.
 
 import argparse
 import multiprocessing
+import os
 import resource
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import Qwen3Config
@@ -71,15 +73,26 @@ def copy(source: Path, out: Path) -> None:
     subprocess.run(["/bin/sync", "--file-system", out], check=True)
 
 
-def measure(work: Callable[[Path, Path], None], source: Path, out: Path) -> tuple[float, float]:
-    """Seconds, and peak resident GB of this process, pages of mapped files included."""
-    start = time.perf_counter()
+class Measurement(NamedTuple):
+    """Of one run."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of this process, the kernel's for it included."""
+    peak: float
+    """Resident GB, pages of mapped files included."""
+
+
+def measure(work: Callable[[Path, Path], None], source: Path, out: Path) -> Measurement:
+    """Of this process."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     work(source, out)
-    seconds = time.perf_counter() - start
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return Measurement(seconds, cpu_seconds, peak)
 
 
-def in_process(work: Callable[[Path, Path], None], source: Path, out: Path) -> tuple[float, float]:
+def in_process(work: Callable[[Path, Path], None], source: Path, out: Path) -> Measurement:
     """`measure` in a process of its own."""
     subprocess.run(["/bin/sync"], check=True)  # nobody writes back another's bytes
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -95,17 +108,25 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "hf").mkdir()
         nbytes = write_random(folder / "hf", arguments.shape)
-        print(f"Qwen3 {arguments.shape}, bfloat16, {nbytes / 1e9:.2f} GB", flush=True)
-        print("| | s | GB/s | cp just before, GB/s | peak RSS, GB |\n|---|---|---|---|---|")
+        table = [
+            f"Qwen3 {arguments.shape}, bfloat16, {nbytes / 1e9:.2f} GB; {os.cpu_count()} CPU "
+            f"cores, load average {os.getloadavg()[0]:.1f} before",
+            "",
+            "| | s | GB/s | cp just before, GB/s | of cp's speed | CPU s | peak RSS, GB |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for name, work, source, out in (
             ("HF → Megatron", hf_to_megatron, "hf", "megatron"),
             ("Megatron → HF", megatron_to_hf, "megatron", "back"),
         ):
-            cp_seconds, _ = in_process(copy, folder / source, folder / "copy")
+            cp = in_process(copy, folder / source, folder / "copy")
             shutil.rmtree(folder / "copy")
-            seconds, peak = in_process(work, folder / source, folder / out)
-            speeds = f"{nbytes / seconds / 1e9:.2f} | {nbytes / cp_seconds / 1e9:.2f}"
-            print(f"| {name} | {seconds:.1f} | {speeds} | {peak:.2f} |", flush=True)
+            ours = in_process(work, folder / source, folder / out)
+            speeds = [f"{nbytes / run.seconds / 1e9:.2f}" for run in (ours, cp)]
+            ratio = f"{cp.seconds / ours.seconds:.0%}"
+            cells = [f"{ours.seconds:.1f}", *speeds, ratio, f"{ours.cpu_seconds:.1f}"]
+            table.append(f"| {name} | {' | '.join(cells)} | {ours.peak:.2f} |")
+        print("\n".join(table), flush=True)
         different = list(differences(folder / "hf", folder / "back"))
         print(f"{len(different)} tensors differ after both" if different else "bit-identical")
 

@@ -1,7 +1,12 @@
-"""SHA256SUMS: the checksums beside a checkpoint's files, as `sha256sum --check` reads them."""
+"""SHA256SUMS: the checksums beside a checkpoint's files, as `sha256sum --check` reads them.
 
+Those of a Megatron checkpoint leave out its .distcp files, whose records have checksums themselves.
+"""
+
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from klear_megatron.errors import UserError
@@ -16,31 +21,66 @@ def sha256(path: Path) -> str:
 
 
 def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
-    """Lists all files of the folder; those in `known` (name -> digest) are not read again."""
-    names = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name != _NAME)
+    """Lists the files of the folder and of its `hf/`; those in `known` (name -> digest) are not
+    read again."""
+    files = sorted(f for f in (*folder.glob("*"), *folder.glob("hf/*")) if f.is_file())
+    names = [str(f.relative_to(folder)) for f in files if f.suffix != ".distcp" and f.name != _NAME]
     lines = [f"{known.get(name) or sha256(folder / name)}  {name}\n" for name in names]
     (folder / _NAME).write_text("".join(lines))
 
 
-def check_weights(folder: Path) -> None:
-    """Compares the safetensors files with the folder's checksums, if it has any.
-
-    Other files may have been edited since, which their readers will see.
+def check_companions(folder: Path) -> None:
+    """Compares all listed files but weights with the folder's checksums, if it has any.
 
     Raises:
-        UserError: a listed file is missing or has changed.
+        UserError: a file is missing or has changed, or the list itself is damaged.
     """
-    sums = folder / _NAME
-    if not sums.is_file():
-        return
-    for line in sums.read_text().splitlines():
-        digest, _, name = line.partition("  ")
-        path = folder / name
-        if path.suffix != ".safetensors":
-            continue
-        if not path.is_file():
-            raise UserError(f"{path}: listed in {sums}, but missing")
-        if sha256(path) != digest:
-            raise UserError(
-                f"{path}: not the bytes that {sums} was written for; the file is corrupt"
-            )
+    for name, digest in _listed(folder).items():
+        if not _is_weights(name):
+            _check(folder, name, digest)
+
+
+@contextlib.contextmanager
+def weights_being_checked(folder: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
+    """Compares the safetensors files with the folder's checksums in a thread, meanwhile.
+
+    Yields:
+        what waits for the result. It raises UserError where a file is missing or has changed.
+    """
+    listed = _listed(folder) if enabled else {}
+    weights = filter(_is_weights, listed)
+    with ThreadPoolExecutor(1, "checksums") as thread:
+        checks = [thread.submit(_check, folder, name, listed[name]) for name in weights]
+
+        def wait() -> None:
+            for check in checks:
+                check.result()
+
+        try:
+            yield wait
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """File name -> digest; empty where the folder has no checksums."""
+    path = folder / _NAME
+    if not path.is_file():
+        return {}
+    lines = path.read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
+    return {line[66:]: line[:64] for line in lines}
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _check(folder: Path, name: str, digest: str) -> None:
+    path, sums = folder / name, folder / _NAME
+    if not path.is_file():
+        raise UserError(f"{path}: listed in {sums}, but missing")
+    if sha256(path) != digest:
+        raise UserError(
+            f"{path}: not the bytes that {sums} was written for; the file is corrupt. If you have "
+            f"edited it, take its line out of {_NAME}"
+        )

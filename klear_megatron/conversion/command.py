@@ -3,10 +3,31 @@
 import argparse
 from pathlib import Path
 
+from klear_megatron.errors import UserError
+
+_ANY = "Hugging Face folder, Megatron checkpoint, or a run's folder, for its latest checkpoint"
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The path itself, or of a run's folder its latest complete checkpoint, which is said.
+
+    Raises:
+        UserError: a run without one.
+    """
+    if not (path / "checkpoints").is_dir():
+        return path
+    from klear_megatron.policy.checkpoint import latest_checkpoint
+
+    latest = latest_checkpoint(path)
+    if latest is None:
+        raise UserError(f"{path}: no complete checkpoint under checkpoints/")
+    print(f"{path}: its latest checkpoint is {latest.name}")
+    return latest
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
-    parser.add_argument("checkpoint", type=Path, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("checkpoint", type=Path, help=_ANY)
     parser.add_argument("out", type=Path, help="folder to write, in the other format")
     parser.add_argument(
         "--dtype",
@@ -23,10 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp",
         type=int,
-        default=1,
         metavar="N",
-        help="to Megatron: store tensors in N pieces, one per tensor-parallel rank that will load "
-        "them; every layout loads every checkpoint, this saves reading (default: %(default)s)",
+        help="to Megatron only: store tensors in N pieces, one per tensor-parallel rank that will "
+        "load them; every layout loads every checkpoint, this saves reading (default: 1)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
@@ -36,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Converts.
 
     Raises:
-        UserError: see `megatron_to_hf` and `hf_to_megatron`.
+        UserError: `--tp` to Hugging Face; see also `megatron_to_hf` and `hf_to_megatron`.
     """
     from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
     from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
@@ -47,17 +67,22 @@ def run(arguments: argparse.Namespace) -> None:
         "dry_run": arguments.dry_run,
         "resume": arguments.resume,
     }
-    if is_megatron_checkpoint(arguments.checkpoint):
-        megatron_to_hf(arguments.checkpoint, arguments.out, **options)
+    source = checkpoint_in(arguments.checkpoint)
+    if not is_megatron_checkpoint(source):
+        tp = 1 if arguments.tp is None else arguments.tp
+        hf_to_megatron(source, arguments.out, tensor_parallel_size=tp, **options)
+    elif arguments.tp is None:
+        megatron_to_hf(source, arguments.out, **options)
     else:
-        hf_to_megatron(
-            arguments.checkpoint, arguments.out, tensor_parallel_size=arguments.tp, **options
+        raise UserError(
+            f"--tp {arguments.tp}: {source} becomes a Hugging Face folder, which is not cut for "
+            "tensor parallelism; leave --tp away"
         )
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `verify`."""
-    parser.add_argument("a", type=Path, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("a", type=Path, help=_ANY)
     parser.add_argument("b", type=Path, help="another, of either kind")
     parser.add_argument(
         "--logits",
@@ -76,7 +101,8 @@ def verify(arguments: argparse.Namespace) -> None:
     """
     from klear_megatron.conversion.verify import differences
 
-    rows = list(differences(arguments.a, arguments.b))
+    a, b = checkpoint_in(arguments.a), checkpoint_in(arguments.b)
+    rows = list(differences(a, b))
     width = max((len(name) for name, _ in rows), default=0)
     for name, what in rows:
         print(f"{name:{width}}  {what}")
@@ -85,7 +111,7 @@ def verify(arguments: argparse.Namespace) -> None:
     if arguments.logits:
         from klear_megatron.conversion.logits import TOLERANCE, logits_difference
 
-        difference = logits_difference(arguments.a, arguments.b)
+        difference = logits_difference(a, b)
         print(f"logits: relative difference {difference:.2g}, at most {TOLERANCE} is the same")
         same &= difference <= TOLERANCE
     if not same:
@@ -94,7 +120,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def add_release_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `release`."""
-    parser.add_argument("checkpoint", type=Path, help="Megatron checkpoint, in its run's folder")
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, help="folder to publish")
     parser.add_argument("--licence", required=True, help="its identifier, such as apache-2.0")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="as trained by default")
@@ -114,7 +140,7 @@ def release(arguments: argparse.Namespace) -> None:
     from klear_megatron.conversion.release import release
 
     release(
-        arguments.checkpoint,
+        checkpoint_in(arguments.checkpoint),
         arguments.out,
         licence=arguments.licence,
         dtype=arguments.dtype,

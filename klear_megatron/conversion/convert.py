@@ -12,7 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from klear_megatron.conversion.checksums import check_weights, write_checksums
+from klear_megatron.conversion.checksums import (
+    check_companions,
+    weights_being_checked,
+    write_checksums,
+)
 from klear_megatron.conversion.dtypes import DTYPES
 from klear_megatron.conversion.hf_writer import (
     set_config_dtype,
@@ -26,6 +30,7 @@ from klear_megatron.conversion.megatron_writer import Chunk, write_metadata, wri
 from klear_megatron.conversion.plan import SHARD_BYTES, Move, describe, in_shards
 from klear_megatron.conversion.processes import Processes
 from klear_megatron.conversion.progress import Progress
+from klear_megatron.conversion.read_ahead import read_ahead
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, get_architecture, padded_vocab_size
 from klear_megatron.models.hf_checkpoint import HFCheckpoint, copy_companions, read_config
@@ -59,9 +64,7 @@ def megatron_to_hf(
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
     source = MegatronCheckpoint(checkpoint)
-    hf = read_config(checkpoint / "hf")
-    table = list(get_architecture(hf).weights(hf, source.padded_vocab_size))
-    source.check(table)
+    table = source.table(read_config(checkpoint / "hf"))
     moves = [Move(row, DTYPES[dtype] if dtype else source.dtype(row)) for row in table]
 
     def tensors(move: Move) -> list[Tensor]:
@@ -72,7 +75,11 @@ def megatron_to_hf(
     if dry_run:
         _print_plan(files, processes, to_hf=True)
     else:
-        _write_hf(files, tensors, checkpoint, checkpoint / "hf", out, resume, processes)
+
+        def rows(moves: Sequence[Move]) -> Iterator[list[Tensor]]:
+            return read_ahead(map(tensors, moves))
+
+        _write_hf(files, rows, checkpoint, checkpoint / "hf", out, resume, processes)
 
 
 def export_hf(policy: "Policy", out: Path) -> None:
@@ -93,7 +100,11 @@ def export_hf(policy: "Policy", out: Path) -> None:
     def tensors(move: Move) -> list[Tensor]:
         return [move.checked(next(named_tensors)[1].cpu(), model) for _ in move.row.sources]
 
-    _write_hf(files, tensors, model, model, out, resume=False, processes=Processes(0, 1))
+    def rows(moves: Sequence[Move]) -> Iterator[list[Tensor]]:
+        # Not ahead: gathering is collective, and belongs to the thread that does all of it.
+        return map(tensors, moves)
+
+    _write_hf(files, rows, model, model, out, resume=False, processes=Processes(0, 1))
     for _ in named_tensors:
         pass
 
@@ -111,7 +122,7 @@ def hf_to_megatron(
     """Writes a Hugging Face folder's weights as a Megatron distributed checkpoint.
 
     Every layout loads it. One row of the table is in memory. The config and the tokenizer come
-    along, under `hf/`. Where the folder has SHA256SUMS, the weights are compared with them first.
+    along, under `hf/`. Where the folder has SHA256SUMS, all files are compared with them.
 
     Args:
         tensor_parallel_size: tensors are stored in so many pieces, so that each of so many
@@ -121,6 +132,9 @@ def hf_to_megatron(
     Raises:
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
+    if tensor_parallel_size < 1:
+        raise UserError(f"{tensor_parallel_size} tensor-parallel ranks: at least 1 is needed")
+    check_companions(hf_dir)
     hf = read_config(hf_dir)
     padded = padded_vocab_size(hf.vocab_size, tensor_parallel_size)
     table = list(get_architecture(hf).weights(hf, padded))
@@ -128,15 +142,19 @@ def hf_to_megatron(
     source.check(table)
     moves = [Move(row, DTYPES[dtype] if dtype else _common_dtype(source, row)) for row in table]
 
+    def tensor(move: Move) -> Tensor:
+        full = move.row.layout.merge([source.tensor(name) for name in move.row.sources])
+        return move.checked(full, hf_dir)
+
     def write(shard: Sequence[Move], progress: Progress, file: BinaryIO) -> list[dict[str, Any]]:
         chunks: list[Chunk] = []
-        for move in shard:
-            full = move.row.layout.merge([source.tensor(name) for name in move.row.sources])
-            chunks += write_row(file, move.row, move.checked(full, hf_dir), tensor_parallel_size)
+        for move, full in zip(shard, read_ahead(map(tensor, shard)), strict=True):
+            chunks += write_row(file, move.row, full, tensor_parallel_size)
             progress.advance(move.nbytes)
         return [asdict(chunk) for chunk in chunks]
 
     def finish(folder: Path, receipts: Mapping[str, list[dict[str, Any]]]) -> None:
+        wait_for_checksums()
         (folder / "hf").mkdir(exist_ok=True)
         copy_companions(hf_dir, folder / "hf")
         set_config_dtype(folder / "hf", (move.dtype for move in moves))
@@ -149,18 +167,17 @@ def hf_to_megatron(
     if dry_run:
         _print_plan(files, processes, to_hf=False)
         return
-    if processes.rank == 0:
-        check_weights(hf_dir)
-    carry_out(
-        files,
-        write,
-        finish,
-        source=hf_dir,
-        out=out,
-        settings={"tensor_parallel_size": tensor_parallel_size},
-        resume=resume,
-        processes=processes,
-    )
+    with weights_being_checked(hf_dir, enabled=processes.rank == 0) as wait_for_checksums:
+        carry_out(
+            files,
+            write,
+            finish,
+            source=hf_dir,
+            out=out,
+            settings={"tensor_parallel_size": tensor_parallel_size},
+            resume=resume,
+            processes=processes,
+        )
 
 
 def _hf_files(moves: Sequence[Move], shard_bytes: int) -> dict[str, list[Move]]:
@@ -170,7 +187,7 @@ def _hf_files(moves: Sequence[Move], shard_bytes: int) -> dict[str, list[Move]]:
 
 def _write_hf(
     files: Mapping[str, Sequence[Move]],
-    tensors_of: Callable[[Move], list[Tensor]],
+    rows_of: Callable[[Sequence[Move]], Iterator[list[Tensor]]],
     source: Path,
     companions: Path,
     out: Path,
@@ -179,8 +196,8 @@ def _write_hf(
 ) -> None:
     def write(moves: Sequence[Move], progress: Progress, file: BinaryIO) -> str:
         def tensors() -> Iterator[Tensor]:
-            for move in moves:
-                yield from tensors_of(move)
+            for move, row in zip(moves, rows_of(moves), strict=True):
+                yield from row
                 progress.advance(move.nbytes)
 
         return write_shard(file, [spec for move in moves for spec in move.specs], tensors())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,16 +21,17 @@ def write_shard(file: BinaryIO, specs: Sequence[Spec], tensors: Iterable[Tensor]
     Returns:
         its SHA-256, in hexadecimal.
     """
-    digest = hashlib.sha256()
     header = _header(specs)
+    digest = hashlib.sha256(header)
     file.write(header)
-    digest.update(header)
-    for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
-        assert tensor.dtype == dtype, name
-        assert tensor.shape == shape, name
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        file.write(data)
-        digest.update(data)
+    with ThreadPoolExecutor(1, "sha256") as thread:
+        for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
+            assert tensor.dtype == dtype, name
+            assert tensor.shape == shape, name
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            hashing = thread.submit(digest.update, data)
+            file.write(data)
+            hashing.result()
     return digest.hexdigest()
 
 

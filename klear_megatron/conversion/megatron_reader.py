@@ -6,24 +6,22 @@ Layers are stacked: layer i of `decoder.layers.{i}.x` is `decoder.layers.x`[i]; 
 experts, after that.
 """
 
-import io
 import math
-import pickle
 import re
-import zipfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import PretrainedConfig
 
+from klear_megatron.conversion.checksums import check_companions
+from klear_megatron.conversion.records import read_record
 from klear_megatron.errors import UserError
-from klear_megatron.models import Weight
+from klear_megatron.models import Weight, get_architecture
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,15 @@ class Chunk:
     file: str
     position: int
     length: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a checkpoint."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[Chunk]
 
 
 def stacked(name: str) -> tuple[str, tuple[int, ...]]:
@@ -60,34 +67,17 @@ class MegatronCheckpoint:
         self.path = path
         if not is_megatron_checkpoint(path):
             raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
+        check_companions(path)
         try:
-            metadata = FileSystemReader(path).read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}/.metadata: {error}; missing or corrupt") from error
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
-        }
-        self._chunks: dict[str, list[Chunk]] = {}
-        for index, info in metadata.storage_data.items():
-            if index.fqn in self._tensors:
-                sizes = {c.offsets: c.sizes for c in self._tensors[index.fqn].chunks}
-                self._chunks.setdefault(index.fqn, []).append(
-                    Chunk(
-                        tuple(index.offset),
-                        tuple(sizes[index.offset]),
-                        info.relative_path,
-                        info.offset,
-                        info.length,
-                    )
-                )
+            self._tensors = _read_metadata(path)
+        except Exception as error:  # a damaged pickle may do anything
+            raise UserError(f"{path}/.metadata: {error!r}; missing or corrupt") from error
         self._check_files()
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
-        for chunks in self._chunks.values():
-            for chunk in chunks:
+        for stored in self._tensors.values():
+            for chunk in stored.chunks:
                 ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.position + chunk.length)
         for file, end in ends.items():
             path = self.path / file
@@ -98,28 +88,29 @@ class MegatronCheckpoint:
                     "the file is missing or truncated"
                 )
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding.
-
-        Raises:
-            UserError: there is none.
-        """
-        entry = self._tensors.get("embedding.word_embeddings.weight")
-        if entry is None:
-            raise UserError(f"{self.path}: no embedding.word_embeddings.weight in it")
-        return entry.size[0]
-
     def dtype(self, row: Weight) -> torch.dtype:
         """Of the row's tensor as stored."""
-        return self._tensors[self._locate(row.name)[0]].properties.dtype
+        return self._tensors[self._locate(row.name)[0]].dtype
 
-    def check(self, table: Iterable[Weight]) -> None:
-        """Compares names and shapes with what the config asks for, reading no weights.
+    def table(self, hf: PretrainedConfig) -> list[Weight]:
+        """The table of the config's architecture, after names and shapes have been compared.
 
         Raises:
             UserError: listing every missing, unexpected, mis-shaped and incomplete tensor.
         """
+        embedding = self._tensors.get("embedding.word_embeddings.weight")
+        if embedding is None:
+            raise UserError(f"{self.path}: no embedding.word_embeddings.weight in it")
+        if embedding.size[0] < hf.vocab_size:
+            raise UserError(
+                f"{self.path}: embedding.word_embeddings.weight has {embedding.size[0]} rows, "
+                f"fewer than hf/config.json's vocab_size, {hf.vocab_size}"
+            )
+        table = list(get_architecture(hf).weights(hf, embedding.size[0]))
+        self._check(table)
+        return table
+
+    def _check(self, table: Iterable[Weight]) -> None:
         layers: dict[str, set[tuple[int, ...]]] = {}
         problems: list[str] = []
         for row in table:
@@ -128,24 +119,23 @@ class MegatronCheckpoint:
                 problems.append(f"{row.name} is missing")
                 continue
             layers.setdefault(key, set()).add(index)
-            found = tuple(self._tensors[key].size[len(index) :])
+            found = self._tensors[key].size[len(index) :]
             if found != tuple(full_shape(row)):
                 problems.append(
                     f"{row.name}: {found} in the checkpoint, {tuple(full_shape(row))} by the config"
                 )
-        for key, entry in self._tensors.items():
+        for key, stored in self._tensors.items():
             if key not in layers:
                 problems.append(f"{key} is not in the model")
                 continue
             depth = len(next(iter(layers[key])))
-            if math.prod(entry.size[:depth]) != len(layers[key]):
+            if math.prod(stored.size[:depth]) != len(layers[key]):
                 problems.append(
-                    f"{key}: {math.prod(entry.size[:depth])} layers in the checkpoint, "
+                    f"{key}: {math.prod(stored.size[:depth])} layers in the checkpoint, "
                     f"{len(layers[key])} by the config"
                 )
-            stored = sum(math.prod(chunk.sizes) for chunk in self._chunks.get(key, []))
-            if stored != math.prod(entry.size):
-                problems.append(f"{key}: {stored} of {math.prod(entry.size)} numbers are there")
+            if not _make_up(stored.chunks, stored.size):
+                problems.append(f"{key}: its pieces leave gaps or overlap")
         if problems:
             more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise UserError(
@@ -161,11 +151,12 @@ class MegatronCheckpoint:
             UserError: a chunk is corrupt.
         """
         key, index = self._locate(row.name)
-        shape = self._tensors[key].size[len(index) :]
-        mine = [c for c in self._chunks[key] if _covers(c, index)]
-        if len(mine) == 1 and mine[0].sizes[len(index) :] == tuple(shape):
+        stored = self._tensors[key]
+        shape = stored.size[len(index) :]
+        mine = [c for c in stored.chunks if _covers(c, index)]
+        if len(mine) == 1 and mine[0].sizes[len(index) :] == shape:
             return self._read(key, mine[0])[self._inside(mine[0], index)]
-        full = torch.empty(shape, dtype=self._tensors[key].properties.dtype)
+        full = torch.empty(shape, dtype=stored.dtype)
         for chunk in mine:
             place = tuple(
                 slice(start, start + size)
@@ -185,20 +176,60 @@ class MegatronCheckpoint:
     def _read(self, key: str, chunk: Chunk) -> Tensor:
         path = self.path / chunk.file
         where = f"{path}: {key} at byte {chunk.position}"
-        with path.open("rb") as file:
-            record: Any = _Record(file, chunk.position, chunk.length)
-            try:
-                tensor: Tensor = torch.load(record, map_location="cpu", weights_only=True)
-                with zipfile.ZipFile(record) as archive:
-                    (crc,) = [x.CRC for x in archive.infolist() if x.filename.endswith("/data/0")]
-            except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError) as error:
-                raise UserError(f"{where}: {error}; the file is corrupt") from error
-        stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-        if zlib.crc32(stored.numpy().data) != crc:
-            raise UserError(f"{where}: the checksum does not match; the file is corrupt")
-        if tensor.shape != chunk.sizes or tensor.dtype != self._tensors[key].properties.dtype:
+        try:
+            with path.open("rb") as file:
+                tensor = read_record(file, chunk.position, chunk.length)
+        except Exception as error:  # a damaged zip file may do anything
+            raise UserError(f"{where}: {error!r}; the file is corrupt") from error
+        if tensor.shape != chunk.sizes or tensor.dtype != self._tensors[key].dtype:
             raise UserError(f"{where}: {tensor.dtype} {tuple(tensor.shape)}, unlike .metadata says")
         return tensor
+
+
+_NOT_WEIGHTS = re.compile(
+    r"(chained_\d+\.)?optimizer\.|(random_states|rng_state|rerun_state_machine_state)/"
+    r"|.*\._extra_state\d*(/|$)"
+)
+"""What else a training checkpoint keeps. Transformer Engine's extra states are scales of FP8, which
+it finds anew; weights are stored without them."""
+
+
+def _read_metadata(path: Path) -> dict[str, _Stored]:
+    """All tensors and objects but those known not to belong to the model, by their names there."""
+    metadata = FileSystemReader(path).read_metadata()
+    tensors: dict[str, _Stored] = {}
+    sizes: dict[tuple[str, torch.Size], tuple[int, ...]] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if _NOT_WEIGHTS.match(key):
+            continue
+        if isinstance(entry, TensorStorageMetadata):
+            tensors[key] = _Stored(tuple(entry.size), entry.properties.dtype, [])
+            sizes |= {(key, chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
+        else:
+            tensors[key] = _Stored((), torch.uint8, [])
+    for index, info in metadata.storage_data.items():
+        if (index.fqn, index.offset) in sizes:
+            chunk = Chunk(
+                tuple(index.offset),
+                sizes[index.fqn, index.offset],
+                info.relative_path,
+                info.offset,
+                info.length,
+            )
+            tensors[index.fqn].chunks.append(chunk)
+    return tensors
+
+
+def _make_up(chunks: Sequence[Chunk], size: Sequence[int]) -> bool:
+    """Whether the chunks, no two of which begin at the same place, are all the cells of a grid."""
+    cells = 1
+    for dim, end in enumerate(size):
+        intervals = sorted({(c.offsets[dim], c.offsets[dim] + c.sizes[dim]) for c in chunks})
+        edges = [0, *(stop for _, stop in intervals)]
+        if [start for start, _ in intervals] != edges[:-1] or edges[-1] != end:
+            return False
+        cells *= len(intervals)
+    return cells == len(chunks)
 
 
 def _covers(chunk: Chunk, index: tuple[int, ...]) -> bool:
@@ -207,31 +238,6 @@ def _covers(chunk: Chunk, index: tuple[int, ...]) -> bool:
         start <= i < start + size
         for i, start, size in zip(index, chunk.offsets, chunk.sizes, strict=False)
     )
-
-
-class _Record(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self._length - self._position)
-        self._file.seek(self._start + self._position)
-        count = self._file.readinto(memoryview(buffer)[:size])  # type: ignore[attr-defined]
-        self._position += count
-        return int(count)
 
 
 def is_megatron_checkpoint(path: Path) -> bool:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from klear_megatron.conversion.checksums import write_checksums
 from klear_megatron.conversion.megatron_reader import full_shape, stacked
 from klear_megatron.models import Weight
 from klear_megatron.models.layouts import GatedMLP, Sharded
@@ -28,6 +29,8 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_ALIGNMENT = 64
+"""Of records in a file, as of the data in a record."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def write_row(file: BinaryIO, row: Weight, full: Tensor, tensor_parallel_size: i
     for piece in full.chunk(count, dim):
         # torch.save would write all that a view is a part of.
         alone = piece.clone(memory_format=torch.contiguous_format) if count > 1 else piece
+        # The reader maps records, and torch takes numbers at multiples of their size only.
+        file.write(bytes(-file.tell() % _ALIGNMENT))
         position = file.tell()
         torch.save(alone.contiguous()[(None,) * len(index)], file)
         offsets = [start if d == dim else 0 for d in range(full.dim())]
@@ -100,3 +105,4 @@ def write_metadata(
     torch.save({}, folder / "common.pt")
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, storage_data=storage)))
     (folder / "metadata.json").write_text(json.dumps(_FORMAT))
+    write_checksums(folder, {})

@@ -22,15 +22,13 @@ class Weights:
     def __init__(self, path: Path) -> None:
         self._source: MegatronCheckpoint | HFCheckpoint
         if is_megatron_checkpoint(path):
-            self.hf = read_config(path / "hf")
             self._source = MegatronCheckpoint(path)
-            padded_vocab_size = self._source.padded_vocab_size
+            table = self._source.table(read_config(path / "hf"))
         else:
-            self.hf = read_config(path)
+            hf = read_config(path)
+            table = list(get_architecture(hf).weights(hf, hf.vocab_size))
             self._source = HFCheckpoint(path)
-            padded_vocab_size = self.hf.vocab_size
-        table = list(get_architecture(self.hf).weights(self.hf, padded_vocab_size))
-        self._source.check(table)
+            self._source.check(table)
         self._rows = {name: row for row in table for name in row.sources}
         self._last: tuple[Weight, dict[str, Tensor]] | None = None
 

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -76,6 +77,12 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         if self.post_process:
             # Megatron-Core has made the layer already; ours has another forward and nothing else.
             self.output_layer.__class__ = LogProbLayer
+
+    def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            # Megatron-Core cuts it on the first pipeline stage only.
+            padding_mask = scatter_to_sequence_parallel_region(padding_mask.T.contiguous()).T
+        return super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any

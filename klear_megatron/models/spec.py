@@ -1,7 +1,8 @@
 """Layer specs: which module computes what, in Transformer Engine or in plain torch.
 
 The torch spec takes Megatron-Core's local spec and supplies the two modules it lacks:
-an RMSNorm that knows sequence parallelism, and attention over packed sequences.
+an RMSNorm that knows sequence parallelism, and attention over packed sequences. Both have our
+router.
 """
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from klear_megatron.models.attention import PackedAttention
+from klear_megatron.models.router import Router
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,17 +43,21 @@ def layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of this pipeline stage's transformer block."""
     if config.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        if config.num_moe_experts:
+            spec.submodules.mlp.submodules.router = Router
+        return spec
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
     if config.num_moe_experts:
+        spec.submodules.mlp.submodules.router = Router
         # Transformer Engine cannot fuse the norm with a router: no name of its own for it there.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.input_layernorm = RMSNorm

@@ -4,6 +4,7 @@ A checkpoint folder holds Megatron's shards, and under `hf/` the Hugging Face co
 that the weights belong to, so that it can be converted without anything else.
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,15 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from klear_megatron.conversion.checksums import write_checksums
 from klear_megatron.errors import UserError
 from klear_megatron.models.hf_checkpoint import copy_companions
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.policy.config import CheckpointConfig
+from klear_megatron.policy.parallel import layout
+from klear_megatron.policy.random_states import random_states, restore_random_states
+
+_logger = logging.getLogger(__name__)
 
 # How the distributed optimizer's state is cut: loadable in any other layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -79,6 +85,8 @@ class CheckpointWriter:
                 **sharded,
                 "optimizer": optimizer.sharded_state_dict(sharded, metadata=_METADATA),
                 "scheduler": scheduler.state_dict(),
+                "random_states": random_states(),
+                "layout": layout(),
                 "trainer": state,
             },
             str(partial),
@@ -99,6 +107,7 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             (partial / "hf").mkdir()
             copy_companions(self._companions, partial / "hf")
+            write_checksums(partial, {})
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
             self._prune(path.parent)
@@ -121,23 +130,39 @@ def load(
 ) -> dict[str, Any]:
     """Collective. Restores everything and returns the trainer's state.
 
+    Random states belong to ranks, so in another layout they are left as they were seeded.
+
     Raises:
         UserError: no checkpoint there.
     """
     _check(path)
     sharded = _model_state(chunks)
+    saved_layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+    same_layout = saved_layout == layout()
     loaded = dist_checkpointing.load(
         {
             **sharded,
             "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA),
+            **({"random_states": random_states()} if same_layout else {}),
         },
         str(path),
     )
     _load_model_state(chunks, loaded)
     _load_optimizer(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
+    if same_layout:
+        restore_random_states(loaded["random_states"])
+    elif dist.get_rank() == 0:
+        _logger.warning(
+            f"{path}: written with {_sizes(saved_layout)}, this run has {_sizes(layout())}: random "
+            "states are seeded afresh"
+        )
     state: dict[str, Any] = loaded["trainer"]
     return state
+
+
+def _sizes(layout: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in layout.items())
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:

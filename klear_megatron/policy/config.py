@@ -17,6 +17,11 @@ class ParallelConfig(Section):
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """Of all its virtual stages together; fewer make up for the embedding. By default all stages
+    have the same number of layers; those that are not given one share the rest equally."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """The same of the last stage, where fewer make up for the output weight and the loss."""
     context_parallel_size: PositiveInt = 1
     expert_model_parallel_size: PositiveInt = 1
     """Ranks, of those that tensor, context and data parallelism have, that share the experts."""
@@ -37,6 +42,18 @@ class ParallelConfig(Section):
                 f"virtual_pipeline_model_parallel_size {virtual} needs to be at least 2 and "
                 f"pipeline_model_parallel_size ({self.pipeline_model_parallel_size}) at least 2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _uneven_stages_fit_the_pipeline(self) -> "ParallelConfig":
+        pp, vpp = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size or 1
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+            layers = getattr(self, name)
+            if layers is not None and (pp < 2 or layers % vpp):
+                raise ValueError(
+                    f"{name} {layers} needs pipeline_model_parallel_size ({pp}) of at least 2, and "
+                    f"to be divisible by virtual_pipeline_model_parallel_size ({vpp})"
+                )
         return self
 
     @model_validator(mode="after")
@@ -108,13 +125,30 @@ class ParallelConfig(Section):
                     f"policy.parallel.{name}: the model's {field} = {getattr(hf, field)} is not "
                     f"divisible by {size}"
                 )
-        stages = self.pipeline_model_parallel_size * (
-            self.virtual_pipeline_model_parallel_size or 1
+        self._check_stages(hf.num_hidden_layers)
+
+    def _check_stages(self, layers: int) -> None:
+        pp, vpp = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size or 1
+        first, last = (
+            self.num_layers_in_first_pipeline_stage,
+            self.num_layers_in_last_pipeline_stage,
         )
-        if hf.num_hidden_layers % stages:
+        if first is None and last is None and layers % (pp * vpp):
             raise UserError(
                 f"policy.parallel.pipeline_model_parallel_size: the model's num_hidden_layers = "
-                f"{hf.num_hidden_layers} is not divisible by PP x VPP = {stages}"
+                f"{layers} is not divisible by PP x VPP = {pp * vpp}; "
+                "num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage make "
+                "stages of other sizes"
+            )
+        stages = pp - (first is not None) - (last is not None)
+        rest = layers - (first or 0) - (last or 0)
+        fits = rest > 0 and rest % (stages * vpp) == 0 if stages else rest == 0
+        if not fits:
+            raise UserError(
+                f"policy.parallel: of the model's num_hidden_layers = {layers}, {rest} are left "
+                f"by num_layers_in_first_pipeline_stage ({first}) and "
+                f"num_layers_in_last_pipeline_stage ({last}), which cannot be divided over the "
+                f"other stages x VPP = {stages} x {vpp}"
             )
 
 
@@ -186,8 +220,9 @@ class PolicyConfig(Section):
     fp8_param_gather: bool = False
     """Keep and gather the layers' weights in FP8 as well; master weights stay float32."""
     moe_aux_loss_coeff: float = Field(0.0, ge=0)
-    """Weight of the load-balancing loss of mixtures of experts. It is computed per micro-batch, as
-    Megatron does: with it on, gradients depend a little on how a mini-batch is packed."""
+    """Weight of the load-balancing loss of mixtures of experts, summed over layers. It is computed
+    per micro-batch, as Megatron does, and averaged over tokens: with it on, gradients depend a
+    little on how a mini-batch is packed, but not on the ranks that share a micro-batch."""
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig

@@ -81,6 +81,8 @@ class MicroBatch:
     """[T] int64, the next token of the same sequence; 0 where there is none."""
     targets: Tensor
     """[T] int64, where in the batch's flat row the label stands; -1 where there is none."""
+    padding: Tensor
+    """[T] bool, true where there is no token of the batch."""
     cu_seqlens: Tensor
     """[sequences + 1] int32, over all context-parallel ranks, padding included."""
     max_seqlen: int
@@ -127,12 +129,13 @@ def build_micro_batch(
     def tokens_at(index: Tensor) -> Tensor:
         return torch.where(index >= 0, batch.tokens[index], 0)
 
-    target = mine(targets)
+    source, target = mine(sources), mine(targets)
     return MicroBatch(
-        tokens=tokens_at(mine(sources)),
+        tokens=tokens_at(source),
         position_ids=mine(positions),
         labels=tokens_at(target),
         targets=target,
+        padding=source < 0,
         cu_seqlens=torch.tensor([0, *padded]).cumsum(0).to(torch.int32),
         max_seqlen=max(padded),
     )

@@ -2,10 +2,10 @@
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from klear_megatron import platform
 from klear_megatron.policy.config import ParallelConfig
+from klear_megatron.policy.random_states import seed_random_states
 
 
 def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
@@ -24,7 +24,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_size,
     )
-    model_parallel_cuda_manual_seed(seed)
+    seed_random_states(seed)
 
 
 def leader_rank() -> tuple[int | None, int]:
@@ -40,3 +40,15 @@ def leader_rank() -> tuple[int | None, int]:
     )
     rank = parallel_state.get_data_parallel_rank()
     return rank if leads else None, parallel_state.get_data_parallel_world_size()
+
+
+def layout() -> dict[str, int]:
+    """The sizes that decide which part of the model and of the work each rank has."""
+    return {
+        "TP": parallel_state.get_tensor_model_parallel_world_size(),
+        "PP": parallel_state.get_pipeline_model_parallel_world_size(),
+        "CP": parallel_state.get_context_parallel_world_size(),
+        "DP": parallel_state.get_data_parallel_world_size(),
+        "EP": parallel_state.get_expert_model_parallel_world_size(),
+        "expert TP": parallel_state.get_expert_tensor_parallel_world_size(),
+    }

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch import Tensor
 
 from klear_megatron import platform
@@ -80,14 +81,17 @@ class Policy:
         """One optimizer step on the whole mini-batch.
 
         Returns:
-            the objective's metrics, and `grad_norm` before clipping, and `lr`.
+            the objective's metrics, `grad_norm` before clipping, and `lr`; with
+            `moe_aux_loss_coeff`, `load_balancing_loss`, a mean over layers, which is 1 in perfect
+            balance and no part of `loss`.
 
         Raises:
             FloatingPointError: a gradient is not finite; weights and optimizer are unchanged.
         """
         self._writer.finish(wait=False)
         denominators = objective.denominators(batch.fields)
-        # Megatron multiplies by the tokens that each rank sees, to be divided by all of them.
+        get_moe_layer_wise_logging_tracker().clear()
+        # The router multiplies by the tokens of each micro-batch, to be divided by all of them.
         self.chunks[0].config.moe_aux_loss_coeff = self.config.moe_aux_loss_coeff / len(
             batch.tokens
         )
@@ -121,6 +125,11 @@ class Policy:
             raise FloatingPointError(f"gradient norm {grad_norm}: the step was not taken")
         self._optimizer.step()
         self._scheduler.step(increment=1)
+        if not is_logging_rank():
+            sums, extremes = {}, {}
+        for name, layers in get_moe_layer_wise_logging_tracker().items():
+            # Each rank has its own tokens' and layers' share of it.
+            sums[name] = layers["values"].mean() / len(batch.tokens)
         return _reduce_metrics(sums, extremes) | {"grad_norm": grad_norm, "lr": lr}
 
     @torch.no_grad()
@@ -169,7 +178,8 @@ class Policy:
         self._writer.finish(wait=True)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restores weights, optimizer and schedule from `save`, in whatever layout it ran.
+        """Restores weights, optimizer and schedule from `save`, in whatever layout it ran, and
+        random states if that was the same.
 
         Returns:
             the trainer's state.
@@ -224,18 +234,17 @@ def _forward_step(loss: Any, iterator: Iterator[MicroBatch], model: Any) -> tupl
         None,
         labels=micro.labels[None],
         packed_seq_params=packed,
+        padding_mask=micro.padding[None],
     )
     return output, partial(loss, micro)
 
 
 def _reduce_metrics(sums: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, float]:
-    """The mini-batch's metrics on every rank, from what each rank saw of it."""
-    mine: tuple[dict[str, float], dict[str, list[float]]] = ({}, {})
-    if is_logging_rank():
-        mine = (
-            {name: value.item() for name, value in sums.items()},
-            {name: values.tolist() for name, values in extremes.items()},
-        )
+    """The mini-batch's metrics on every rank, from each rank's share of them."""
+    mine = (
+        {name: value.item() for name, value in sums.items()},
+        {name: values.tolist() for name, values in extremes.items()},
+    )
     everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     metrics: dict[str, float] = {}

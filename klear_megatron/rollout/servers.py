@@ -131,7 +131,8 @@ def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
 def _take_ports(config: RolloutConfig) -> list[int]:
     """Ports that nobody listens on now, one per server."""
     if config.port is None:
-        start = random.choice(_FREE_PORTS)
+        # Not of the run's seed: runs beside each other must not try the same ones.
+        start = random.SystemRandom().choice(_FREE_PORTS)
         free = (port for port in range(start, start + 1000) if not _why_taken(config.host, port))
         return list(itertools.islice(free, config.num_servers))
     ports = [config.port + index for index in range(config.num_servers)]

@@ -19,15 +19,17 @@ OBJECTIVES: dict[str, Objective] = {
 MODELS = {
     "untied": tiny.qwen3(),
     "tied": tiny.qwen3(tie_word_embeddings=True),
+    "deep": tiny.qwen3(num_hidden_layers=6, tie_word_embeddings=True),
     "moe": tiny.qwen3_moe(),
 }
 DENSE = [("untied", "sft"), ("untied", "gppo"), ("tied", "gppo")]
+DEEP = [("deep", "gppo")]
 MOE = [("moe", "gppo")]
 
 
 def write_references(folder: Path) -> None:
     """On one rank: how Hugging Face trains, and the metrics of one of our ranks."""
-    for model, objective in DENSE + MOE:
+    for model, objective in DENSE + DEEP + MOE:
         if not (folder / model).exists():
             tiny.write(folder / model, MODELS[model])
         steps = reference.train(folder / model, reference.BATCHES, objective)

@@ -68,16 +68,16 @@ def train(checkpoint: Path, batches: list[Batch], loss_name: str) -> list[Step]:
         log_probs, _ = tiny.hf_log_probs(model, batch_sequences(batch))
         loss = LOSSES[loss_name](log_probs, batch)
         loss.backward()
-        gradients = _as_in_files({n: p.grad.clone() for n, p in model.named_parameters()})
+        gradients = as_in_files({n: p.grad.clone() for n, p in model.named_parameters()})
         norm = torch.nn.utils.clip_grad_norm_(parameters, OPTIMIZER["clip_grad"])
         adam.step()
         adam.zero_grad()
-        weights = _as_in_files({n: p.detach().clone() for n, p in model.named_parameters()})
+        weights = as_in_files({n: p.detach().clone() for n, p in model.named_parameters()})
         steps.append(Step(loss.item(), norm.item(), gradients, weights))
     return steps
 
 
-def _as_in_files(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_in_files(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face stacks experts in memory; in files each has tensors of its own."""
     named = {}
     for name, tensor in tensors.items():

@@ -2,15 +2,19 @@
 
 import functools
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from klear_megatron.losses import SFTObjective
+from klear_megatron.policy import checkpoint
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
 from tests.distributed.laboratory import make_policy, weights
 from tests.distributed.ranks import run_ranks
@@ -22,15 +26,16 @@ TP, PP, VPP, CP = (
     f"{name}_parallel_size"
     for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context")
 )
+FIRST, LAST = (f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))
 EP = "expert_model_parallel_size"
 DENSE: list[tuple[int, dict[str, int]]] = [
     (1, {}),
     (2, {TP: 2}),
     (2, {PP: 2, VPP: 2}),
     (4, {TP: 2, CP: 2}),
-    (4, {PP: 2}),
+    (4, {PP: 2, LAST: 1}),
 ]
-MOE: list[tuple[int, dict[str, int]]] = [(2, {EP: 2}), (2, {TP: 2}), (4, {EP: 2, PP: 2})]
+MOE: list[tuple[int, dict[str, int]]] = [(2, {EP: 2}), (2, {TP: 2}), (4, {EP: 2, PP: 2, FIRST: 1})]
 
 
 def _policy(model: Path, parallel: dict[str, int], **checkpoint: Any) -> Any:
@@ -42,23 +47,39 @@ def _steps(policy: Any, first: int, last: int) -> list[float]:
     return [value for metrics in steps for value in (metrics["loss"], metrics["grad_norm"])]
 
 
-def _six_steps(model: Path, parallel: dict[str, int]) -> tuple[list[float], Any]:
+def _draws() -> list[float]:
+    """One number from every random state that this rank has."""
+    drawn = [random.random(), np.random.random(), torch.rand(()).item()]
+    drawn.append(torch.rand((), device="cuda").item())
+    for name in sorted(get_cuda_rng_tracker().get_states()):
+        with get_cuda_rng_tracker().fork(name):
+            drawn.append(torch.rand((), device="cuda").item())
+    return drawn
+
+
+def _six_steps(model: Path, parallel: dict[str, int]) -> tuple[list[float], Any, Any]:
     policy = _policy(model, parallel)
-    return _steps(policy, 0, 6), weights(policy)
+    losses, first = _steps(policy, 0, 3), _draws()
+    losses += _steps(policy, 3, 6)
+    return losses, weights(policy), (first, _draws())
 
 
 def _three_steps_and_killed(model: Path, parallel: dict[str, int], run_dir: Path) -> None:
     policy = _policy(model, parallel)
     _steps(policy, 0, 3)
+    _draws()
     policy.save(checkpoint_path(run_dir, 3), {"step": 3})
     _steps(policy, 3, 4)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _resumed(model: Path, parallel: dict[str, int], run_dir: Path) -> tuple[list[float], Any]:
+def _resumed(model: Path, parallel: dict[str, int], run_dir: Path) -> tuple[Any, ...]:
     policy = _policy(model, parallel)
+    lines: list[str] = []
+    checkpoint._logger.warning = lines.append
     state = policy.load(latest_checkpoint(run_dir))
-    return _steps(policy, state["step"], 6), weights(policy)
+    losses = _steps(policy, state["step"], 6)
+    return losses, weights(policy), _draws(), lines
 
 
 @pytest.mark.parametrize(
@@ -72,14 +93,21 @@ def _resumed(model: Path, parallel: dict[str, int], run_dir: Path) -> tuple[list
 )
 def test_a_killed_run_goes_on_in_any_layout(name, before, after, folder, tmp_path):
     model, (world_size, parallel) = folder / name, before
-    losses, final = run_ranks(world_size, _six_steps, model, parallel)[0]
+    unbroken = run_ranks(world_size, _six_steps, model, parallel)
+    losses, final, _ = unbroken[0]
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(world_size, _three_steps_and_killed, model, parallel, tmp_path)
     for other_size, other in after:
-        resumed, restored = run_ranks(other_size, _resumed, model, other, tmp_path)[0]
+        ranks = run_ranks(other_size, _resumed, model, other, tmp_path)
+        resumed, restored, _, lines = ranks[0]
         if other == parallel:
             assert resumed == losses[6:]
             assert all(torch.equal(restored[name], final[name]) for name in final)
+            for (_, _, (first, later)), (_, _, drawn, _) in zip(unbroken, ranks, strict=True):
+                assert drawn == later
+                assert all(a != b for a, b in zip(first, later, strict=True))
+        assert len(lines) == (other != parallel)
+        assert all("random states are seeded afresh" in line for line in lines)
         assert resumed == pytest.approx(losses[6:], rel=1e-5)
         for name in final:
             torch.testing.assert_close(restored[name], final[name], rtol=1e-4, atol=1e-6)
@@ -121,7 +149,7 @@ def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
             run_ranks(2, function, folder / "tied", tmp_path, *arguments)
         assert latest_checkpoint(tmp_path) == complete
         assert [p for p in complete.parent.iterdir() if p.suffix == ".partial"]
-    losses, _ = run_ranks(2, _six_steps, folder / "tied", {})[0]
+    losses, *_ = run_ranks(2, _six_steps, folder / "tied", {})[0]
     assert run_ranks(2, _resumed, folder / "tied", {}, tmp_path)[0][0] == losses[6:]
 
 

@@ -4,16 +4,19 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.comparison import DENSE, MOE, deviations
+from tests.distributed.comparison import DEEP, DENSE, MOE, deviations
 from tests.distributed.ranks import run_ranks
 
 
 def layout(name: str, world_size: int = 1, **settings: Any) -> Any:
-    """`tp=2` and the like are sizes, `overlap` is both overlaps; the rest are the policy's."""
+    """`tp=2` and the like are sizes, `first` and `last` numbers of layers in those stages; what is
+    not about layouts is the policy's."""
     sizes = {
         "tp": "tensor_model_parallel_size",
         "pp": "pipeline_model_parallel_size",
         "vpp": "virtual_pipeline_model_parallel_size",
+        "first": "num_layers_in_first_pipeline_stage",
+        "last": "num_layers_in_last_pipeline_stage",
         "cp": "context_parallel_size",
         "ep": "expert_model_parallel_size",
         "expert_tp": "expert_tensor_parallel_size",
@@ -21,7 +24,7 @@ def layout(name: str, world_size: int = 1, **settings: Any) -> Any:
         "overlap_param_gather": "overlap_param_gather",
     }
     parallel = {sizes[key]: settings.pop(key) for key in list(settings) if key in sizes}
-    cases = MOE if name.startswith("moe") else DENSE
+    cases = {"moe": MOE, "deep": DEEP}.get(name.split("-")[0], DENSE)
     return pytest.param(world_size, {**settings, "parallel": parallel}, cases, id=name)
 
 
@@ -46,6 +49,8 @@ LAYOUTS = [
     layout("pp2-no-packing", 2, pp=2, tokens_per_micro_batch=1),
     layout("pp2-recompute", 2, pp=2, recompute_granularity="full"),
     layout("pp2-vpp2", 2, pp=2, vpp=2),
+    layout("pp2-first1", 2, pp=2, first=1),
+    layout("pp2-first3-last1", 2, pp=2, first=3, last=1),
     layout("cp2", 2, cp=2),
     layout("cp2-no-packing", 2, cp=2, tokens_per_micro_batch=1),
     layout("cp2-all-packed", 2, cp=2, tokens_per_micro_batch=10_000),
@@ -61,12 +66,17 @@ LAYOUTS = [
     layout("tp2-dp2-overlap", 4, tp=2, **OVERLAP),
     layout("pp2-vpp2-dp2-overlap", 4, pp=2, vpp=2, **OVERLAP),
     layout("tp2-pp2", 4, tp=2, pp=2),
+    layout("pp3-last2", 3, pp=3, last=2),
+    layout("pp3-first1-last1-overlap", 3, pp=3, first=1, last=1, **OVERLAP),
+    layout("tp2-pp2-last1", 4, tp=2, pp=2, last=1),
     layout("tp2-cp2", 4, tp=2, cp=2),
     layout("pp2-cp2", 4, pp=2, cp=2),
     layout("pp2-vpp2-cp2", 4, pp=2, vpp=2, cp=2),
     layout("tp2-pp2-cp2", 8, tp=2, pp=2, cp=2),
     layout("tp2-pp2-vpp2-dp2-overlap", 8, tp=2, pp=2, vpp=2, **OVERLAP),
     layout("tp2-cp2-dp2-all-packed", 8, tp=2, cp=2, tokens_per_micro_batch=10_000),
+    layout("deep-pp2-vpp2-first2", 2, pp=2, vpp=2, first=2),
+    layout("deep-tp2-pp2-vpp2-last2-overlap", 4, tp=2, pp=2, vpp=2, last=2, **OVERLAP),
     layout("moe"),
     layout("moe-dp2", 2),
     layout("moe-ep2-dp2", 2, ep=2),
@@ -77,6 +87,7 @@ LAYOUTS = [
     layout("moe-ep2-dp4-overlap", 4, ep=2, **OVERLAP),
     layout("moe-tp2-ep2-expert_tp2", 4, tp=2, ep=2, expert_tp=2),
     layout("moe-pp2-ep2", 4, pp=2, ep=2),
+    layout("moe-pp2-first1-ep2", 4, pp=2, first=1, ep=2),
 ]
 
 

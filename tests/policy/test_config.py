@@ -8,6 +8,16 @@ from klear_megatron.policy.config import CheckpointConfig, ParallelConfig
     ("section", "values", "message"),
     [
         (ParallelConfig, {"virtual_pipeline_model_parallel_size": 2}, "at least 2"),
+        (ParallelConfig, {"num_layers_in_first_pipeline_stage": 3}, "of at least 2"),
+        (
+            ParallelConfig,
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "num_layers_in_last_pipeline_stage": 3,
+            },
+            r"num_layers_in_last_pipeline_stage 3 needs .* divisible by .* \(2\)",
+        ),
         (ParallelConfig, {"overlap_param_gather": True}, "needs overlap_grad_reduce"),
         # Megatron would leave these experts' gradients unreduced and say nothing.
         (

@@ -50,8 +50,10 @@ def test_packs_of_all_context_parallel_ranks_hold_every_token_once(lengths, tp, 
         t for s, n in zip(starts.tolist(), lengths, strict=False) for t in range(s + 1, s + n)
     ]
     assert sorted(predicted.tolist()) == everything_but_first
+    assert sum(int((~micro.padding).sum()) for micro in ranks) == sum(lengths)
     for micro in ranks:
         rows = micro.targets >= 0
+        assert not (rows & micro.padding).any()
         # A position predicts the next token of its own sequence, from its own place in it.
         assert torch.equal(micro.labels[rows], batch.tokens[micro.targets[rows]])
         assert torch.equal(micro.tokens[rows], batch.tokens[micro.targets[rows] - 1])

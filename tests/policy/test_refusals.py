@@ -113,12 +113,23 @@ def test_layouts(checkpoint):
     def layout(**sizes: int) -> dict[str, int]:
         return {f"{name}_parallel_size": size for name, size in sizes.items()}
 
+    def stages(first: int | None = None, last: int | None = None) -> dict[str, int | None]:
+        return {
+            **layout(pipeline_model=3),
+            "num_layers_in_first_pipeline_stage": first,
+            "num_layers_in_last_pipeline_stage": last,
+        }
+
     expected = [
         (layout(tensor_model=2, context=2), "world size 3 is not divisible by TP x PP x CP = 2 x"),
         (layout(expert_model=2), "3 is not divisible by PP x EP x expert TP = 1 x 2 x 1 = 2"),
         (layout(expert_model=3), "the model has no experts"),
         (layout(tensor_model=3), "num_attention_heads = 8 is not divisible by 3"),
         (layout(pipeline_model=3), "num_hidden_layers = 2 is not divisible by PP x VPP = 3"),
+        (stages(first=1), "1 are left by num_layers_in_first_pipeline_stage (1) and"),
+        (stages(last=2), "0 are left by num_layers_in_first_pipeline_stage (None) and"),
+        (stages(first=1, last=1), "cannot be divided over the other stages x VPP = 1 x 1"),
+        (stages(first=2, last=2), "= 2, -2 are left by"),
     ]
     cases = [{"path": checkpoint, "parallel": parallel} for parallel, _ in expected]
     for messages in run_ranks(3, _messages, cases):
