@@ -15,9 +15,8 @@ from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig, ser
 _PROMPTS = ("12 + 30 =", "What is the derivative of x^3?", "def is_prime(n):")
 _LENGTH = 32
 MARGIN = {"float32": 2**-14, "bfloat16": 2**-6}
-"""Logits nearer than this part of the largest may be either's highest. In bfloat16, which rounds by
-up to 2**-9 of a number, that is what 8 roundings in one direction make of it; in float32 it is as
-much more than one rounding as two orders of summing a thousand numbers can differ."""
+"""Logits nearer than this part of the largest may be either's highest: 8 roundings of bfloat16, of
+up to 2**-9 each, or 1000 of float32, of up to 2**-24, all in one direction."""
 
 
 class Answer(NamedTuple):

@@ -22,16 +22,18 @@ MODELS = {
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+UNEVEN = {**PP2, "num_layers_in_first_pipeline_stage": 1}
 EP2 = {"expert_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "single": (1, {}, list(MODELS)),
     "tp2": (2, TP2, list(MODELS)),
     "pp2": (2, PP2, list(MODELS)),
     "vpp": (2, VPP, list(MODELS)),
+    "uneven-pp2": (2, UNEVEN, list(MODELS)),
     "ep2": (2, EP2, ["qwen3-moe"]),
     "tp4": (4, {"tensor_model_parallel_size": 4}, ["qwen2", "llama3"]),
     "tp2-pp2": (4, {**TP2, **PP2}, list(MODELS)),
-    "tp2-vpp": (4, {**TP2, **VPP}, ["qwen3"]),
+    "tp2-vpp": (4, {**TP2, **VPP}, ["qwen3", "qwen3-tied"]),
     "tp2-ep2": (4, {**TP2, **EP2}, ["qwen3-moe"]),
 }
 CASES = [(name, model) for name, (_, _, models) in LAYOUTS.items() for model in models]

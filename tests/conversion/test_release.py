@@ -147,9 +147,12 @@ def test_answers_of_wrong_weights_are_refused(
     WRONG[mistake](weights)
     save_file(weights, tmp_path / "hf" / "model.safetensors")
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    with torch.no_grad(), megatron_logits(tmp_path / "megatron", folder, "bfloat16") as logits:
-        with pytest.raises(UserError, match="rounding explains .* not fit to be released"):
-            trial.check_answers(folder, answers, logits, "the policy")
+    with (
+        torch.no_grad(),
+        megatron_logits(tmp_path / "megatron", folder, "bfloat16") as logits,
+        pytest.raises(UserError, match=r"rounding explains .* not fit to be released"),
+    ):
+        trial.check_answers(folder, answers, logits, "the policy")
 
 
 def test_missing_licence_text_is_said(checkpoint: Path, tmp_path: Path) -> None:
