@@ -1,7 +1,8 @@
 """Megatron's model on a converted checkpoint against transformers' on the original."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -49,11 +50,14 @@ def logits_difference(a: Path, b: Path, *, seed: int = 0) -> float:
     vocab_size = read_config(hf).vocab_size
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(vocab_size, (n,), generator=generator) for n in _LENGTHS]
-    with megatron_logits(megatron, hf, "float32") as logits:
-        ours = torch.cat([logits(prompt) for prompt in prompts])
-    with transformers_logits(hf, "float32") as logits:
-        theirs = torch.cat([logits(prompt) for prompt in prompts])
+    ours = _on(prompts, megatron_logits(megatron, hf, "float32"))
+    theirs = _on(prompts, transformers_logits(hf, "float32"))
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def _on(prompts: Sequence[Tensor], model: AbstractContextManager[Logits]) -> Tensor:
+    with model as logits:
+        return torch.cat([logits(prompt) for prompt in prompts])
 
 
 @contextlib.contextmanager

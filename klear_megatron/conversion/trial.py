@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ class Answer(NamedTuple):
     tokens: list[int]
 
 
-@torch.no_grad()
 def try_out(folder: Path, checkpoint: Path, *, log_dir: Path) -> None:
     """Lets SGLang answer greedily, and asks transformers' model of the folder and Megatron's of the
     checkpoint whether each token of the answers is their most likely one as well.
@@ -36,10 +36,9 @@ def try_out(folder: Path, checkpoint: Path, *, log_dir: Path) -> None:
     """
     dtype = _dtype(folder)
     answers = greedy_answers(folder, log_dir=log_dir)
-    with transformers_logits(folder, dtype) as logits:
-        check_answers(folder, answers, logits, "transformers")
-    with megatron_logits(checkpoint, folder, dtype) as logits:
-        check_answers(folder, answers, logits, f"the policy in {checkpoint}")
+    check_answers(folder, answers, transformers_logits(folder, dtype), "transformers")
+    policy = megatron_logits(checkpoint, folder, dtype)
+    check_answers(folder, answers, policy, f"the policy in {checkpoint}")
     tokenizer = read_tokenizer(folder)
     for prompt, tokens in answers:
         print(f"{tokenizer.decode(prompt)} -> {tokenizer.decode(tokens)!r}")
@@ -67,25 +66,29 @@ def greedy_answers(folder: Path, *, log_dir: Path) -> list[Answer]:
     return list(map(Answer, prompts, responses))
 
 
-def check_answers(folder: Path, answers: Sequence[Answer], logits: Logits, whose: str) -> None:
+@torch.no_grad()
+def check_answers(
+    folder: Path, answers: Sequence[Answer], model: AbstractContextManager[Logits], whose: str
+) -> None:
     """Compares each token of the answers with the one whose logit is the largest.
 
     Raises:
         UserError: a token's logit is further below the largest than rounding explains.
     """
     margin = MARGIN[_dtype(folder)]
-    for prompt, tokens in answers:
-        rows = logits(torch.tensor(prompt + tokens))[len(prompt) - 1 : -1]
-        chosen = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        lag = ((rows.max(-1).values - chosen) / rows.abs().max(-1).values).max().item()
-        if not lag <= margin:
-            tokenizer = read_tokenizer(folder)
-            raise UserError(
-                f"{folder}: after {tokenizer.decode(prompt)!r} SGLang answers "
-                f"{tokenizer.decode(tokens)!r}, with a token whose logit is {lag:.2g} of the "
-                f"largest below it by {whose}; rounding explains {margin:.2g}. The folder is not "
-                "fit to be released"
-            )
+    tokenizer = read_tokenizer(folder)
+    with model as logits:
+        for prompt, tokens in answers:
+            rows = logits(torch.tensor(prompt + tokens))[len(prompt) - 1 : -1]
+            chosen = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            lag = ((rows.max(-1).values - chosen) / rows.abs().max(-1).values).max().item()
+            if not lag <= margin:
+                raise UserError(
+                    f"{folder}: after {tokenizer.decode(prompt)!r} SGLang answers "
+                    f"{tokenizer.decode(tokens)!r}, with a token whose logit is {lag:.2g} of the "
+                    f"largest below it by {whose}; rounding explains {margin:.2g}. The folder is "
+                    "not fit to be released"
+                )
 
 
 def _config(folder: Path) -> dict[str, Any]:

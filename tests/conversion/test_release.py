@@ -109,8 +109,7 @@ def test_bfloat16_answers_are_those_of_the_policy(
         megatron_logits(checkpoint, folder, "bfloat16"),
         megatron_logits(checkpoint, folder, "float32"),
     ):
-        with torch.no_grad(), reference as logits:
-            trial.check_answers(folder, answers, logits, "the reference")
+        trial.check_answers(folder, answers, reference, "the reference")
 
 
 def _exchange(weights: dict[str, torch.Tensor], name: str) -> None:
@@ -147,12 +146,9 @@ def test_answers_of_wrong_weights_are_refused(
     WRONG[mistake](weights)
     save_file(weights, tmp_path / "hf" / "model.safetensors")
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    with (
-        torch.no_grad(),
-        megatron_logits(tmp_path / "megatron", folder, "bfloat16") as logits,
-        pytest.raises(UserError, match=r"rounding explains .* not fit to be released"),
-    ):
-        trial.check_answers(folder, answers, logits, "the policy")
+    policy = megatron_logits(tmp_path / "megatron", folder, "bfloat16")
+    with pytest.raises(UserError, match=r"rounding explains .* not fit to be released"):
+        trial.check_answers(folder, answers, policy, "the policy")
 
 
 def test_missing_licence_text_is_said(checkpoint: Path, tmp_path: Path) -> None:
