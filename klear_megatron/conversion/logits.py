@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -55,7 +54,7 @@ def logits_difference(a: Path, b: Path, *, seed: int = 0) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def _on(prompts: Sequence[Tensor], model: AbstractContextManager[Logits]) -> Tensor:
+def _on(prompts: Sequence[Tensor], model: contextlib.AbstractContextManager[Logits]) -> Tensor:
     with model as logits:
         return torch.cat([logits(prompt) for prompt in prompts])
 
