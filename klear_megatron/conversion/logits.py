@@ -1,16 +1,21 @@
 """Megatron's model on a converted checkpoint against transformers' on the original."""
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from klear_megatron import platform
+from klear_megatron.conversion.dtypes import DTYPES
 from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
 from klear_megatron.models.hf_checkpoint import read_config
-from klear_megatron.models.language_model import LanguageModel, packed_sequences
+from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.policy.build import build_model_chunks
 from klear_megatron.policy.checkpoint import load_weights
 from klear_megatron.policy.config import PolicyConfig
@@ -21,12 +26,15 @@ TOLERANCE = 1e-5
 """On the relative difference in float32."""
 _LENGTHS = (1, 7, 32, 100)
 
+Logits = Callable[[Tensor], Tensor]
+"""Tokens [n] -> logits [n, vocabulary], float32 on the CPU."""
+
 
 @torch.no_grad()
 def logits_difference(a: Path, b: Path, *, seed: int = 0) -> float:
     """Largest difference on random prompts, over the largest logit; both models in float32.
 
-    In one process, with whole models in memory.
+    In one process, with whole models in memory, one after the other.
 
     Args:
         a, b: a Megatron checkpoint and a Hugging Face folder, in either order.
@@ -38,36 +46,55 @@ def logits_difference(a: Path, b: Path, *, seed: int = 0) -> float:
     if len(kinds) < 2:
         raise UserError(f"{a}, {b}: logits are compared of one Megatron and one Hugging Face model")
     megatron, hf = kinds[True], kinds[False]
-    model, vocab_size = _megatron_model(megatron, hf)
+    vocab_size = read_config(hf).vocab_size
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(vocab_size, (n,), generator=generator) for n in _LENGTHS]
-    ours = torch.cat([_logits(model, prompt)[:, :vocab_size] for prompt in prompts])
-    del model
-    reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    theirs = torch.cat([reference(prompt[None]).logits[0] for prompt in prompts])
+    ours = _on(prompts, megatron_logits(megatron, hf, "float32"))
+    theirs = _on(prompts, transformers_logits(hf, "float32"))
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def _megatron_model(megatron: Path, hf: Path) -> tuple[LanguageModel, int]:
-    """The model with the checkpoint's weights, and the size of its vocabulary."""
+def _on(prompts: Sequence[Tensor], model: contextlib.AbstractContextManager[Logits]) -> Tensor:
+    with model as logits:
+        return torch.cat([logits(prompt) for prompt in prompts])
+
+
+@contextlib.contextmanager
+def transformers_logits(folder: Path, dtype: str) -> Iterator[Logits]:
+    """By transformers' model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    torch.nn.Module.to(model, platform.device())
+    yield lambda tokens: model(tokens[None].to(model.device)).logits[0].float().cpu()
+
+
+@contextlib.contextmanager
+def megatron_logits(checkpoint: Path, hf: Path, dtype: str) -> Iterator[Logits]:
+    """By Megatron's model, as it is trained, in a world of this process alone.
+
+    Args:
+        checkpoint: the weights.
+        hf: folder with the model's config.
+    """
     config = PolicyConfig.model_validate(
-        {"path": hf, "dtype": "float32", "optimizer": {"lr": 1e-6}}  # never used
+        {"path": hf, "dtype": dtype, "optimizer": {"lr": 1e-6}}  # never used
     )
     hf_config = read_config(hf)
-    platform.init_distributed()
     initialize_model_parallel(config.parallel, seed=0)
     kernels = choose_kernels(config, Installed.here(), experts=hasattr(hf_config, "num_experts"))
-    chunks = build_model_chunks(config, hf_config, kernels, temperature=1.0)
-    load_weights(megatron, chunks)
-    (model,) = chunks
-    return model.eval(), hf_config.vocab_size
+    (model,) = chunks = build_model_chunks(config, hf_config, kernels, temperature=1.0)
+    load_weights(checkpoint, chunks)
+    model.eval()
 
+    def logits(prompt: Tensor) -> Tensor:
+        tokens = prompt.to(platform.device())
+        ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
+        packed = packed_sequences(ends, len(tokens))
+        positions = torch.arange(len(tokens), device=tokens.device)
+        padded = model(tokens[None], positions[None], None, packed_seq_params=packed)
+        return padded[0, :, : hf_config.vocab_size].float().cpu()
 
-def _logits(model: LanguageModel, prompt: Tensor) -> Tensor:
-    """[tokens, padded vocabulary], on the CPU."""
-    tokens = prompt.to(platform.device())
-    ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
-    packed = packed_sequences(ends, len(tokens))
-    positions = torch.arange(len(tokens), device=tokens.device)
-    logits: Tensor = model(tokens[None], positions[None], None, packed_seq_params=packed)
-    return logits[0].float().cpu()
+    try:
+        yield logits
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

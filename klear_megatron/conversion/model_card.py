@@ -31,8 +31,15 @@ def model_card(checkpoint: Path, folder: Path, name: str, licence: str) -> str:
     if (run_dir / "config.yaml").is_file():
         config = yaml.safe_load((run_dir / "config.yaml").read_text())
         parts += _training(config, _metrics(run_dir, checkpoint), checkpoint.name)
-    parts += ["`sha256sum --check SHA256SUMS` checks the files."]
+    parts += [_licence(folder, licence), "`sha256sum --check SHA256SUMS` checks the files."]
     return "\n\n".join(parts) + "\n"
+
+
+def _licence(folder: Path, identifier: str) -> str:
+    files = sorted(file.name for file in folder.glob("LICENSE*"))
+    if not files:
+        return f"Licence: {identifier}. The model this one started from came without its text."
+    return f"Licence: {identifier}; the base model's text is in {', '.join(files)}."
 
 
 def _metrics(run_dir: Path, checkpoint: Path) -> dict[str, float]:

@@ -22,8 +22,9 @@ def release(
     dtype: str | None = None,
     yarn: bool = False,
 ) -> None:
-    """Writes weights, config, tokenizer, generation config, model card and checksums; then loads
-    them with transformers and with SGLang, whose greedy answers have to agree.
+    """Writes weights, config, tokenizer, generation config, model card, the base model's licence
+    and checksums; then loads the weights with transformers and with SGLang, whose greedy answers
+    have to be those of the policy in the checkpoint.
 
     Args:
         checkpoint: of a run, whose config and metrics the model card repeats.
@@ -45,7 +46,7 @@ def release(
     _update_json(untried / "generation_config.json", **_SAMPLING)
     (untried / "README.md").write_text(model_card(checkpoint, untried, out.name, licence))
     write_checksums(untried, {})
-    try_out(untried, log_dir=out.with_name(out.name + ".logs"))
+    try_out(untried, checkpoint, log_dir=out.with_name(out.name + ".logs"))
     untried.rename(out)
 
 

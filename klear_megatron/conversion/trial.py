@@ -1,36 +1,55 @@
-"""Whether a Hugging Face folder loads and answers: transformers and SGLang on the same prompts."""
+"""Whether a Hugging Face folder loads and answers as the policy it was made from would."""
 
 import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from klear_megatron import platform
-from klear_megatron.conversion.dtypes import DTYPES
+from klear_megatron.conversion.logits import Logits, megatron_logits, transformers_logits
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
 from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig, serving
 
 _PROMPTS = ("12 + 30 =", "What is the derivative of x^3?", "def is_prime(n):")
 _LENGTH = 32
-_MARGIN = {"float32": 1e-3, "bfloat16": 0.5}
-"""Logits nearer than this may be either's largest: a few roundings of numbers of about 16."""
+MARGIN = {"float32": 2**-14, "bfloat16": 2**-6}
+"""Logits nearer than this part of the largest may be either's highest: 8 roundings of bfloat16, of
+up to 2**-9 each, or 1000 of float32, of up to 2**-24, all in one direction."""
 
 
-@torch.no_grad()
-def try_out(folder: Path, *, log_dir: Path) -> None:
-    """Lets SGLang answer greedily, and compares each token with transformers' most likely one.
+class Answer(NamedTuple):
+    """Token ids of a prompt and of the greedy answer to it."""
+
+    prompt: list[int]
+    tokens: list[int]
+
+
+def try_out(folder: Path, checkpoint: Path, *, log_dir: Path) -> None:
+    """Lets SGLang answer greedily, and asks transformers' model of the folder and Megatron's of the
+    checkpoint whether each token of the answers is their most likely one as well.
 
     Raises:
         UserError: one of them does not load the folder, or they do not agree.
     """
-    config = json.loads((folder / "config.json").read_text())
-    dtype = config.get("dtype") or config["torch_dtype"]
+    dtype = _dtype(folder)
+    answers = greedy_answers(folder, log_dir=log_dir)
+    check_answers(folder, answers, transformers_logits(folder, dtype), "transformers")
+    policy = megatron_logits(checkpoint, folder, dtype)
+    check_answers(folder, answers, policy, f"the policy in {checkpoint}")
+    tokenizer = read_tokenizer(folder)
+    for prompt, tokens in answers:
+        print(f"{tokenizer.decode(prompt)} -> {tokenizer.decode(tokens)!r}")
+
+
+def greedy_answers(folder: Path, *, log_dir: Path) -> list[Answer]:
+    """SGLang's, to three prompts."""
     tokenizer = read_tokenizer(folder)
     prompts = [tokenizer.encode(text) for text in _PROMPTS]
     rollout = RolloutConfig(
-        dtype=dtype,
+        dtype=_dtype(folder),
         mem_fraction_static=0.5,
         max_running_requests=len(prompts),
         extra_args=["--max-total-tokens", "4096"],
@@ -40,22 +59,43 @@ def try_out(folder: Path, *, log_dir: Path) -> None:
         generator = Generator(
             urls,
             rollout,
-            vocab_size=config["vocab_size"],
+            vocab_size=_config(folder)["vocab_size"],
             stop_token_ids=read_stop_token_ids(folder, tokenizer),
         )
-        answers = [responses[0].token_ids for responses in generator.generate(prompts, greedy)]
+        responses = [group[0].token_ids for group in generator.generate(prompts, greedy)]
+    return list(map(Answer, prompts, responses))
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
-    torch.nn.Module.to(model, platform.device())
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = torch.tensor([prompt + answer], device=model.device)
-        logits = model(tokens).logits[0, len(prompt) - 1 : -1].float().cpu()
-        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        lag = (logits.max(-1).values - chosen).max().item()
-        if not lag <= _MARGIN[dtype]:
-            raise UserError(
-                f"{folder}: after {tokenizer.decode(prompt)!r} SGLang answers "
-                f"{tokenizer.decode(answer)!r}, with a token whose logit is {lag:.3g} below the "
-                "largest by transformers; the folder is not fit to be released"
-            )
-        print(f"{tokenizer.decode(prompt)} -> {tokenizer.decode(answer)!r}")
+
+@torch.no_grad()
+def check_answers(
+    folder: Path, answers: Sequence[Answer], model: AbstractContextManager[Logits], whose: str
+) -> None:
+    """Compares each token of the answers with the one whose logit is the largest.
+
+    Raises:
+        UserError: a token's logit is further below the largest than rounding explains.
+    """
+    margin = MARGIN[_dtype(folder)]
+    tokenizer = read_tokenizer(folder)
+    with model as logits:
+        for prompt, tokens in answers:
+            rows = logits(torch.tensor(prompt + tokens))[len(prompt) - 1 : -1]
+            chosen = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            lag = ((rows.max(-1).values - chosen) / rows.abs().max(-1).values).max().item()
+            if not lag <= margin:
+                raise UserError(
+                    f"{folder}: after {tokenizer.decode(prompt)!r} SGLang answers "
+                    f"{tokenizer.decode(tokens)!r}, with a token whose logit is {lag:.2g} of the "
+                    f"largest below it by {whose}; rounding explains {margin:.2g}. The folder is "
+                    "not fit to be released"
+                )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def _dtype(folder: Path) -> str:
+    config = _config(folder)
+    return config.get("dtype") or config["torch_dtype"]

@@ -62,6 +62,8 @@ class Vocabulary(Sharded):
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         (part,) = parts
+        if self.padded_size == self.size:
+            return part
         return torch.nn.functional.pad(part, (0, 0, 0, self.padded_size - self.size))
 
     def split(self, full: Tensor) -> list[Tensor]:

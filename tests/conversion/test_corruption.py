@@ -9,31 +9,18 @@ import pytest
 
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
 from klear_megatron.errors import UserError
-from tests.distributed.laboratory import make_policy
-from tests.distributed.ranks import run_ranks
-from tests.models import tiny
 
 KINDS = {"hf": hf_to_megatron, "converted": megatron_to_hf, "trained": megatron_to_hf}
 _FLIPS = 100
 
 
-def _save(folder: Path) -> None:
-    policy = make_policy(folder / "hf", parallel={"tensor_model_parallel_size": 2})
-    policy.save(folder / "trained", {"step": 1})
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of each kind, and in `sound` what each of them becomes."""
-    folder = tmp_path_factory.mktemp("corruption")
-    config = tiny.qwen3(num_hidden_layers=1, hidden_size=16, intermediate_size=16, vocab_size=50)
-    tiny.write(folder / "original", config)
-    hf_to_megatron(folder / "original", folder / "converted", shard_bytes=8_000)
-    megatron_to_hf(folder / "converted", folder / "hf", shard_bytes=8_000)
-    run_ranks(2, _save, folder)
+def sound(kinds: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What a folder of each kind becomes."""
+    folder = tmp_path_factory.mktemp("sound")
     for kind, convert in KINDS.items():
-        convert(folder / kind, folder / "sound" / kind)
-    return folder
+        convert(kinds / kind, folder / kind)
+    return {kind: _content(folder / kind) for kind in KINDS}
 
 
 def _content(folder: Path) -> dict[str, bytes]:
@@ -49,10 +36,11 @@ def _anywhere(size: int, numbers: random.Random) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flipped_bit_is_no_wrong_checkpoint(kind: str, folder: Path, tmp_path: Path) -> None:
-    damaged = shutil.copytree(folder / kind, tmp_path / kind)
+def test_flipped_bit_is_no_wrong_checkpoint(
+    kind: str, kinds: Path, sound: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(kinds / kind, tmp_path / kind)
     files = sorted(file for file in damaged.rglob("*") if file.is_file())
-    sound = _content(folder / "sound" / kind)
     numbers = random.Random(0)
     outcomes: Counter[str] = Counter()
     for number in range(_FLIPS):
@@ -67,7 +55,9 @@ def test_flipped_bit_is_no_wrong_checkpoint(kind: str, folder: Path, tmp_path: P
             assert not (tmp_path / "out").exists()
             outcomes["refused"] += 1
         else:
-            assert _content(tmp_path / "out") == sound, f"bit {bit} of byte {offset} of {file}"
+            assert _content(tmp_path / "out") == sound[kind], (
+                f"bit {bit} of byte {offset} of {file}"
+            )
             outcomes["no matter"] += 1
             shutil.rmtree(tmp_path / "out")
         file.write_bytes(content)

@@ -12,27 +12,32 @@ from tests.distributed.laboratory import logits, make_policy
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
-MODELS = {
-    "qwen3": tiny.qwen3(),
-    "qwen3-tied": tiny.qwen3(tie_word_embeddings=True),
-    "qwen2": tiny.qwen2(),
-    "llama3": tiny.llama3(),
-    "qwen3-moe": tiny.qwen3_moe(),
+ARCHITECTURES = {
+    "qwen3": tiny.qwen3,
+    "qwen2": tiny.qwen2,
+    "llama3": tiny.llama3,
+    "qwen3-moe": tiny.qwen3_moe,
 }
+MODELS = {name: make() for name, make in ARCHITECTURES.items()} | {
+    f"{name}-tied": make(tie_word_embeddings=True) for name, make in ARCHITECTURES.items()
+}
+MOE = ["qwen3-moe", "qwen3-moe-tied"]
+DENSE = [name for name in MODELS if name not in MOE]
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+UNEVEN = {**PP2, "num_layers_in_first_pipeline_stage": 1}
 EP2 = {"expert_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "single": (1, {}, list(MODELS)),
     "tp2": (2, TP2, list(MODELS)),
     "pp2": (2, PP2, list(MODELS)),
     "vpp": (2, VPP, list(MODELS)),
-    "ep2": (2, EP2, ["qwen3-moe"]),
-    "tp4": (4, {"tensor_model_parallel_size": 4}, ["qwen2", "llama3"]),
+    "uneven-pp2": (2, UNEVEN, list(MODELS)),
+    "ep2": (2, EP2, MOE),
+    "tp4": (4, {"tensor_model_parallel_size": 4}, DENSE),
     "tp2-pp2": (4, {**TP2, **PP2}, list(MODELS)),
-    "tp2-vpp": (4, {**TP2, **VPP}, ["qwen3"]),
-    "tp2-ep2": (4, {**TP2, **EP2}, ["qwen3-moe"]),
+    "tp2-ep2": (4, {**TP2, **EP2}, MOE),
 }
 CASES = [(name, model) for name, (_, _, models) in LAYOUTS.items() for model in models]
 SEQUENCES = tiny.random_sequences([5, 31, 1, 17])

@@ -10,28 +10,11 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
+from klear_megatron.conversion import megatron_to_hf
 from klear_megatron.errors import UserError
 from tests.conversion.folders import same_weights, weights_of
-from tests.distributed.laboratory import make_policy
-from tests.distributed.ranks import run_ranks
-from tests.models import tiny
 
 LINEAR = "decoder.layers.self_attention.linear_qkv"
-
-
-def _train(folder: Path) -> None:
-    make_policy(folder / "hf").save(folder / "trained", {"step": 1})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf`, and the same weights `converted` and `trained`."""
-    folder = tmp_path_factory.mktemp("entries")
-    tiny.write(folder / "hf", tiny.qwen3(num_hidden_layers=2))
-    hf_to_megatron(folder / "hf", folder / "converted")
-    run_ranks(1, _train, folder)
-    return folder
 
 
 def _entries(checkpoint: Path) -> dict[str, Any]:
@@ -49,14 +32,14 @@ def _add_object(checkpoint: Path, key: str) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def test_training_state_is_left_behind(folder: Path, tmp_path: Path) -> None:
-    keys = _entries(folder / "trained").keys()
+def test_training_state_is_left_behind(kinds: Path, tmp_path: Path) -> None:
+    keys = _entries(kinds / "trained").keys()
     assert f"{LINEAR}._extra_state/shard_0_2" in keys
     assert any(key.startswith("optimizer.") for key in keys)
     assert any(key.startswith("random_states/") for key in keys)
-    megatron_to_hf(folder / "trained", tmp_path / "out")
-    assert same_weights(weights_of(tmp_path / "out"), weights_of(folder / "hf"))
-    assert not any("_extra_state" in key for key in _entries(folder / "converted"))
+    megatron_to_hf(kinds / "trained", tmp_path / "out")
+    assert same_weights(weights_of(tmp_path / "out"), weights_of(kinds / "original"))
+    assert not any("_extra_state" in key for key in _entries(kinds / "converted"))
 
 
 @pytest.mark.parametrize(
@@ -69,17 +52,17 @@ def test_training_state_is_left_behind(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_states_of_modules_and_generators_are_ignored(
-    key: str, folder: Path, tmp_path: Path
+    key: str, kinds: Path, tmp_path: Path
 ) -> None:
-    checkpoint = shutil.copytree(folder / "converted", tmp_path / "checkpoint")
+    checkpoint = shutil.copytree(kinds / "converted", tmp_path / "checkpoint")
     _add_object(checkpoint, key)
     megatron_to_hf(checkpoint, tmp_path / "out")
-    assert same_weights(weights_of(tmp_path / "out"), weights_of(folder / "hf"))
+    assert same_weights(weights_of(tmp_path / "out"), weights_of(kinds / "original"))
 
 
 @pytest.mark.parametrize("key", [f"{LINEAR}.amax/shard_0_2", f"{LINEAR}._extra_states", "adapter"])
-def test_other_objects_are_refused(key: str, folder: Path, tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(folder / "converted", tmp_path / "checkpoint")
+def test_other_objects_are_refused(key: str, kinds: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(kinds / "converted", tmp_path / "checkpoint")
     _add_object(checkpoint, key)
     with pytest.raises(UserError, match=f"{key} is not in the model"):
         megatron_to_hf(checkpoint, tmp_path / "out")

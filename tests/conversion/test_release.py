@@ -1,4 +1,4 @@
-"""A released folder, which transformers and a real SGLang server answer from alike."""
+"""A released folder, from which a real SGLang server answers as transformers and the policy do."""
 
 import json
 import shutil
@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from klear_megatron.conversion import hf_to_megatron
+from klear_megatron.conversion import hf_to_megatron, megatron_to_hf, trial
+from klear_megatron.conversion.logits import megatron_logits, transformers_logits
+from klear_megatron.conversion.model_card import model_card
 from klear_megatron.conversion.release import release
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
@@ -32,6 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[END]"
     ).save_pretrained(hf)
+    (hf / "LICENSE").write_text("Do as you like.\n")
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)
     config = {
@@ -70,6 +75,8 @@ def test_release_is_complete_and_answers(
     assert "| reward/mean | 0.25 |" in card
     assert "lr: 3.0e-05" in card
     assert "somebody" not in card
+    assert "Licence: apache-2.0; the base model's text is in LICENSE." in card
+    assert (out / "LICENSE").read_text() == "Do as you like.\n"
 
     # What SGLang answered, token by token, is what transformers generates.
     tokenizer = read_tokenizer(out)
@@ -82,9 +89,80 @@ def test_release_is_complete_and_answers(
     assert answers[0] == repr(tokenizer.decode(tokens[0, prompt.shape[1] :]))
 
 
+@pytest.fixture(scope="module")
+def answered(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[trial.Answer]]:
+    """A bfloat16 folder of the checkpoint, and what SGLang answers from it."""
+    folder = tmp_path_factory.mktemp("answered")
+    megatron_to_hf(checkpoint, folder / "hf", dtype="bfloat16")
+    return folder / "hf", trial.greedy_answers(folder / "hf", log_dir=folder / "logs")
+
+
+def test_bfloat16_answers_are_those_of_the_policy(
+    answered: tuple[Path, list[trial.Answer]], checkpoint: Path
+) -> None:
+    folder, answers = answered
+    assert sum(len(answer.tokens) for answer in answers) > 30
+    for reference in (
+        transformers_logits(folder, "bfloat16"),
+        megatron_logits(checkpoint, folder, "bfloat16"),
+        megatron_logits(checkpoint, folder, "float32"),
+    ):
+        trial.check_answers(folder, answers, reference, "the reference")
+
+
+def _exchange(weights: dict[str, torch.Tensor], name: str) -> None:
+    """Gives the two layers each other's tensor."""
+    first, second = (f"model.layers.{layer}.{name}.weight" for layer in (0, 1))
+    weights[first], weights[second] = weights[second], weights[first]
+
+
+def _interleave(weights: dict[str, torch.Tensor]) -> None:
+    """Query heads in the order of another way of grouping them."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    heads = weights[name].unflatten(0, (2, 4, -1))
+    weights[name] = heads.transpose(0, 1).flatten(0, 2).contiguous()
+
+
+WRONG = {
+    "two layers' gates exchanged": lambda w: _exchange(w, "mlp.gate_proj"),
+    "heads in another order": _interleave,
+    "a norm left out": lambda w: w["model.norm.weight"].fill_(1.0),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_answers_of_wrong_weights_are_refused(
+    mistake: str,
+    answered: tuple[Path, list[trial.Answer]],
+    checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    """The other way round: the folder is as converted, and the policy has the other weights."""
+    folder, answers = answered
+    shutil.copytree(checkpoint / "hf", tmp_path / "hf")
+    weights = load_file(checkpoint.parents[2] / "base" / "model.safetensors")
+    WRONG[mistake](weights)
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    policy = megatron_logits(tmp_path / "megatron", folder, "bfloat16")
+    with pytest.raises(UserError, match=r"rounding explains .* not fit to be released"):
+        trial.check_answers(folder, answers, policy, "the policy")
+
+
+def test_missing_licence_text_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    megatron_to_hf(checkpoint, folder)
+    (folder / "LICENSE").unlink()
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.95}')
+    card = model_card(checkpoint, folder, "Klear-Tiny", "mit")
+    assert "Licence: mit. The model this one started from came without its text." in card
+
+
 def test_model_without_a_tokenizer_is_not_released(checkpoint: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(checkpoint, tmp_path / "step_00000002")
-    for file in (broken / "hf").glob("tokenizer*"):
+    for file in (broken / "SHA256SUMS", *(broken / "hf").glob("tokenizer*")):
         file.unlink()
     with pytest.raises(UserError, match="no tokenizer"):
         release(broken, tmp_path / "out", licence="apache-2.0")

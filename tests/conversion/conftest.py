@@ -1,0 +1,31 @@
+"""One model in every kind of checkpoint folder, for tests that only read them."""
+
+from pathlib import Path
+
+import pytest
+
+from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
+from tests.distributed.laboratory import make_policy
+from tests.distributed.ranks import run_ranks
+from tests.models import tiny
+
+SHARD_BYTES = 8_000
+
+
+def _save(folder: Path) -> None:
+    policy = make_policy(folder / "hf", parallel={"tensor_model_parallel_size": 2})
+    policy.save(folder / "trained", {"step": 1})
+
+
+@pytest.fixture(scope="package")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of the same weights: `original`, by transformers; `converted`, to Megatron; `hf`,
+    converted back; `trained`, as two tensor-parallel ranks save it with all that training needs.
+    All but the first are of several files and have checksums."""
+    folder = tmp_path_factory.mktemp("kinds")
+    config = tiny.qwen3(num_hidden_layers=2, hidden_size=16, intermediate_size=16, vocab_size=50)
+    tiny.write(folder / "original", config)
+    hf_to_megatron(folder / "original", folder / "converted", shard_bytes=SHARD_BYTES)
+    megatron_to_hf(folder / "converted", folder / "hf", shard_bytes=SHARD_BYTES)
+    run_ranks(2, _save, folder)
+    return folder
