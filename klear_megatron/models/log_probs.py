@@ -66,7 +66,7 @@ class _LogProbs(torch.autograd.Function):
             label_C = logits_CV.gather(1, index_C[:, None]).squeeze(1) if rows else maximum_C
             label_C = label_C.masked_fill(~mine_C, 0)
             exp_CV = logits_CV.exp()
-            sums = torch.stack([exp_CV.sum(1), (exp_CV * logits_CV).sum(1), label_C])
+            sums = torch.stack([exp_CV.sum(1), logits_CV.mul_(exp_CV).sum(1), label_C])
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
             total_C, weighted_C, label_C = sums
@@ -90,18 +90,24 @@ class _LogProbs(torch.autograd.Function):
             grad_C = grads[0][here] / ctx.temperature
             # d log p[label] / d logits = onehot(label) - p
             logits_CV = _logits(hidden_TH[here], weight_VH, rows, ctx.temperature)
-            grad_CV = (logits_CV - normalizer_T[here, None]).exp_().mul_(-grad_C[:, None])
+            grad_CV = logits_CV.sub_(normalizer_T[here, None]).exp_().mul_(-grad_C[:, None])
             mine_C, index_C = _mine(labels_T[here], rows)
             if rows:
                 grad_CV.scatter_add_(1, index_C[:, None], (grad_C * mine_C)[:, None])
             grad_logits_CV = grad_CV.to(weight_VH.dtype)
             grad_hidden_TH[here] = grad_logits_CV @ weight_VH[:rows]
-            grad_weight_VH[:rows] += grad_logits_CV.T @ hidden_TH[here]
+            if weight_VH.dtype == torch.float32:  # added up where it lies
+                grad_weight_VH[:rows].addmm_(grad_logits_CV.T, hidden_TH[here])
+            else:
+                grad_weight_VH[:rows] += grad_logits_CV.T @ hidden_TH[here]
         return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
 
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, rows: int, temperature: float) -> Tensor:
-    return (hidden_CH @ weight_VH[:rows].T).float() / temperature
+    """A new tensor [C, rows] float32, which the caller may change in place: on a CPU, memory is
+    slower to get than to compute with."""
+    logits_CV = (hidden_CH @ weight_VH[:rows].T).float()
+    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
 
 
 def _maximum(logits_CV: Tensor) -> Tensor:
