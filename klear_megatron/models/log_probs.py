@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_CHUNK_LOGITS = 2**25
-"""Logits alive at a time: 128 MiB in float32."""
+_CHUNK_LOGITS = 2**26
+"""Logits alive at a time: 256 MiB in float32."""
 _KEPT_PROBABILITIES = 2**27
 """Kept from forward to backward at most: 512 MiB in float32."""
 
