@@ -1,9 +1,11 @@
-"""Trains a few layers of an 8B model on one GPU in BF16 and in FP8, and compares the losses.
+"""Trains a few layers of an 8B model on one GPU in BF16, in FP8, and in FP8 with weights kept in
+FP8 too, and compares the losses and what has become of the first layer's weights.
 
     python tools/gpu_check.py [--recipe blockwise] [--layers 4] [--tokens 32768] [--steps 4]
 
-Prints tokens/s, MFU, peak memory and the largest relative difference of the losses, and exits with
-1 if that is above `--tolerance`, a loss is not finite or does not fall, or FP8 could not be had.
+Prints tokens/s, MFU, peak memory and the largest relative differences, and exits with 1 if the
+losses' is above `--tolerance` or the weights' above what rounding to FP8 explains, a loss is not
+finite or does not fall, or FP8 could not be had.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from klear_megatron.policy.kernels import Installed, choose_kernels
 from klear_megatron.policy.policy import Policy
 
 _H100_BF16_FLOPS = 989e12
+_FP8_ROUNDING = 2**-4
+"""Relative, of E4M3's three bits of mantissa."""
 
 
 def training_flops(hf: Any, tokens: int) -> float:
@@ -38,8 +42,11 @@ def training_flops(hf: Any, tokens: int) -> float:
     return 3 * 2 * tokens * (weights + attention)
 
 
-def train(config: PolicyConfig, tokens: int, steps: int) -> list[float]:
-    """Losses of training on one random sequence; prints what it cost."""
+def train(
+    config: PolicyConfig, tokens: int, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of training on one random sequence, and the first layer's weights after it; prints
+    what it cost."""
     if platform.HAS_GPU:
         torch.cuda.reset_peak_memory_stats()
     policy = Policy(config, total_steps=steps)
@@ -56,14 +63,21 @@ def train(config: PolicyConfig, tokens: int, steps: int) -> list[float]:
     rate = tokens / min(seconds)
     mfu = training_flops(policy.hf, tokens) / min(seconds) / _H100_BF16_FLOPS
     memory = torch.cuda.max_memory_allocated() / 2**30 if platform.HAS_GPU else math.nan
+    name = (config.fp8 or config.dtype) + (" weights too" if config.fp8_param_gather else "")
     print(
-        f"{config.fp8 or config.dtype}: {rate:,.0f} tokens/s, MFU {mfu:.1%} (H100, BF16), "
+        f"{name}: {rate:,.0f} tokens/s, MFU {mfu:.1%} (H100, BF16), "
         f"peak memory {memory:.1f} GiB, losses {[round(loss, 4) for loss in losses]}",
         flush=True,
     )
+    weights = {n: t.float().cpu() for n, t in policy.named_hf_tensors() if "layers.0." in n}
     del policy
     parallel_state.destroy_model_parallel()
-    return losses
+    return losses, weights
+
+
+def largest_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """Of any pair, in relation to the second."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 
 
 def main() -> None:
@@ -98,24 +112,34 @@ def main() -> None:
             optimizer=OptimizerConfig(lr=1e-4),
         )
         fp8 = PolicyConfig.model_validate({**bfloat16.model_dump(), "fp8": arguments.recipe})
-        missing = choose_kernels(fp8, Installed.here(), experts=False).warnings
-        ours, theirs = (train(c, arguments.tokens, arguments.steps) for c in (fp8, bfloat16))
-    difference = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
-    print(f"largest relative difference of the losses: {difference:.2%}")
-    problems = [
-        *missing,
-        *(["a loss is not finite"] if not all(map(math.isfinite, ours + theirs)) else []),
-        *(
-            ["the losses do not fall"]
-            if not (ours[-1] < ours[0] and theirs[-1] < theirs[0])
-            else []
+        weights = PolicyConfig.model_validate({**fp8.model_dump(), "fp8_param_gather": True})
+        kernels = choose_kernels(weights, Installed.here(), experts=False)
+        (expected, after), *others = (
+            train(config, arguments.tokens, arguments.steps) for config in (bfloat16, fp8, weights)
+        )
+    difference = max(
+        largest_difference(list(torch.tensor(losses)), list(torch.tensor(expected)))
+        for losses, _ in others
+    )
+    drift = max(
+        largest_difference(list(theirs.values()), list(after.values())) for _, theirs in others
+    )
+    print(f"largest relative difference to BF16: losses {difference:.2%}, weights {drift:.2%}")
+    all_losses = [expected, *(losses for losses, _ in others)]
+    for line in kernels.warnings:
+        print(line)
+    failures = {
+        "FP8 could not be had": kernels.transformer["fp8"] is None,
+        "a loss is not finite": not all(
+            math.isfinite(loss) for losses in all_losses for loss in losses
         ),
-        *(
-            [f"they differ by more than {arguments.tolerance:.0%}"]
-            if not difference <= arguments.tolerance
-            else []
+        "losses do not fall": any(losses[-1] >= losses[0] for losses in all_losses),
+        f"losses differ by more than {arguments.tolerance:.0%}": not (
+            difference <= arguments.tolerance
         ),
-    ]
+        f"weights differ by more than {_FP8_ROUNDING:.0%}": not drift <= _FP8_ROUNDING,
+    }
+    problems = [problem for problem, found in failures.items() if found]
     for problem in problems:
         print(f"FAILED: {problem}")
     sys.exit(1 if problems else 0)

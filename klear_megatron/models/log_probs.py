@@ -1,8 +1,9 @@
 """Log-probabilities and entropy from hidden states, vocabulary-parallel and chunked over tokens.
 
 No [tokens x vocabulary] tensor is ever alive, neither forward nor backward: logits exist for one
-chunk of tokens at a time, and backward computes them again. Shape suffixes: T tokens, H hidden,
-V this rank's share of the vocabulary, C the tokens of one chunk.
+chunk of tokens at a time. What backward needs of them, the probabilities, is kept of the first
+tokens, as many as have a fixed number of them, and computed again of the others. Shape suffixes:
+T tokens, H hidden, V this rank's share of the vocabulary, C the tokens of one chunk.
 """
 
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_CHUNK_LOGITS = 2**25
-"""Logits alive at a time: 128 MiB in float32."""
+_CHUNK_LOGITS = 2**26
+"""Logits alive at a time: 256 MiB in float32."""
+_KEPT_PROBABILITIES = 2**27
+"""Kept from forward to backward at most: 512 MiB in float32."""
 
 
 def vocab_parallel_log_probs(
@@ -54,10 +57,13 @@ class _LogProbs(torch.autograd.Function):
         temperature: float,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        chunk = max(1, _CHUNK_LOGITS // weight_VH.shape[0])
+        chunk = min(max(1, _CHUNK_LOGITS // weight_VH.shape[0]), len(labels_T))
+        buffer_CV = _buffer(weight_VH, chunk, rows)
         log_probs, entropies, normalizers = [], [], []
+        keep = _KEPT_PROBABILITIES // (chunk * weight_VH.shape[0])
+        kept: list[Tensor] = []
         for hidden_CH, labels_C in zip(hidden_TH.split(chunk), labels_T.split(chunk), strict=True):
-            logits_CV = _logits(hidden_CH, weight_VH, rows, temperature)
+            logits_CV = _logits(hidden_CH, weight_VH, temperature, buffer_CV)
             maximum_C = _maximum(logits_CV)
             if group.size() > 1:
                 dist.all_reduce(maximum_C, dist.ReduceOp.MAX, group=group)
@@ -66,14 +72,16 @@ class _LogProbs(torch.autograd.Function):
             label_C = logits_CV.gather(1, index_C[:, None]).squeeze(1) if rows else maximum_C
             label_C = label_C.masked_fill(~mine_C, 0)
             exp_CV = logits_CV.exp()
-            sums = torch.stack([exp_CV.sum(1), (exp_CV * logits_CV).sum(1), label_C])
+            sums = torch.stack([exp_CV.sum(1), logits_CV.mul_(exp_CV).sum(1), label_C])
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
             total_C, weighted_C, label_C = sums
             log_probs.append(label_C - total_C.log())
             entropies.append(total_C.log() - weighted_C / total_C)
             normalizers.append(maximum_C + total_C.log())
-        ctx.save_for_backward(hidden_TH, weight_VH, labels_T, torch.cat(normalizers))
+            if any(ctx.needs_input_grad) and len(kept) < keep:
+                kept.append(exp_CV.div_(total_C[:, None]))
+        ctx.save_for_backward(hidden_TH, weight_VH, labels_T, torch.cat(normalizers), *kept)
         ctx.chunk, ctx.rows, ctx.temperature = chunk, rows, temperature
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
@@ -81,27 +89,43 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, labels_T, normalizer_T = ctx.saved_tensors
+        hidden_TH, weight_VH, labels_T, normalizer_T, *kept = ctx.saved_tensors
         rows = ctx.rows
+        buffer_CV = _buffer(weight_VH, ctx.chunk, rows)
         grad_hidden_TH = torch.empty_like(hidden_TH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for start in range(0, len(labels_T), ctx.chunk):
+        for number, start in enumerate(range(0, len(labels_T), ctx.chunk)):
             here = slice(start, start + ctx.chunk)
             grad_C = grads[0][here] / ctx.temperature
+            if number < len(kept):
+                probs_CV = kept[number]
+            else:
+                logits_CV = _logits(hidden_TH[here], weight_VH, ctx.temperature, buffer_CV)
+                probs_CV = logits_CV.sub_(normalizer_T[here, None]).exp_()
             # d log p[label] / d logits = onehot(label) - p
-            logits_CV = _logits(hidden_TH[here], weight_VH, rows, ctx.temperature)
-            grad_CV = (logits_CV - normalizer_T[here, None]).exp_().mul_(-grad_C[:, None])
+            grad_CV = probs_CV.mul_(-grad_C[:, None])
             mine_C, index_C = _mine(labels_T[here], rows)
             if rows:
                 grad_CV.scatter_add_(1, index_C[:, None], (grad_C * mine_C)[:, None])
             grad_logits_CV = grad_CV.to(weight_VH.dtype)
             grad_hidden_TH[here] = grad_logits_CV @ weight_VH[:rows]
-            grad_weight_VH[:rows] += grad_logits_CV.T @ hidden_TH[here]
+            if weight_VH.dtype == torch.float32:  # added up where it lies
+                grad_weight_VH[:rows].addmm_(grad_logits_CV.T, hidden_TH[here])
+            else:
+                grad_weight_VH[:rows] += grad_logits_CV.T @ hidden_TH[here]
         return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, rows: int, temperature: float) -> Tensor:
-    return (hidden_CH @ weight_VH[:rows].T).float() / temperature
+def _buffer(weight_VH: Tensor, chunk: int, rows: int) -> Tensor:
+    """Room for a chunk's logits: on a CPU, new memory takes longer to get than to compute with."""
+    return weight_VH.new_empty(chunk, rows)
+
+
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, buffer_CV: Tensor) -> Tensor:
+    """[C, rows] float32, to be changed in place; the next chunk's may lie in the same memory."""
+    rows = buffer_CV.shape[1]
+    logits_CV = torch.mm(hidden_CH, weight_VH[:rows].T, out=buffer_CV[: len(hidden_CH)]).float()
+    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
 
 
 def _maximum(logits_CV: Tensor) -> Tensor:

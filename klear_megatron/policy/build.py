@@ -101,6 +101,7 @@ def wrap_data_parallel(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         fp8_param_gather=kernels.fp8_param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=kernels.mxfp8_param_gather,
     )
     modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
     model = [
@@ -136,6 +137,7 @@ def build_optimizer(
             params_dtype=megatron.params_dtype,
             use_distributed_optimizer=True,
             fp8_recipe=megatron.fp8_recipe if megatron.fp8 else None,
+            reuse_grad_buf_for_mxfp8_param_ag=kernels.mxfp8_param_gather,
             optimizer_cpu_offload=kernels.optimizer_offload > 0,
             optimizer_offload_fraction=kernels.optimizer_offload,
             # Megatron's offloading is built on this one's way of keeping gradients.

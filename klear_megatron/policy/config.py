@@ -27,8 +27,9 @@ class ParallelConfig(Section):
     """Ranks, of those that tensor, context and data parallelism have, that share the experts."""
     expert_tensor_parallel_size: PositiveInt | None = None
     """Ranks that each expert's matrices are cut over; by default tensor_model_parallel_size."""
-    context_parallel_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
-    """How Transformer Engine exchanges keys and values; in plain PyTorch they are gathered."""
+    context_parallel_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    """How Transformer Engine exchanges keys and values; in plain PyTorch they are gathered. For
+    packed sequences every release has p2p, newer ones the others, and none Megatron's a2a+p2p."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while backward is still computing others."""
     overlap_param_gather: bool = False
@@ -79,6 +80,10 @@ class ParallelConfig(Section):
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
+    def _heads_cut_by_context(self) -> int:
+        return self.context_parallel_size if self.context_parallel_comm_type == "a2a" else 1
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model and work on the same tokens: TP x PP x CP."""
         return (
@@ -119,6 +124,8 @@ class ParallelConfig(Section):
             ("intermediate_size", "tensor_model_parallel_size", tp),
             ("num_experts", "expert_model_parallel_size", ep),
             ("moe_intermediate_size", "expert_tensor_parallel_size", self.expert_tensor_size),
+            # All-to-all hands out heads instead of tokens.
+            ("num_key_value_heads", "context_parallel_comm_type", tp * self._heads_cut_by_context),
         ):
             if getattr(hf, field, 0) % size:
                 raise UserError(
@@ -233,4 +240,20 @@ class PolicyConfig(Section):
             raise ValueError(f"fp8: {self.fp8} needs dtype: bfloat16, not {self.dtype}")
         if self.fp8_param_gather and not self.fp8:
             raise ValueError("fp8_param_gather needs fp8 to name a recipe")
+        return self
+
+    @model_validator(mode="after")
+    def _megatron_has_the_combination(self) -> "PolicyConfig":
+        modules = {"layernorm", "moe_act"} & set(self.recompute_modules)
+        if self.fp8 == "delayed" and self.recompute_granularity == "selective" and modules:
+            raise ValueError(
+                f"fp8: delayed cannot recompute {', '.join(sorted(modules))}; choose another "
+                "recipe or other recompute_modules"
+            )
+        if self.fp8_param_gather and self.optimizer.offload_fraction:
+            raise ValueError("fp8_param_gather cannot go with optimizer.offload_fraction")
+        if self.fp8_param_gather and self.fp8 == "mxfp8" and self.parallel.overlap_param_gather:
+            raise ValueError(
+                "fp8_param_gather with fp8: mxfp8 cannot go with parallel.overlap_param_gather"
+            )
         return self

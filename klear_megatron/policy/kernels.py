@@ -58,6 +58,11 @@ class Kernels:
     warnings: list[str]
     """What was asked for and is not to be had, one line each."""
 
+    @property
+    def mxfp8_param_gather(self) -> bool:
+        """MXFP8 weights cannot be gathered where they lie: Megatron takes the gradients' room."""
+        return self.fp8_param_gather and self.transformer["fp8_recipe"] == "mxfp8"
+
 
 def choose_kernels(config: PolicyConfig, installed: Installed, *, experts: bool) -> Kernels:
     """`experts`: whether the model is a mixture of experts."""
@@ -67,6 +72,11 @@ def choose_kernels(config: PolicyConfig, installed: Installed, *, experts: bool)
     if gpu and not engine:
         warnings.append(
             "Transformer Engine is not installed: layers are plain PyTorch, slower and without FP8"
+        )
+    if gpu and not installed.apex:
+        warnings.append(
+            "NVIDIA's Apex is not installed: weight gradients are added up after the product that "
+            "makes them, not in it"
         )
     recipe = config.fp8
     if recipe and not (
@@ -79,11 +89,15 @@ def choose_kernels(config: PolicyConfig, installed: Installed, *, experts: bool)
         )
         recipe = None
     modules = list(config.recompute_modules)
-    if config.recompute_granularity == "selective" and not engine:
-        for module in sorted(set(modules) & set(_NEED_TRANSFORMER_ENGINE)):
+    if config.recompute_granularity == "selective":
+        missing = {
+            **({} if engine else dict.fromkeys(_NEED_TRANSFORMER_ENGINE, "Transformer Engine")),
+            **({} if experts else {"moe_act": "a mixture of experts"}),
+        }
+        for module in sorted(set(modules) & missing.keys()):
             modules.remove(module)
             warnings.append(
-                f"policy.recompute_modules: {module} needs Transformer Engine: its activations are "
+                f"policy.recompute_modules: {module} needs {missing[module]}: its activations are "
                 "kept"
             )
     offload = config.optimizer.offload_fraction

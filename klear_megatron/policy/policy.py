@@ -32,7 +32,12 @@ from klear_megatron.policy.config import PolicyConfig, import_extensions
 from klear_megatron.policy.kernels import Installed, choose_kernels
 from klear_megatron.policy.micro_batches import MicroBatch, build_micro_batch, plan_micro_batches
 from klear_megatron.policy.parallel import initialize_model_parallel
-from klear_megatron.policy.weights import gather_hf_tensors, load_hf_weights, local_parameters
+from klear_megatron.policy.weights import (
+    gather_hf_tensors,
+    load_hf_weights,
+    local_parameters,
+    plain,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -160,7 +165,7 @@ class Policy:
         Every rank must iterate to the end; ranks other than 0 are given nothing.
         """
         self._finish_param_gather()
-        shards = {n: p.data for n, p in local_parameters(self.chunks).items()}
+        shards = {n: plain(p) for n, p in local_parameters(self.chunks).items()}
         return gather_hf_tensors(shards, self._table)
 
     def save(self, path: Path, state: dict[str, Any]) -> None:

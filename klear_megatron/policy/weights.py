@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -67,6 +68,13 @@ def _shard_position(row: Weight) -> tuple[int, int]:
     )
 
 
+def plain(parameter: torch.nn.Parameter) -> Tensor:
+    """Its value as an ordinary tensor, also where it is kept in FP8."""
+    if is_float8tensor(parameter):
+        return dequantize_fp8_tensor(parameter.detach())
+    return parameter.data
+
+
 @torch.no_grad()
 def load_hf_weights(chunks: Sequence[LanguageModel], table: Sequence[Weight], path: Path) -> None:
     """Fills this rank's parameters from a Hugging Face checkpoint.
@@ -80,7 +88,12 @@ def load_hf_weights(chunks: Sequence[LanguageModel], table: Sequence[Weight], pa
     for row in table:
         if (parameter := parameters.pop(row.name, None)) is not None:
             full = row.layout.merge([checkpoint.tensor(name) for name in row.sources])
-            parameter.copy_(row.layout.shard(full, *_shard_position(row)))
+            shard = row.layout.shard(full, *_shard_position(row))
+            parameter.copy_(shard)
+            # Beside a weight in FP8, Transformer Engine has the value before rounding, which the
+            # optimizer starts from.
+            if (unrounded := getattr(parameter, "get_high_precision_init_val", None)) is not None:
+                unrounded().copy_(shard)
     if parameters:
         raise RuntimeError(f"the table has no row for {', '.join(parameters)}")
 

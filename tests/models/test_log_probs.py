@@ -22,9 +22,9 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, labels
 
 
-def _chunked(chunk_logits: int, temperature: float) -> Any:
+def _chunked(chunk_logits: int, kept: int, temperature: float) -> Any:
     """log-probs, entropy, gradients of hidden (summed over ranks) and of this rank's weights."""
-    log_probs._CHUNK_LOGITS = chunk_logits
+    log_probs._CHUNK_LOGITS, log_probs._KEPT_PROBABILITIES = chunk_logits, kept
     group = dist.group.WORLD
     hidden, weight, labels = _inputs()
     padding = padded_vocab_size(VOCAB, group.size()) - VOCAB
@@ -40,11 +40,15 @@ def _chunked(chunk_logits: int, temperature: float) -> Any:
     return answer.detach(), entropy, hidden.grad, mine.grad
 
 
-# 3 ranks share 384 rows, the last of them has nothing but padding.
-@pytest.mark.parametrize(("world_size", "chunk_logits"), [(1, 2**24), (1, 256), (2, 1), (3, 2000)])
+# 3 ranks share 384 rows, the last of them has nothing but padding. Probabilities kept are of all
+# chunks, of none, of all but a few tokens, of the first chunk of four.
+@pytest.mark.parametrize(
+    ("world_size", "chunk_logits", "kept"),
+    [(1, 2**24, 2**24), (1, 256, 0), (2, 1, 30 * 128), (3, 2000, 2000)],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients(world_size, chunk_logits, temperature):
-    ranks = run_ranks(world_size, _chunked, chunk_logits, temperature)
+def test_values_and_gradients(world_size, chunk_logits, kept, temperature):
+    ranks = run_ranks(world_size, _chunked, chunk_logits, kept, temperature)
     hidden, weight, labels = (x.double() if x.is_floating_point() else x for x in _inputs())
     hidden.requires_grad_()
     weight.requires_grad_()

@@ -35,6 +35,7 @@ def test_fp8_where_the_hardware_has_it_and_one_line_where_not(recipe, machines):
         assert (kernels.transformer["fp8"] == "hybrid") is has
         assert kernels.fp8_param_gather is kernels.transformer["fp8_param"] is has
         assert not has or kernels.transformer["fp8_recipe"] == recipe
+        assert kernels.mxfp8_param_gather is (has and recipe == "mxfp8")
         assert kernels.token_multiple == (1 if not has else 32 if recipe == "mxfp8" else 16)
         assert len([line for line in kernels.warnings if f"policy.fp8: {recipe}" in line]) == (
             0 if has else 1
@@ -51,13 +52,18 @@ def test_layers_come_from_transformer_engine_where_it_is():
     assert bare.transformer["transformer_impl"] == "local"
     assert not bare.transformer["apply_rope_fusion"]
     assert not bare.transformer["moe_grouped_gemm"]
-    (line,) = bare.warnings
-    assert "Transformer Engine is not installed" in line
+    engine_line, apex_line = bare.warnings
+    assert "Transformer Engine is not installed" in engine_line
+    assert "Apex is not installed" in apex_line
 
 
 def test_apexs_gradient_accumulation_where_nvidias_apex_is():
     assert _choose(H100).transformer["gradient_accumulation_fusion"]
-    assert not _choose(B200).transformer["gradient_accumulation_fusion"]
+    assert _choose(H100).warnings == []
+    kernels = _choose(B200)
+    assert not kernels.transformer["gradient_accumulation_fusion"]
+    (line,) = kernels.warnings
+    assert "Apex is not installed" in line
 
 
 def test_a_laptop_gets_plain_pytorch_without_a_word_and_no_gpu_kernel():
@@ -76,6 +82,16 @@ def test_recomputation_and_offloading_that_cannot_be_had_are_said():
         "policy.recompute_modules",
         "policy.optimizer.offload_fraction",
     ]
+    # What is not there to be recomputed: Megatron would refuse the whole run.
+    modules["recompute_modules"] = ["layernorm", "moe_act"]
+    assert _choose(H100, **modules, experts=True).transformer["recompute_modules"] == [
+        "layernorm",
+        "moe_act",
+    ]
+    dense = _choose(H100, **modules)
+    assert dense.transformer["recompute_modules"] == ["layernorm"]
+    (line,) = dense.warnings
+    assert "moe_act needs a mixture of experts" in line
     offloading = _choose(H100, optimizer={"lr": 1e-6, "offload_fraction": 0.5})
     assert offloading.optimizer_offload == 0.5
 

@@ -8,6 +8,7 @@ import torch
 
 from klear_megatron.losses import LossConfig, PolicyObjective, SFTObjective
 from klear_megatron.policy.batch import Batch
+from klear_megatron.policy.weights import load_hf_weights
 from tests.distributed.laboratory import make_policy, train, weights
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
@@ -143,3 +144,19 @@ def test_bfloat16_trains_by_float32_master_weights(checkpoint):
     assert far.any()
     assert (after[norm] != before[norm])[far].any()
     assert losses[-1] < losses[0]
+
+
+def _values_before_rounding(path: Path) -> Any:
+    policy = make_policy(path)
+    parameters = [p for name, p in policy.chunks[0].named_parameters() if "linear" in name]
+    kept = [torch.zeros_like(p) for p in parameters]
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.get_high_precision_init_val = lambda value=value: value
+    load_hf_weights(policy.chunks, policy._table, path)
+    return [(p.detach(), value) for p, value in zip(parameters, kept, strict=True)]
+
+
+def test_what_transformer_engine_keeps_beside_fp8_weights_is_loaded_too(checkpoint):
+    (pairs,) = run_ranks(1, _values_before_rounding, checkpoint)
+    assert len(pairs) == 4 * 4
+    assert all(torch.equal(parameter, value) for parameter, value in pairs)
