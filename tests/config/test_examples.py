@@ -10,7 +10,7 @@ from klear_megatron.curation import CurateConfig
 from klear_megatron.evaluation import EvalConfig
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.rollout import ServeConfig
-from klear_megatron.trainers.config import RLConfig, SFTConfig
+from klear_megatron.trainers.config import RLConfig, RunConfig, SFTConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "klear_reasoner_8b"
 QWEN3_8B = Qwen3Config(
@@ -37,15 +37,19 @@ def test_rl_has_the_papers_numbers_and_fits_the_model(name, lr, optimizer_steps)
     assert config.policy.parallel.data_parallel_size(32) == 4
     for sampling in (config.sampling, config.evaluation.sampling):
         config.rollout.check_lengths(QWEN3_8B, config.data.max_prompt_length, sampling)
-    # A sequence of the greatest length is cut over context-parallel ranks in two pieces each.
-    assert config.policy.tokens_per_micro_batch % (2 * 2 * 4) == 0
+    assert pack(config) == config.data.max_prompt_length + config.sampling.max_response_length
+
+
+def pack(config: RunConfig) -> int:
+    """Tokens of a micro-batch, over all context-parallel ranks."""
+    return config.policy.tokens_per_micro_batch * config.policy.parallel.context_parallel_size
 
 
 def test_sft_fits_the_model():
     config = load_config(SFTConfig, FOLDER / "sft.yaml")
     config.policy.parallel.check_model(QWEN3_8B)
     assert (config.policy.optimizer.lr, config.policy.optimizer.min_lr) == (8e-5, 4e-5)
-    assert config.policy.tokens_per_micro_batch == config.data.max_length
+    assert pack(config) == config.data.max_length
 
 
 def test_evaluation_has_room_for_its_budget():
