@@ -81,6 +81,7 @@ class _LogProbs(torch.autograd.Function):
             normalizers.append(maximum_C + total_C.log())
             if any(ctx.needs_input_grad) and len(kept) < keep:
                 kept.append(exp_CV.div_(total_C[:, None]))
+            del exp_CV  # or it would be alive together with the next one
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, torch.cat(normalizers), *kept)
         ctx.chunk, ctx.rows, ctx.temperature = chunk, rows, temperature
         entropy = torch.cat(entropies)

@@ -216,7 +216,8 @@ class PolicyConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations. Optimizer state and gradient sums are float32 either way."""
     tokens_per_micro_batch: PositiveInt = 16384
-    """Sequences are packed up to this many tokens; a longer one is a micro-batch of its own."""
+    """Sequences are packed up to this many tokens per context-parallel rank; a longer one is a
+    micro-batch of its own."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers in backward, or only `recompute_modules`, instead of keeping them."""
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = (
