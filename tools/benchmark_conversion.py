@@ -3,8 +3,8 @@
     python tools/benchmark_conversion.py [--shape 1.7B] [--folder /tmp]
 
 A random bfloat16 Qwen3 of the shape is written into a temporary folder, row by row; needs about
-three times its size there. Each measurement runs in a process of its own, and ends when the bytes
-are on the disk. Inputs are in the page cache as far as they fit.
+three times its size there. Each measurement runs in a process of its own, after its input has been
+read into the page cache as far as that fits, and ends when the bytes are on the disk.
 """
 
 import argparse
@@ -94,6 +94,10 @@ def measure(work: Callable[[Path, Path], None], source: Path, out: Path) -> Meas
 
 def in_process(work: Callable[[Path, Path], None], source: Path, out: Path) -> Measurement:
     """`measure` in a process of its own."""
+    for file in (file for file in source.rglob("*") if file.is_file()):
+        with file.open("rb", buffering=0) as stream:  # into the page cache
+            while stream.read(1 << 24):
+                pass
     subprocess.run(["/bin/sync"], check=True)  # nobody writes back another's bytes
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, work, source, out).result()
