@@ -7,20 +7,18 @@ when the process ended, and is written again.
 
 import contextlib
 import errno
-import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+from klear_megatron.conversion.streamed_file import StreamedFile
 from klear_megatron.errors import UserError
 
 _RECEIPTS = ".receipts"
 _PLAN = "plan.json"
-_WINDOW = 1 << 25
-"""Bytes that are written before the disk is asked to begin with them."""
 
 
 class Staging:
@@ -73,10 +71,9 @@ class Staging:
         """
         unfinished = self._receipts / f"{name}.unfinished"
         try:
-            with self._disk_may_be_full(), io.BufferedWriter(_Streaming(unfinished, "wb")) as file:
-                receipt = body(file)
-                file.flush()
-                os.fsync(file.fileno())
+            with self._disk_may_be_full(), StreamedFile(unfinished) as file:
+                receipt = body(cast(BinaryIO, file))
+                file.sync()
         except UserError:
             unfinished.unlink(missing_ok=True)
             raise
@@ -110,22 +107,6 @@ class Staging:
                 f"{self.partial}: no space left on the disk; make room, then run again with "
                 "--resume"
             ) from error
-
-
-class _Streaming(io.FileIO):
-    """A file whose bytes go to the disk while more of them are made, and not all at the end."""
-
-    _unsent = 0
-
-    def write(self, data: Any, /) -> int:
-        count = super().write(memoryview(data)[:_WINDOW])
-        self._unsent += count
-        if self._unsent >= _WINDOW:
-            # To Linux: begin to write what is not yet on the disk, and forget what is, so that the
-            # next bytes take its place in memory.
-            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._unsent = 0
-        return count
 
 
 def _says_disk_full(error: BaseException | None) -> bool:
