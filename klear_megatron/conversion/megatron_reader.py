@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PretrainedConfig
 
 from klear_megatron.conversion.checksums import check_companions
+from klear_megatron.conversion.metadata import read_metadata
 from klear_megatron.conversion.records import read_record
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, get_architecture
@@ -196,7 +196,7 @@ it finds anew; weights are stored without them."""
 
 def _read_metadata(path: Path) -> dict[str, _Stored]:
     """All tensors and objects but those known not to belong to the model, by their names there."""
-    metadata = FileSystemReader(path).read_metadata()
+    metadata = read_metadata(path)
     tensors: dict[str, _Stored] = {}
     sizes: dict[tuple[str, torch.Size], tuple[int, ...]] = {}
     for key, entry in metadata.state_dict_metadata.items():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -159,6 +160,22 @@ def test_damaged_megatron_checkpoint_is_refused(fault: str, sound: Path, tmp_pat
     with pytest.raises(UserError, match=message):
         megatron_to_hf(megatron, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class _RunsCode:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._folder),)
+
+
+def test_code_in_the_metadata_does_not_run(sound: Path, tmp_path: Path) -> None:
+    megatron = _without_checksums(sound / "megatron", tmp_path / "megatron")
+    (megatron / ".metadata").write_bytes(pickle.dumps(_RunsCode(tmp_path / "it_ran")))
+    with pytest.raises(UserError, match=r"\.metadata.*refused to load posix\.mkdir"):
+        megatron_to_hf(megatron, tmp_path / "out")
+    assert not (tmp_path / "it_ran").exists()
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused(sound: Path, tmp_path: Path) -> None:

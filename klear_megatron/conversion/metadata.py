@@ -1,0 +1,44 @@
+"""The `.metadata` of torch's distributed checkpoints: a pickle, read without running its code."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """What lies where.
+
+    Raises:
+        Exception: of any kind, where the file is missing, damaged or no such metadata.
+    """
+    with (checkpoint / ".metadata").open("rb") as file:
+        metadata = _Unpickler(file).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"a {type(metadata).__name__}, not metadata")
+    return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows what metadata consists of. Anything else could run code of the file's."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in (f"{_CHECKPOINT}.metadata", f"{_CHECKPOINT}.planner"):
+            found = super().find_class(module, name)
+            known = isinstance(found, type) and found.__module__ == module
+        elif module == "torch":
+            found = super().find_class(module, name)
+            known = found is torch.Size or isinstance(found, torch.dtype)
+        else:
+            known = (module, name) in {
+                (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+                ("torch.serialization", "_get_layout"),
+            }
+            found = super().find_class(module, name) if known else None
+        if not known:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name} from a checkpoint")
+        return found
