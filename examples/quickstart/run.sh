@@ -18,13 +18,13 @@ klear-megatron eval $here/eval.yaml --model $out/base --run_dir $out/eval-base
 say "3/9 supervised fine-tuning: Megatron-Core on two ranks"
 $train sft $here/sft.yaml
 say "4/9 the fine-tuned model in Hugging Face format"
-klear-megatron convert $out/sft/checkpoints/step_* $out/sft-hf
+klear-megatron convert $out/sft $out/sft-hf
 say "5/9 accuracy after fine-tuning"
 klear-megatron eval $here/eval.yaml --model $out/sft-hf --run_dir $out/eval-sft
 say "6/9 reinforcement learning with GPPO: two ranks and an SGLang server"
 $train rl $here/rl.yaml
 say "7/9 the trained model in Hugging Face format"
-klear-megatron convert $out/rl/checkpoints/step_* $out/rl-hf
+klear-megatron convert $out/rl $out/rl-hf
 say "8/9 accuracy after reinforcement learning"
 klear-megatron eval $here/eval.yaml --model $out/rl-hf --run_dir $out/eval-rl
 say "9/9 the result, loaded and answering with Transformers"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encode_part
 from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError
+from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
 from klear_megatron.trainers import run
@@ -25,8 +26,10 @@ def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
     and the same tokenizer.
 
     Raises:
-        UserError: on all ranks, a malformed row, or no conversation short enough.
+        UserError: on all ranks, a malformed row, no conversation short enough, or a limit on their
+            length that is beyond the model's positions.
     """
+    _check_length(config)
     folder = config.run_dir / "encoded"
     settings = _what_decides(config)
     record = folder / "complete.json"
@@ -46,6 +49,15 @@ def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
         parts = [EncodedPart(**part) for part in found["parts"]]
     _report(config, parts)
     return EncodedConversations(folder, len(parts))
+
+
+def _check_length(config: SFTConfig) -> None:
+    positions = read_config(config.policy.path).max_position_embeddings
+    if config.data.max_length > positions:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} tokens, but the model takes {positions} "
+            "(max_position_embeddings of its config.json); lower it, or extend the model by YaRN"
+        )
 
 
 def _what_decides(config: SFTConfig) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def test_rl_refuses(make_config, quickstart, overrides, message):
     assert message in refusal("rl", str(make_config("rl")), *base, *overrides)
 
 
+def test_sft_refuses_lengths_beyond_the_models_positions(make_config):
+    message = refusal("sft", str(make_config("sft")), "--data.max_length", "257")
+    assert "data.max_length: 257 tokens, but the model takes 256" in message
+
+
 def test_malformed_row_is_named_by_its_line(make_config, quickstart, tmp_path):
     data = tmp_path / "train.jsonl"
     rows = (quickstart / "train.jsonl").read_text().splitlines(keepends=True)
