@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run_command(*arguments: str, ranks: int | None = None, timeout: float = 300) -> Any:
@@ -18,7 +21,7 @@ def run_command(*arguments: str, ranks: int | None = None, timeout: float = 300)
     return subprocess.run(
         [*launcher, "-m", "klear_megatron", *arguments],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -31,7 +34,7 @@ def kill_command(*arguments: str, path: Path, lines: int) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "klear_megatron", *arguments],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         stdout=subprocess.DEVNULL,
     ) as process:
         deadline = time.monotonic() + 120

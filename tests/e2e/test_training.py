@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from klear_megatron.config import load_config
 from klear_megatron.trainers.config import RLConfig
-from tests.commands import ENVIRONMENT, ROOT, run_command
+from tests.commands import ROOT, environment, run_command
 from tests.files import read_rows
 
 SMALL = ["--prompts_per_step", "4", "--prompts_per_mini_batch", "2", "--save_every", "1"]
@@ -89,7 +89,7 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=ENVIRONMENT,
+        env=environment(),
     ) as torchrun:
         wait_for(run_dir / "checkpoints/step_00000001", torchrun, timeout=240)
         family = psutil.Process(torchrun.pid).children(recursive=True)
