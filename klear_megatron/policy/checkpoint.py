@@ -24,6 +24,7 @@ from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.policy.config import CheckpointConfig
 from klear_megatron.policy.parallel import layout
 from klear_megatron.policy.random_states import random_states, restore_random_states
+from klear_megatron.policy.write_queue import prepare_write_queue
 
 _logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class CheckpointWriter:
         """Collective. With `asynchronous`, the weights as they are now are written while the
         caller goes on, and `path` appears in one of the following calls of `finish`."""
         self.finish(wait=True)
+        prepare_write_queue()
         partial = path.with_suffix(_PARTIAL)
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -50,7 +50,10 @@ def test_sft_learns_and_a_resumed_run_is_the_uninterrupted_one(make_config, quic
         stderr=subprocess.DEVNULL,
     ) as trainer:
         wait_for(tmp_path / "interrupted/checkpoints/step_00000003", trainer)
+        family = psutil.Process(trainer.pid).children(recursive=True)
         trainer.kill()
+    assert family, "the processes that write the checkpoint"
+    assert not psutil.wait_procs(family, timeout=30)[1]
     resumed = run_command(*interrupted, ranks=2)  # and on two ranks instead of one
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout

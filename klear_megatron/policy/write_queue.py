@@ -1,0 +1,20 @@
+"""Megatron's queue between a trainer and the processes that write its checkpoints.
+
+Megatron-Core keeps it in a process of its own, which waits for ever for a trainer that was killed.
+Ours is the same and ends with the trainer, however that ends.
+"""
+
+import multiprocessing
+from multiprocessing.managers import SyncManager
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from klear_megatron.orphans import end_with_parent
+
+
+def prepare_write_queue() -> None:
+    """Call it before the first save, where Megatron makes its own if there is none yet."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
