@@ -114,7 +114,9 @@ class Generator:
                 on_done(i, await self._request(client, prompt, sampling, responses_per_prompt))
 
         timeout = httpx.Timeout(self._config.request_timeout_s, connect=30)
-        limits = httpx.Limits(max_connections=None)
+        # None is used again: a server closes one that was idle for five seconds, perhaps just as a
+        # request is sent on it.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         clients = [
             httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) for url in self._urls
         ]
