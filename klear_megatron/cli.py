@@ -109,15 +109,17 @@ def _rl(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     """Accuracy of a Hugging Face checkpoint on benchmarks."""
-    from klear_megatron.evaluation import EvalConfig, evaluate
+    from klear_megatron.evaluation import EvalConfig
 
     config = load_config(EvalConfig, arguments.config, arguments.overrides)
+    from klear_megatron.evaluation.evaluate import evaluate
+
     _print_scores(evaluate(config), config.run_dir)
 
 
 def _regrade(arguments: argparse.Namespace) -> None:
     """Grade the stored responses of an evaluation anew, without a server."""
-    from klear_megatron.evaluation import regrade
+    from klear_megatron.evaluation.evaluate import regrade
 
     _print_scores(regrade(arguments.run_dir, arguments.overrides), arguments.run_dir)
 
@@ -130,7 +132,7 @@ def _print_scores(scores: Mapping[str, object], run_dir: Path) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Compare two evaluations of the same problems, by a paired test."""
-    from klear_megatron.evaluation import compare_runs, format_comparison
+    from klear_megatron.evaluation.compare import compare_runs, format_comparison
 
     print(format_comparison(compare_runs(arguments.run_a, arguments.run_b)))
 

@@ -4,14 +4,15 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from klear_megatron.conversion.logits import Logits, megatron_logits, transformers_logits
 from klear_megatron.errors import UserError
-from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
-from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig, serving
+from klear_megatron.models.tokenizer import read_tokenizer
+from klear_megatron.rollout import RolloutConfig, SamplingConfig
+from klear_megatron.rollout.model import generating
 
 _PROMPTS = ("12 + 30 =", "What is the derivative of x^3?", "def is_prime(n):")
 _LENGTH = 32
@@ -55,13 +56,7 @@ def greedy_answers(folder: Path, *, log_dir: Path) -> list[Answer]:
         extra_args=["--max-total-tokens", "4096"],
     )
     greedy = SamplingConfig(temperature=0, max_response_length=_LENGTH)
-    with serving(rollout, folder, log_dir) as urls:
-        generator = Generator(
-            urls,
-            rollout,
-            vocab_size=_config(folder)["vocab_size"],
-            stop_token_ids=read_stop_token_ids(folder, tokenizer),
-        )
+    with generating(folder, tokenizer, rollout, log_dir) as generator:
         responses = [group[0].token_ids for group in generator.generate(prompts, greedy)]
     return list(map(Answer, prompts, responses))
 
@@ -91,11 +86,6 @@ def check_answers(
                 )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
-
-
 def _dtype(folder: Path) -> str:
-    config = _config(folder)
+    config = json.loads((folder / "config.json").read_text())
     return config.get("dtype") or config["torch_dtype"]

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -14,14 +13,16 @@ from klear_megatron.data import Prompt
 from klear_megatron.data.encoding import encode_prompt
 from klear_megatron.data.files import stamps
 from klear_megatron.data.rows import parse_prompt, parse_rows
+from klear_megatron.evaluation.benchmark import add_rewards
 from klear_megatron.evaluation.scores import Row
 from klear_megatron.evaluation.stored import RESPONSES, append_row, claim, stored_rows
 from klear_megatron.models.hf_checkpoint import read_config
-from klear_megatron.models.tokenizer import decode_response, read_stop_token_ids, read_tokenizer
+from klear_megatron.models.tokenizer import decode_response, read_tokenizer
 from klear_megatron.observability import Progress, say
 from klear_megatron.observability.responses import response_row, write_rows
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
-from klear_megatron.rollout import Generator, Response, serving
+from klear_megatron.rollout import Response
+from klear_megatron.rollout.model import generating
 
 _GRADED_AT_ONCE = 1024
 
@@ -95,44 +96,41 @@ def _draw(
 ) -> None:
     hf, rollout = read_config(teacher.model), teacher.rollout
     rollout.check_lengths(hf, teacher.max_prompt_length, teacher.sampling)
-    stop_token_ids = read_stop_token_ids(teacher.model, tokenizer)
     asked: dict[int, Prompt] = {}
-    # Servers with the seeds of those before would draw the same responses again.
-    seed = teacher.seed + stored * rollout.num_servers
+    logs = folder / "logs"
     with (
-        serving(rollout, teacher.model, folder / "logs", seed=seed) as urls,
+        generating(
+            teacher.model, tokenizer, rollout, logs, seed=teacher.seed, drawn_before=stored
+        ) as generator,
         Progress("teacher", stored + missing.total(), start=stored) as progress,
     ):
 
         def token_ids() -> Iterator[list[int]]:
-            for i, prompt in enumerate(_wanted(prompts, missing)):
+            for i, (prompt, ids) in enumerate(_wanted(tokenizer, prompts, missing)):
                 asked[i] = prompt
-                yield encode_prompt(tokenizer, prompt.messages)
+                yield ids
 
         def store(i: int, responses: list[Response]) -> None:
             text = decode_response(tokenizer, responses[0].token_ids)
             append_row(folder, response_row(asked.pop(i), text, responses[0], None))
             progress.advance()
 
-        generator = Generator(
-            urls, rollout, vocab_size=hf.vocab_size, stop_token_ids=stop_token_ids
-        )
         generator.stream(token_ids(), teacher.sampling, store)
 
 
-def _wanted(prompts: Path, missing: Counter[bytes]) -> Iterator[Prompt]:
-    """Each prompt as often as a response to it is missing."""
+def _wanted(
+    tokenizer: PreTrainedTokenizerBase, prompts: Path, missing: Counter[bytes]
+) -> Iterator[tuple[Prompt, list[int]]]:
+    """Each prompt and its token ids, as often as a response to it is missing."""
     left = dict(missing)
     for _, prompt in parse_rows(prompts, parse_prompt):
-        yield from [prompt] * left.pop(digest(query_of(prompt)), 0)
+        if count := left.pop(digest(query_of(prompt)), 0):
+            yield from [(prompt, encode_prompt(tokenizer, prompt.messages))] * count
 
 
 def _graded(folder: Path, rewards: RewardPool, progress: Progress) -> Iterator[Row]:
     rows = stored_rows(folder)
     while batch := list(islice(rows, _GRADED_AT_ONCE)):
-        ungraded = [row for row in batch if row["reward"] is None]
-        jobs = [(row["data_source"], row["response"], row["ground_truth"]) for row in ungraded]
-        for row, reward in zip(ungraded, rewards.grade(jobs), strict=True):
-            row["reward"] = asdict(reward)
+        add_rewards([row for row in batch if row["reward"] is None], rewards)
         progress.advance(len(batch))
         yield from batch

@@ -74,13 +74,19 @@ def draw(
 
 def grade(rows: Sequence[Row], rewards: RewardPool, *, keep_progress: bool = True) -> None:
     """Puts `reward`, and `answer` where it is mathematical, into the rows."""
-    jobs = [(row["data_source"], row["response"], row["ground_truth"]) for row in rows]
-    with Progress("grade", len(jobs), keep=keep_progress) as progress:
-        graded = rewards.grade(jobs, on_done=lambda _: progress.advance())
-    for row, reward in zip(rows, graded, strict=True):
-        row["reward"] = asdict(reward)
+    with Progress("grade", len(rows), keep=keep_progress) as progress:
+        add_rewards(rows, rewards, on_done=lambda _: progress.advance())
     mathematical = [row for row in rows if is_math(row)]
     if mathematical:
         answers = rewards.read_answers([row["response"] for row in mathematical])
         for row, answer in zip(mathematical, answers, strict=True):
             row["answer"] = answer
+
+
+def add_rewards(
+    rows: Sequence[Row], rewards: RewardPool, on_done: Callable[[int], None] | None = None
+) -> None:
+    """Puts `reward` into the rows; `on_done` as RewardPool.grade takes it."""
+    jobs = [(row["data_source"], row["response"], row["ground_truth"]) for row in rows]
+    for row, reward in zip(rows, rewards.grade(jobs, on_done), strict=True):
+        row["reward"] = asdict(reward)

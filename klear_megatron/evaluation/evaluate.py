@@ -26,10 +26,10 @@ from klear_megatron.evaluation.stored import (
 )
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.hf_checkpoint import read_config
-from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
+from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
-from klear_megatron.rollout import Generator, serving
+from klear_megatron.rollout.model import generating
 
 
 def evaluate(config: EvalConfig) -> dict[str, Scores]:
@@ -78,14 +78,14 @@ def _draw(
         rollout = extend_context(rollout, hf, config.yarn)
     longest_prompt = max(len(benchmark.loaded.token_ids[i]) for benchmark, i in asked)
     rollout.check_lengths(hf, longest_prompt, config.sampling)
-    stop_token_ids = read_stop_token_ids(config.model, tokenizer)
     if stored:
         say(f"going on: {stored} of {stored + len(asked)} responses are in {config.run_dir}")
     say(f"starting SGLang for {config.model}")
-    # Servers with the seeds of those before would draw the same responses again.
-    seed = config.seed + stored * rollout.num_servers
+    logs = config.run_dir / "logs"
     with (
-        serving(rollout, config.model, config.run_dir / "logs", seed=seed) as urls,
+        generating(
+            config.model, tokenizer, rollout, logs, seed=config.seed, drawn_before=stored
+        ) as generator,
         Progress("generate", stored + len(asked), start=stored) as progress,
     ):
 
@@ -93,9 +93,6 @@ def _draw(
             append_row(folder_of(config.run_dir, benchmark.name), row)
             progress.advance()
 
-        generator = Generator(
-            urls, rollout, vocab_size=hf.vocab_size, stop_token_ids=stop_token_ids
-        )
         draw(asked, generator, tokenizer, config.sampling, store)
 
 

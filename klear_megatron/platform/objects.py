@@ -16,8 +16,13 @@ T = TypeVar("T")
 _LONGEST_WAIT = timedelta(days=1)
 
 
-@functools.cache
 def _group() -> dist.ProcessGroup:
+    return _group_beside(dist.group.WORLD)
+
+
+@functools.cache
+def _group_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Of the same ranks; one for each world that a process has been in."""
     return dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 

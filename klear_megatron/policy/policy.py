@@ -20,6 +20,7 @@ from klear_megatron.losses import Objective
 from klear_megatron.models import get_architecture, padded_vocab_size
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.language_model import packed_sequences
+from klear_megatron.platform import objects
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.build import (
@@ -250,8 +251,7 @@ def _reduce_metrics(sums: dict[str, Tensor], extremes: dict[str, Tensor]) -> dic
         {name: value.item() for name, value in sums.items()},
         {name: values.tolist() for name, values in extremes.items()},
     )
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = objects.all_gather(mine)
     metrics: dict[str, float] = {}
     for rank_sums, _ in everyone:
         for name, value in rank_sums.items():

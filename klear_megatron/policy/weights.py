@@ -15,6 +15,7 @@ from klear_megatron import platform
 from klear_megatron.models import Weight
 from klear_megatron.models.hf_checkpoint import HFCheckpoint
 from klear_megatron.models.language_model import LanguageModel
+from klear_megatron.platform import objects
 
 _TORCH_EXPERT = re.compile(
     r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<linear>linear_fc[12])\.weight"
@@ -115,8 +116,7 @@ def gather_hf_tensors(
         for row in table
         if row.name in shards
     }
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = objects.all_gather(mine)
     owners: dict[str, dict[int, int]] = {}
     for owner, held in enumerate(everyone):
         for name, (shard_index, _) in held.items():

@@ -9,6 +9,7 @@ import httpx
 
 from klear_megatron.errors import UserError
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
+from klear_megatron.rollout.servers import FRESH_CONNECTIONS
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,9 @@ class Generator:
                 on_done(i, await self._request(client, prompt, sampling, responses_per_prompt))
 
         timeout = httpx.Timeout(self._config.request_timeout_s, connect=30)
-        # None is used again: a server closes one that was idle for five seconds, perhaps just as a
-        # request is sent on it.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         clients = [
-            httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) for url in self._urls
+            httpx.AsyncClient(base_url=url, timeout=timeout, limits=FRESH_CONNECTIONS)
+            for url in self._urls
         ]
         try:
             async with asyncio.TaskGroup() as tasks:

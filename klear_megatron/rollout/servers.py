@@ -25,6 +25,11 @@ _FREE_PORTS = range(15000, 31000)
 its port was chosen, and SGLang hangs where the port has been taken in the meantime."""
 
 
+FRESH_CONNECTIONS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+"""None is used again: a server closes one that was idle for five seconds, perhaps just as a request
+is sent on it."""
+
+
 @contextlib.contextmanager
 def serving(
     config: RolloutConfig, model_path: Path, log_dir: Path, *, seed: int = 0

@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import (
 from klear_megatron import platform
 from klear_megatron.errors import UserError
 from klear_megatron.rollout.config import RolloutConfig
+from klear_megatron.rollout.servers import FRESH_CONNECTIONS
 
 
 class WeightSyncError(UserError):
@@ -39,11 +40,8 @@ class WeightSync:
         self._urls = urls
         self._config = config
         self._timeout = timedelta(seconds=config.sync_timeout_s)
-        # No connection is used again: servers close idle ones, perhaps just as a request is sent.
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(config.sync_timeout_s, connect=30),
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
+        timeout = httpx.Timeout(config.sync_timeout_s, connect=30)
+        self._http = httpx.Client(timeout=timeout, limits=FRESH_CONNECTIONS)
         # One thread a server, so that all of them receive a bucket at the same time.
         self._threads = ThreadPoolExecutor(len(urls), thread_name_prefix="weight-sync")
         # Servers that are used again may still know the group of an earlier run.

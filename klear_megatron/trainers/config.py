@@ -7,7 +7,7 @@ from pydantic import PositiveInt, model_validator
 
 from klear_megatron.config import Section
 from klear_megatron.data import ConversationsConfig, DataConfig
-from klear_megatron.evaluation.config import TrainingEvalConfig
+from klear_megatron.evaluation import TrainingEvalConfig
 from klear_megatron.losses import LossConfig
 from klear_megatron.policy.config import PolicyConfig
 from klear_megatron.rewards import RewardConfig

@@ -2,7 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.evaluation import Benchmark, evaluate_policy, load_benchmarks
+from klear_megatron.evaluation.benchmark import Benchmark, load_benchmarks
+from klear_megatron.evaluation.training import evaluate_policy
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import Phases, say
 from klear_megatron.trainers import run
@@ -43,8 +44,9 @@ class Evaluations:
             GenerationError: a server failed.
         """
         config = self._config.evaluation
-        due = config is not None and (step % config.every == 0 or step == self._config.steps)
-        if config is None or not due or not run.is_main_rank():
+        if config is None or not run.is_main_rank():
+            return {}
+        if step % config.every and step != self._config.steps:
             return {}
         assert worker.generator is not None
         assert worker.rewards is not None

@@ -10,14 +10,15 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
 from klear_megatron.losses import PolicyObjective
 from klear_megatron.models.hf_checkpoint import read_config
-from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
+from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.policy.policy import Policy
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
-from klear_megatron.rollout import Generator, serving
+from klear_megatron.rollout import serving
+from klear_megatron.rollout.model import generator_of
 from klear_megatron.rollout.weight_sync import WeightSync
 from klear_megatron.trainers import run
 from klear_megatron.trainers.config import RLConfig
@@ -50,7 +51,7 @@ def train_rl(config: RLConfig) -> None:
 
     with contextlib.ExitStack() as stack:
         urls = start_servers(config, stack)
-        worker = make_worker(config, tokenizer, prompts, sampler, urls, policy, stack)
+        worker = make_worker(config, tokenizer, prompts, sampler, urls, stack)
         main = run.is_main_rank()
         sync = stack.enter_context(WeightSync(urls, config.rollout)) if main else None
         next_step = first if state else 0
@@ -132,19 +133,13 @@ def make_worker(
     prompts: LoadedPrompts,
     sampler: PromptSampler,
     urls: list[str],
-    policy: Policy,
     stack: contextlib.ExitStack,
 ) -> RolloutWorker:
     """This rank's rollout worker, with a generator and graders if it leads."""
     leader, leaders = leader_rank()
     generator, rewards = None, None
     if leader is not None:
-        generator = Generator(
-            urls,
-            config.rollout,
-            vocab_size=policy.hf.vocab_size,
-            stop_token_ids=read_stop_token_ids(config.policy.path, tokenizer),
-        )
+        generator = generator_of(config.policy.path, tokenizer, urls, config.rollout)
         rewards = stack.enter_context(RewardPool(config.rewards))
     return RolloutWorker(
         config,

@@ -13,22 +13,18 @@ import pytest
 import yaml
 
 from klear_megatron.errors import UserError
-from klear_megatron.evaluation import (
-    EvalConfig,
-    Scores,
-    YarnConfig,
-    compare_runs,
-    evaluate,
-    evaluate_policy,
-    format_comparison,
-    load_benchmarks,
-    regrade,
-)
+from klear_megatron.evaluation import EvalConfig, YarnConfig
+from klear_megatron.evaluation.benchmark import load_benchmarks
+from klear_megatron.evaluation.compare import compare_runs, format_comparison
+from klear_megatron.evaluation.evaluate import evaluate, regrade
+from klear_megatron.evaluation.scores import Scores
+from klear_megatron.evaluation.training import evaluate_policy
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.hf_checkpoint import read_config
-from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
+from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rewards import RewardPool
-from klear_megatron.rollout import Generator, serving
+from klear_megatron.rollout import serving
+from klear_megatron.rollout.model import generator_of
 from tests.commands import ROOT, kill_command, prepare_quickstart
 from tests.files import read_lines, read_rows
 
@@ -223,12 +219,7 @@ def test_only_what_both_runs_have_is_compared(config, killed_and_resumed, tmp_pa
 def test_a_policy_in_training_is_measured_as_its_dumped_responses_say(config, tmp_path):
     tokenizer = read_tokenizer(config.model)
     benchmarks = load_benchmarks(config.benchmarks, tokenizer, config.rewards)
-    generator = Generator(
-        config.rollout.urls,
-        config.rollout,
-        vocab_size=read_config(config.model).vocab_size,
-        stop_token_ids=read_stop_token_ids(config.model, tokenizer),
-    )
+    generator = generator_of(config.model, tokenizer, config.rollout.urls, config.rollout)
     with RewardPool(config.rewards) as rewards:
         scores = evaluate_policy(
             benchmarks, generator, rewards, tokenizer, config.sampling, tmp_path / "step_1"
