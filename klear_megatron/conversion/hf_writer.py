@@ -22,16 +22,17 @@ def write_shard(file: BinaryIO, specs: Sequence[Spec], tensors: Iterable[Tensor]
         its SHA-256, in hexadecimal.
     """
     header = _header(specs)
-    digest = hashlib.sha256(header)
+    digest = hashlib.sha256()
     file.write(header)
     with ThreadPoolExecutor(1, "sha256") as thread:
+        hashing = thread.submit(digest.update, header)
         for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
             assert tensor.dtype == dtype, name
             assert tensor.shape == shape, name
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            hashing = thread.submit(digest.update, data)
+            before, hashing = hashing, thread.submit(digest.update, data)
             file.write(data)
-            hashing.result()
+            before.result()
     return digest.hexdigest()
 
 

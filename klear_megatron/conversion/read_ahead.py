@@ -1,22 +1,26 @@
-"""Making the next item while the present one is used."""
+"""Making the next items while the present one is used."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
+_AHEAD = 4
+"""Enough to read a large tensor while those beside it are small, and are soon used."""
+
 
 def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items in the same order, each made in a thread while the last one is in use.
+    """The same items in the same order, made in a thread while those before them are in use.
 
-    Two of them are in memory at a time. Reading, copying and checking tensors does not hold
+    A few of them are in memory at a time. Reading, copying and checking tensors does not hold
     Python's lock, so that a second core does it.
     """
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, "read-ahead") as thread:
-        coming = thread.submit(next, iterator, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, iterator, end)
+        coming = deque(thread.submit(next, iterator, end) for _ in range(_AHEAD))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, iterator, end))
             yield item  # type: ignore[misc]
             del item
