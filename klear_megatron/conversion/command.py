@@ -86,9 +86,10 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", type=Path, help="another, of either kind")
     parser.add_argument(
         "--logits",
-        action="store_true",
-        help="compare Megatron's logits with transformers' as well; needs one of each kind, and "
-        "memory for both models in float32",
+        nargs="*",
+        metavar="PROMPT",
+        help="compare Megatron's logits with transformers' as well, on these prompts or else on "
+        "random ones; needs one of each kind, and memory for one model at a time in float32",
     )
 
 
@@ -108,10 +109,10 @@ def verify(arguments: argparse.Namespace) -> None:
         print(f"{name:{width}}  {what}")
     print(f"{len(rows)} tensors differ" if rows else "all tensors are the same in every bit")
     same = not rows
-    if arguments.logits:
+    if arguments.logits is not None:
         from klear_megatron.conversion.logits import TOLERANCE, logits_difference
 
-        difference = logits_difference(a, b)
+        difference = logits_difference(a, b, arguments.logits)
         print(f"logits: relative difference {difference:.2g}, at most {TOLERANCE} is the same")
         same &= difference <= TOLERANCE
     if not same:

@@ -16,6 +16,7 @@ from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.language_model import packed_sequences
+from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.policy.build import build_model_chunks
 from klear_megatron.policy.checkpoint import load_weights
 from klear_megatron.policy.config import PolicyConfig
@@ -31,27 +32,40 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def logits_difference(a: Path, b: Path, *, seed: int = 0) -> float:
-    """Largest difference on random prompts, over the largest logit; both models in float32.
+def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> float:
+    """Largest difference over the largest logit; both models in float32.
 
     In one process, with whole models in memory, one after the other.
 
     Args:
         a, b: a Megatron checkpoint and a Hugging Face folder, in either order.
+        texts: the prompts, for the folder's tokenizer; random tokens by default.
 
     Raises:
-        UserError: they are not one of each.
+        UserError: they are not one of each; no tokenizer, or a text without tokens.
     """
     kinds = {is_megatron_checkpoint(path): path for path in (a, b)}
     if len(kinds) < 2:
         raise UserError(f"{a}, {b}: logits are compared of one Megatron and one Hugging Face model")
     megatron, hf = kinds[True], kinds[False]
-    vocab_size = read_config(hf).vocab_size
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(vocab_size, (n,), generator=generator) for n in _LENGTHS]
+    prompts = _encode(texts, hf) if texts else _random_prompts(read_config(hf).vocab_size)
     ours = _on(prompts, megatron_logits(megatron, hf, "float32"))
     theirs = _on(prompts, transformers_logits(hf, "float32"))
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def _random_prompts(vocab_size: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (n,), generator=generator) for n in _LENGTHS]
+
+
+def _encode(texts: Sequence[str], hf: Path) -> list[Tensor]:
+    tokenizer = read_tokenizer(hf)
+    prompts = {text: torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts}
+    for text, prompt in prompts.items():
+        if not len(prompt):
+            raise UserError(f"prompt {text!r}: no tokens; leave it away")
+    return list(prompts.values())
 
 
 def _on(prompts: Sequence[Tensor], model: contextlib.AbstractContextManager[Logits]) -> Tensor:

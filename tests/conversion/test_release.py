@@ -10,10 +10,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf, trial
 from klear_megatron.conversion.logits import megatron_logits, transformers_logits
@@ -21,7 +17,7 @@ from klear_megatron.conversion.model_card import model_card
 from klear_megatron.conversion.release import release
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
-from tests.conversion.folders import same_weights, weights_of
+from tests.conversion.folders import same_weights, save_word_tokenizer, weights_of
 from tests.models import tiny
 
 
@@ -30,12 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run, with its config and metrics."""
     folder = tmp_path_factory.mktemp("release")
     hf = tiny.write(folder / "base", tiny.qwen3(num_hidden_layers=2))
-    words = {"[UNK]": 0, "[END]": 1} | {f"w{i}": i for i in range(2, tiny.VOCAB)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[END]"
-    ).save_pretrained(hf)
+    save_word_tokenizer(hf)
     (hf / "LICENSE").write_text("Do as you like.\n")
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
 from klear_megatron.conversion.verify import differences
 from klear_megatron.errors import UserError
+from tests.conversion.folders import save_word_tokenizer
 from tests.models import tiny
 
 COMMANDS = Path(__file__).parents[2] / "checkpoints_conversion"
@@ -83,6 +84,25 @@ def test_command_compares_logits_and_exits_with_one_where_they_differ(folder: Pa
     assert table.startswith("model.layers.2.mlp.up_proj.weight  float32, largest difference ")
     assert count == "1 tensors differ"
     assert float(logits.split()[3].rstrip(",")) > 1e-5
+
+
+def test_command_compares_logits_of_given_prompts(folder: Path, tmp_path: Path) -> None:
+    megatron_to_hf(folder / "megatron", tmp_path / "hf")
+    save_word_tokenizer(tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.embed_tokens.weight"][5] += 0.25  # the word w5
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+
+    def relative_difference(*prompts: str) -> float:
+        result = _run("verify", folder / "megatron", tmp_path / "hf", "--logits", *prompts)
+        assert result.returncode == 1, result.stderr
+        return float(result.stdout.splitlines()[-1].split()[3].rstrip(","))
+
+    assert relative_difference("w6 w7", "w8") < 1e-5
+    assert relative_difference("w6 w7", "w8 w5") > 1e-3
+
+    empty = _run("verify", folder / "megatron", tmp_path / "hf", "--logits", "")
+    assert "prompt '': no tokens" in empty.stderr
 
 
 def test_unreadable_checkpoint_is_no_difference(folder: Path) -> None:
