@@ -6,8 +6,8 @@ the seconds that Megatron-Core takes to import.
 
 import argparse
 import os
-import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -142,9 +142,12 @@ def _serve(arguments: argparse.Namespace) -> None:
     from klear_megatron.rollout import ServeConfig, serving
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
-    with serving(config.rollout, config.model, config.run_dir / "logs", seed=config.seed) as urls:
-        print("\n".join(["serving; stop with Ctrl-C", *urls]), flush=True)
-        signal.pause()
+    logs = config.run_dir / "logs"
+    with serving(config.rollout, config.model, logs, seed=config.seed) as servers:
+        print("\n".join(["serving; stop with Ctrl-C", *servers.urls]), flush=True)
+        while True:
+            time.sleep(5)
+            servers.restore()
 
 
 def _curate(arguments: argparse.Namespace) -> None:

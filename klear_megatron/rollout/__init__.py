@@ -1,8 +1,8 @@
 """SGLang: starting servers, drawing responses from them, and keeping their weights current."""
 
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig, ServeConfig
-from klear_megatron.rollout.generation import GenerationError, Generator, Response
-from klear_megatron.rollout.servers import serving
+from klear_megatron.rollout.generation import GenerationError, Generator, Response, ServersLostError
+from klear_megatron.rollout.servers import Servers, serving
 
 __all__ = [
     "GenerationError",
@@ -11,5 +11,7 @@ __all__ = [
     "RolloutConfig",
     "SamplingConfig",
     "ServeConfig",
+    "Servers",
+    "ServersLostError",
     "serving",
 ]

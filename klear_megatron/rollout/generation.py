@@ -8,8 +8,10 @@ from typing import Any, Literal
 import httpx
 
 from klear_megatron.errors import UserError
+from klear_megatron.observability import say
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.rollout.servers import FRESH_CONNECTIONS
+from klear_megatron.rollout.work import Item, Work
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,38 @@ class Response:
 OnDone = Callable[[int, list[Response]], None]
 """Is given a prompt's position and the responses to it."""
 
+_ATTEMPTS = 3
+"""Requests that a prompt is given: it may be what ends the servers."""
+
 
 class GenerationError(UserError):
-    """A server answered a request with an error, or not at all."""
+    """A server refused a request, or there was no answer to it."""
+
+
+class ServersLostError(GenerationError):
+    """No server is left that answers."""
+
+
+class _NoAnswerError(Exception):
+    """To one request; the server may be well."""
+
+
+class _ServerLostError(Exception):
+    """It answers no more, or not with the weights it should have."""
 
 
 class Generator:
     """Draws responses from a set of servers that share the work.
 
     Each server is given as many prompts at a time as keep `max_running_requests` sequences going;
-    whichever has room takes the next prompt.
+    whichever has room takes the next prompt. A prompt without an answer is given to a server again,
+    to another where the first one is lost.
 
     Args:
         vocab_size: ids at or above it are refused here, because one of them ends a server.
         stop_token_ids: a response ends with the first of them.
+        restore: starts a lost server (URL) again, and returns when it answers. Without it a lost
+            server is not used until it is taken out of `lost`.
     """
 
     def __init__(
@@ -55,11 +75,17 @@ class Generator:
         *,
         vocab_size: int,
         stop_token_ids: Sequence[int],
+        restore: Callable[[str], None] | None = None,
     ) -> None:
         self._urls = urls
         self._config = config
         self._vocab_size = vocab_size
         self._stop_token_ids = list(stop_token_ids)
+        self._restore = restore
+        self.lost: set[str] = set()
+        """Servers that do not answer, or answered with other weights than `weight_version`."""
+        self.weight_version: str | None = None
+        """Of the weights that responses have to be drawn from, if that matters."""
 
     def generate(
         self,
@@ -75,7 +101,8 @@ class Generator:
 
         Raises:
             UserError: a prompt is empty or has a token id outside the vocabulary.
-            GenerationError: a server failed.
+            ServersLostError: no server is left; what is done has been given to `on_done`.
+            GenerationError: a server refused a request, or none of several was answered.
         """
         results: dict[int, list[Response]] = {}
 
@@ -106,34 +133,61 @@ class Generator:
         responses_per_prompt: int,
         on_done: OnDone,
     ) -> None:
-        waiting = enumerate(prompts)
+        work = Work(prompts)
         at_a_time = max(1, self._config.max_running_requests // responses_per_prompt)
-
-        async def work(client: httpx.AsyncClient) -> None:
-            for i, prompt in waiting:
-                self._check(i, prompt)
-                on_done(i, await self._request(client, prompt, sampling, responses_per_prompt))
-
         timeout = httpx.Timeout(self._config.request_timeout_s, connect=30)
-        clients = [
-            httpx.AsyncClient(base_url=url, timeout=timeout, limits=FRESH_CONNECTIONS)
-            for url in self._urls
-        ]
+        reason = "all have been lost before"
+
+        async def ask(client: httpx.AsyncClient) -> None:
+            while (item := await work.take()) is not None:
+                self._check(item)
+                try:
+                    with work.in_hand(item):
+                        responses = await self._request(
+                            client, item.prompt, sampling, responses_per_prompt
+                        )
+                except _NoAnswerError as error:
+                    if work.attempts[item.position] >= _ATTEMPTS:
+                        raise GenerationError(
+                            f"prompt {item.position}: no answer to {_ATTEMPTS} requests; {error}"
+                        ) from error
+                    if not await _answers(client):
+                        raise _ServerLostError(str(error)) from error
+                    say(f"{error}; it is asked again")
+                else:
+                    on_done(item.position, responses)
+
+        async def use(url: str) -> None:
+            nonlocal reason
+            limits = FRESH_CONNECTIONS
+            async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
+                while url not in self.lost:
+                    try:
+                        async with asyncio.TaskGroup() as tasks:
+                            for _ in range(at_a_time):
+                                tasks.create_task(ask(client))
+                        return
+                    except* _ServerLostError as failures:
+                        reason = str(failures.exceptions[0])
+                    say(f"{reason}; its prompts are asked again")
+                    if self._restore is None:
+                        self.lost.add(url)
+                    else:
+                        await asyncio.to_thread(self._restore, url)
+
         try:
             async with asyncio.TaskGroup() as tasks:
-                for client in clients:
-                    for _ in range(at_a_time):
-                        tasks.create_task(work(client))
+                for url in self._urls:
+                    tasks.create_task(use(url))
         except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        finally:
-            for client in clients:
-                await client.aclose()
+            raise _first(failures) from None
+        if await work.take() is not None:
+            raise ServersLostError(f"no server is left: {reason}")
 
-    def _check(self, i: int, prompt: Sequence[int]) -> None:
-        if not prompt or not all(0 <= token < self._vocab_size for token in prompt):
+    def _check(self, item: Item) -> None:
+        if not item.prompt or not all(0 <= token < self._vocab_size for token in item.prompt):
             raise UserError(
-                f"prompt {i}: token ids must be a non-empty list of numbers from 0 to "
+                f"prompt {item.position}: token ids must be a non-empty list of numbers from 0 to "
                 f"{self._vocab_size - 1} (vocab_size); is the tokenizer the model's own?"
             )
 
@@ -155,23 +209,45 @@ class Generator:
         try:
             answer = await client.post("/generate", json=body)
         except httpx.TransportError as error:
-            raise GenerationError(
+            raise _NoAnswerError(
                 f"{client.base_url}: no answer to /generate: {str(error) or type(error).__name__}; "
                 "see the server's log"
             ) from error
         if answer.status_code != httpx.codes.OK:
-            raise GenerationError(
+            kind = _NoAnswerError if answer.is_server_error else GenerationError
+            raise kind(
                 f"{client.base_url}: /generate answered {answer.status_code}: {answer.text[:500]}"
             )
         outputs = answer.json()
-        return [_response(output) for output in (outputs if n > 1 else [outputs])]
+        responses = [_response(output) for output in (outputs if n > 1 else [outputs])]
+        for version in (response.weight_version for response in responses):
+            if self.weight_version not in (None, version):
+                raise _ServerLostError(
+                    f"{client.base_url}: a response was drawn with weight version {version}, not "
+                    f"with {self.weight_version}; the server has been started anew"
+                )
+        return responses
+
+
+async def _answers(client: httpx.AsyncClient) -> bool:
+    """Whether the server generates a token, or others, even now."""
+    try:
+        return (await client.get("/health_generate", timeout=60)).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _first(failures: ExceptionGroup[Exception]) -> Exception:
+    error = failures.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error
 
 
 def _response(output: dict[str, Any]) -> Response:
     meta = output["meta_info"]
     reason = meta["finish_reason"]["type"]
     if reason not in ("stop", "length"):
-        raise GenerationError(f"a response ended with {meta['finish_reason']}")
+        # A server that is being stopped ends all responses.
+        raise _NoAnswerError(f"a response ended with {meta['finish_reason']}")
     log_probs, token_ids = [], []
     for log_prob, token_id, *_ in meta["output_token_logprobs"]:
         log_probs.append(log_prob)

@@ -31,7 +31,9 @@ def generating(
     seed: int = 0,
     drawn_before: int = 0,
 ) -> Iterator[Generator]:
-    """A generator, and the servers it needs while it is used; see `serving`.
+    """A generator, and the servers it needs while it is used; lost ones are started again.
+
+    See `serving`.
 
     Args:
         drawn_before: responses that servers of the same seed have drawn before these, which get
@@ -39,8 +41,8 @@ def generating(
     """
     told = _told_by(model, tokenizer)  # first: a mistake is not to wait for servers to start
     server_seed = seed + drawn_before * config.num_servers
-    with serving(config, model, log_dir, seed=server_seed) as urls:
-        yield Generator(urls, config, **told)
+    with serving(config, model, log_dir, seed=server_seed) as servers:
+        yield Generator(servers.urls, config, **told, restore=servers.restart)
 
 
 def _told_by(model: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

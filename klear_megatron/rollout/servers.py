@@ -8,18 +8,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import httpx
 
 from klear_megatron import platform
 from klear_megatron.errors import UserError
+from klear_megatron.observability import say
 from klear_megatron.rollout import guard
 from klear_megatron.rollout.config import RolloutConfig
 
 _CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
 _LOG_LINES = 20
+_SEEDS = 1_000_000
+"""Between those of a server's starts; more than there are servers."""
 _FREE_PORTS = range(15000, 31000)
 """Below those that the kernel gives to outgoing connections: a server listens only seconds after
 its port was chosen, and SGLang hangs where the port has been taken in the meantime."""
@@ -33,8 +37,8 @@ is sent on it."""
 @contextlib.contextmanager
 def serving(
     config: RolloutConfig, model_path: Path, log_dir: Path, *, seed: int = 0
-) -> Iterator[list[str]]:
-    """The servers' base URLs, all answering; those started here are stopped at the end.
+) -> Iterator["Servers"]:
+    """Servers that all answer; those started here are stopped at the end.
 
     Args:
         model_path: Hugging Face checkpoint to serve.
@@ -47,7 +51,7 @@ def serving(
     if config.urls:
         for url in config.urls:
             _check_answers(url)
-        yield config.urls
+        yield Servers(config, config.urls, {})
         return
     if not config.python.is_file():
         raise UserError(
@@ -56,15 +60,122 @@ def serving(
         )
     log_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        servers = []
+        processes = {}
         for index, port in enumerate(_take_ports(config)):
-            command = server_command(config, model_path, port, index=index, seed=seed)
-            log = log_dir / f"sglang_{index}.log"
-            process = stack.enter_context(_running(command, log))
-            servers.append((process, f"http://{config.host}:{port}", log))
-        for process, url, log in servers:
-            _wait_until_healthy(process, url, log, config.start_timeout_s)
-        yield [url for _, url, _ in servers]
+            command = partial(server_command, config, model_path, port, index=index)
+            process = _Process(command, seed, log_dir / f"sglang_{index}.log")
+            stack.callback(process.stop)
+            processes[f"http://{config.host}:{port}"] = process
+            process.start()
+        servers = Servers(config, list(processes), processes)
+        for url in servers.urls:
+            servers.wait_for(url)
+        yield servers
+
+
+class Servers:
+    """The servers of a run, and bringing them back; see `serving`."""
+
+    def __init__(
+        self, config: RolloutConfig, urls: list[str], processes: Mapping[str, "_Process"]
+    ) -> None:
+        self.urls = urls
+        self._timeout_s = config.start_timeout_s
+        self._processes = processes
+
+    def restore(self, lost: Collection[str] = ()) -> None:
+        """Returns when all of them answer.
+
+        Those that have ended, and those in `lost` (URLs), are started again, with the weights of
+        their checkpoint; what was not started here is waited for.
+
+        Raises:
+            UserError: one does not start or does not answer in time.
+        """
+        for url, process in self._processes.items():
+            if url in lost or process.ended:
+                self._start_again(url)
+        for url in self.urls:
+            self.wait_for(url)
+
+    def restart(self, url: str) -> None:
+        """`restore` of this one, which is lost, while others may be in use."""
+        if url in self._processes:
+            self._start_again(url)
+        self.wait_for(url)
+
+    def _start_again(self, url: str) -> None:
+        say(f"{url}: starting this SGLang server again")
+        self._processes[url].start()
+
+    def wait_for(self, url: str) -> None:
+        """Returns when it answers; after another start, if it ends having answered before.
+
+        Raises:
+            UserError: it does not start, or does not answer in time.
+        """
+        process = self._processes.get(url)
+        deadline = time.monotonic() + self._timeout_s
+        while not _is_healthy(url):
+            log = f"; {process.last_lines()}" if process is not None else ""
+            if process is not None and process.ended:
+                if not process.answered:
+                    raise UserError(f"the SGLang server at {url} did not start{log}")
+                self._start_again(url)
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the SGLang server at {url} did not answer within {self._timeout_s:.0f} s "
+                    f"(rollout.start_timeout_s){log}"
+                )
+            time.sleep(0.25)
+        if process is not None:
+            process.answered = True
+
+
+class _Process:
+    """A server under a guard, so that it ends when this process does."""
+
+    answered = False
+    """Whether it has, since it was started."""
+
+    def __init__(self, command: Callable[..., list[str]], seed: int, log: Path) -> None:
+        self._command = command
+        self._seed = seed
+        self._log = log
+        self._starts = 0
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, again if it has been started before; its log goes on then."""
+        self.stop()
+        # With the same seed it would draw the same responses again.
+        command = self._command(seed=self._seed + _SEEDS * self._starts)
+        with self._log.open("ab" if self._starts else "wb") as output:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", guard.__file__, *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=server_environment(),
+                start_new_session=True,
+            )
+        self._starts += 1
+        self.answered = False
+
+    @property
+    def ended(self) -> bool:
+        return self._guard is None or self._guard.poll() is not None
+
+    def stop(self) -> None:
+        """Returns when it and all it started have ended."""
+        if self._guard is not None:
+            self._guard.__exit__(None, None, None)  # closes its standard input, which ends it
+            self._guard = None
+
+    def last_lines(self) -> str:
+        """Of its log, after a line that says so."""
+        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return "\n".join([f"the end of {self._log}:", *(f"    {line}" for line in lines)])
 
 
 def server_command(
@@ -115,24 +226,6 @@ def server_environment() -> dict[str, str]:
     return environment
 
 
-@contextlib.contextmanager
-def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The command under a guard, so that it ends when this process does."""
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, *command],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=server_environment(),
-            start_new_session=True,
-        ) as process,
-    ):
-        yield process
-        # Leaving closes the guard's standard input, which ends the server, and waits for that.
-
-
 def _take_ports(config: RolloutConfig) -> list[int]:
     """Ports that nobody listens on now, one per server."""
     if config.port is None:
@@ -160,21 +253,6 @@ def _why_taken(host: str, port: int) -> str | None:
     return None
 
 
-def _wait_until_healthy(
-    process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float
-) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not _is_healthy(url):
-        if process.poll() is not None:
-            raise UserError(f"the SGLang server at {url} did not start; {_last_lines(log)}")
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"the SGLang server at {url} did not answer within {timeout_s:.0f} s "
-                f"(rollout.start_timeout_s); {_last_lines(log)}"
-            )
-        time.sleep(0.25)
-
-
 def _is_healthy(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK
@@ -188,8 +266,3 @@ def _check_answers(url: str) -> None:
             f"rollout.urls: no healthy SGLang server answers at {url}/health; start it "
             "(`klear-megatron serve`) or correct the address"
         )
-
-
-def _last_lines(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-    return "\n".join([f"the end of {log}:", *(f"    {line}" for line in lines)])

@@ -1,5 +1,6 @@
 """Broadcasting the trainer's weights to the SGLang servers."""
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +34,8 @@ class WeightSyncError(UserError):
 class WeightSync:
     """A process group of this process (rank 0) and every rank of every server; a context manager.
 
-    Of the trainer, only the process that streams the full weights has one.
+    Of the trainer, only the process that streams the full weights has one. The group is made anew
+    when a server has been started again.
     """
 
     def __init__(self, urls: Sequence[str], config: RolloutConfig) -> None:
@@ -44,38 +46,10 @@ class WeightSync:
         self._http = httpx.Client(timeout=timeout, limits=FRESH_CONNECTIONS)
         # One thread a server, so that all of them receive a bucket at the same time.
         self._threads = ThreadPoolExecutor(len(urls), thread_name_prefix="weight-sync")
-        # Servers that are used again may still know the group of an earlier run.
-        self._group_name = f"klear_megatron_{time.time_ns()}"
+        self._group: dist.ProcessGroup | None = None
+        self._version: str | None = None
 
     def __enter__(self) -> "WeightSync":
-        host = _address_towards(self._urls[0])
-        ranks = self._config.tensor_parallel_size
-        world_size = 1 + ranks * len(self._urls)
-        listener = socket.create_server((host, 0))
-        # The store owns the listening socket from here on.
-        store = TCPStore(
-            host,
-            listener.getsockname()[1],
-            world_size,
-            is_master=True,
-            timeout=self._timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        bodies = [
-            {
-                "master_address": host,
-                "master_port": store.port,
-                "rank_offset": 1 + index * ranks,
-                "world_size": world_size,
-                "group_name": self._group_name,
-                "backend": platform.BACKEND,
-            }
-            for index in range(len(self._urls))
-        ]
-        answers = self._start("/init_weights_update_group", bodies)
-        self._group = _join_group(store, world_size, self._group_name, self._timeout)
-        self._finish(answers)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -83,7 +57,7 @@ class WeightSync:
         # each other here if one of them was gone.
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._http.close()
-        del self._group
+        self._group = None
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the servers' weights, all or none of them seen by any request.
@@ -98,23 +72,70 @@ class WeightSync:
             WeightSyncError: a server refused, failed or does not report the version. Servers may
                 hold a part of the new weights then, and stay paused: end the run, or push again.
         """
+        if self._group is None or any(v != self._version for v in self._versions().values()):
+            self._join()
+        # Until all of it has been done, nobody knows what the servers have.
+        self._version = None
         self._everywhere("/pause_generation", {"mode": "retract"})
         self._everywhere("/flush_cache")
         self._everywhere("/begin_weight_update")
         try:
             for bucket in _buckets(named_tensors, self._config.sync_bucket_bytes):
                 self._broadcast(bucket, version)
-        finally:
-            # Also after a failure: while this session is open, no other push could begin.
-            self._everywhere("/end_weight_update")
+        except WeightSyncError:
+            # While this session is open, no other push could begin.
+            with contextlib.suppress(WeightSyncError):
+                self._everywhere("/end_weight_update")
+            raise
+        self._everywhere("/end_weight_update")
         self._everywhere("/flush_cache")
         self._everywhere("/continue_generation")
-        for url in self._urls:
-            found = self._http.get(f"{url}/model_info").json().get("weight_version")
+        for url, found in self._versions().items():
             if found != str(version):
                 raise WeightSyncError(
                     f"{url} reports weight version {found!r} after version {version} was sent"
                 )
+        self._version = str(version)
+
+    def _versions(self) -> dict[str, str | None]:
+        """URL -> the version that the server calls its weights; one that was started again does not
+        know the last one that was sent."""
+        answers = {url: self._request("GET", f"{url}/model_info") for url in self._urls}
+        return {url: answer.json().get("weight_version") for url, answer in answers.items()}
+
+    def _join(self) -> None:
+        """Makes the group, with all servers."""
+        self._group = None
+        host = _address_towards(self._urls[0])
+        ranks = self._config.tensor_parallel_size
+        world_size = 1 + ranks * len(self._urls)
+        listener = socket.create_server((host, 0))
+        # The store owns the listening socket from here on.
+        store = TCPStore(
+            host,
+            listener.getsockname()[1],
+            world_size,
+            is_master=True,
+            timeout=self._timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        # Servers may still know earlier groups, of this run or of others.
+        self._group_name = f"klear_megatron_{time.time_ns()}"
+        bodies = [
+            {
+                "master_address": host,
+                "master_port": store.port,
+                "rank_offset": 1 + index * ranks,
+                "world_size": world_size,
+                "group_name": self._group_name,
+                "backend": platform.BACKEND,
+            }
+            for index in range(len(self._urls))
+        ]
+        answers = self._start("/init_weights_update_group", bodies)
+        self._group = _join_group(store, world_size, self._group_name, self._timeout)
+        self._finish(answers)
 
     def _broadcast(self, bucket: list[tuple[str, Tensor]], version: int) -> None:
         body = {
@@ -139,15 +160,15 @@ class WeightSync:
     def _everywhere(self, path: str, body: dict[str, Any] | None = None) -> None:
         self._finish(self._start(path, [body or {}] * len(self._urls)))
 
-    def _start(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[None]]:
+    def _start(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[httpx.Response]]:
         return [
-            self._threads.submit(self._post, f"{url}{path}", body)
+            self._threads.submit(self._request, "POST", f"{url}{path}", body)
             for url, body in zip(self._urls, bodies, strict=True)
         ]
 
-    def _post(self, url: str, body: dict[str, Any]) -> None:
+    def _request(self, method: str, url: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
-            answer = self._http.post(url, json=body)
+            answer = self._http.request(method, url, json=body)
         except httpx.TransportError as error:
             raise WeightSyncError(f"{url}: {str(error) or type(error).__name__}") from error
         refused = (
@@ -156,14 +177,15 @@ class WeightSync:
         )
         if answer.status_code != httpx.codes.OK or refused:
             raise WeightSyncError(f"{url} answered {answer.status_code}: {answer.text[:500]}")
+        return answer
 
-    def _finish(self, answers: Sequence[Future[None]]) -> None:
+    def _finish(self, answers: Sequence[Future[httpx.Response]]) -> None:
         # The one that failed first tells why; others may only have waited for it in vain.
         for answer in sorted(answers, key=lambda answer: not _has_failed(answer)):
             answer.result()
 
 
-def _has_failed(answer: Future[None]) -> bool:
+def _has_failed(answer: Future[httpx.Response]) -> bool:
     return answer.done() and answer.exception() is not None
 
 

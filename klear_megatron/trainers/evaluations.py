@@ -6,6 +6,7 @@ from klear_megatron.evaluation.benchmark import Benchmark, load_benchmarks
 from klear_megatron.evaluation.training import evaluate_policy
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import Phases, say
+from klear_megatron.rollout import Generator
 from klear_megatron.trainers import run
 from klear_megatron.trainers.config import RLConfig
 from klear_megatron.trainers.rollouts import RolloutWorker
@@ -35,32 +36,36 @@ class Evaluations:
             config.rollout.check_lengths(hf, longest_prompt, config.evaluation.sampling)
 
     def after(self, step: int, worker: RolloutWorker, phases: Phases) -> dict[str, float]:
-        """`eval/NAME/avg` and others of each benchmark, if an evaluation is due.
+        """Collective. `eval/NAME/avg` and others of each benchmark, if an evaluation is due.
 
         Only the main rank evaluates, through the generator and the graders of its `worker`; the
         other ranks get nothing. The graded responses are written to `evaluations/`.
 
         Raises:
-            GenerationError: a server failed.
+            UserError: servers refused a request, or were lost and did not come back.
         """
         config = self._config.evaluation
-        if config is None or not run.is_main_rank():
+        if config is None or (step % config.every and step != self._config.steps):
             return {}
-        if step % config.every and step != self._config.steps:
-            return {}
-        assert worker.generator is not None
-        assert worker.rewards is not None
-        with phases("evaluate"):
+        metrics: dict[str, float] = {}
+
+        def evaluate(generator: Generator) -> None:
+            if not run.is_main_rank():
+                return
+            assert worker.rewards is not None
             scores = evaluate_policy(
                 self._benchmarks,
-                worker.generator,
+                generator,
                 worker.rewards,
                 self._tokenizer,
                 config.sampling,
                 self._config.run_dir / "evaluations" / f"step_{step:08}",
             )
-        metrics: dict[str, float] = {}
-        for name, of_one in scores.items():
-            say(f"step {step}: {name}: {of_one}")
-            metrics |= {f"eval/{name}/{key}": value for key, value in of_one.metrics().items()}
+            for name, of_one in scores.items():
+                say(f"step {step}: {name}: {of_one}")
+                for key, value in of_one.metrics().items():
+                    metrics[f"eval/{name}/{key}"] = value
+
+        with phases("evaluate"):
+            worker.servers.persist(evaluate)
         return metrics

@@ -1,6 +1,5 @@
 """Reinforcement learning with verifiable rewards: generate, grade, train, sync, repeat."""
 
-import collections
 import contextlib
 from collections.abc import Iterator
 
@@ -12,17 +11,14 @@ from klear_megatron.losses import PolicyObjective
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Phases, Progress, Recorder, say
-from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.policy.policy import Policy
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
-from klear_megatron.rollout import serving
-from klear_megatron.rollout.model import generator_of
-from klear_megatron.rollout.weight_sync import WeightSync
 from klear_megatron.trainers import run
 from klear_megatron.trainers.config import RLConfig
 from klear_megatron.trainers.evaluations import Evaluations
+from klear_megatron.trainers.policy_servers import PolicyServers
 from klear_megatron.trainers.rollouts import RolloutWorker
 
 
@@ -50,16 +46,20 @@ def train_rl(config: RLConfig) -> None:
         first = state["step"] + 1
 
     with contextlib.ExitStack() as stack:
-        urls = start_servers(config, stack)
-        worker = make_worker(config, tokenizer, prompts, sampler, urls, stack)
+        leader, leaders = leader_rank()
+        leads = leader is not None
+        servers = PolicyServers(policy, config, tokenizer, stack, leads=leads)
+        rewards = stack.enter_context(RewardPool(config.rewards)) if leads else None
+        worker = RolloutWorker(
+            config, tokenizer, prompts, sampler, servers, rewards, leader=leader, leaders=leaders
+        )
         main = run.is_main_rank()
-        sync = stack.enter_context(WeightSync(urls, config.rollout)) if main else None
         next_step = first if state else 0
         recorder = (
             stack.enter_context(Recorder(config.run_dir, next_step=next_step)) if main else None
         )
         progress = stack.enter_context(Progress("RL", config.steps, start=first - 1, enabled=main))
-        sync_weights(policy, sync, version=first - 1)
+        servers.sync(version=first - 1)
         phases = Phases()
         if state is None:
             metrics = evaluations.after(0, worker, phases)
@@ -78,7 +78,7 @@ def train_rl(config: RLConfig) -> None:
                     ]
                 metrics |= differences | summarize(trained)
             with phases("sync"):
-                sync_weights(policy, sync, version=step)
+                servers.sync(version=step)
             metrics |= evaluations.after(step, worker, phases)
             metrics |= throughput(metrics, phases.take(), rollouts.batch)
             if recorder is not None:
@@ -115,51 +115,6 @@ def make_sampler(config: RLConfig, loaded: LoadedPrompts) -> PromptSampler:
         [prompt.data_source for prompt in loaded.prompts],
         config.data.stages,
     )
-
-
-def start_servers(config: RLConfig, stack: contextlib.ExitStack) -> list[str]:
-    """The servers' URLs on every rank; the main rank starts and, at the end, stops them."""
-    urls: list[str] = []
-    if run.is_main_rank():
-        logs = config.run_dir / "logs"
-        servers = serving(config.rollout, config.policy.path, logs, seed=config.seed)
-        urls = stack.enter_context(servers)
-    return objects.broadcast(urls)
-
-
-def make_worker(
-    config: RLConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: LoadedPrompts,
-    sampler: PromptSampler,
-    urls: list[str],
-    stack: contextlib.ExitStack,
-) -> RolloutWorker:
-    """This rank's rollout worker, with a generator and graders if it leads."""
-    leader, leaders = leader_rank()
-    generator, rewards = None, None
-    if leader is not None:
-        generator = generator_of(config.policy.path, tokenizer, urls, config.rollout)
-        rewards = stack.enter_context(RewardPool(config.rewards))
-    return RolloutWorker(
-        config,
-        tokenizer,
-        prompts,
-        sampler,
-        leader=leader,
-        leaders=leaders,
-        generator=generator,
-        rewards=rewards,
-    )
-
-
-def sync_weights(policy: Policy, sync: WeightSync | None, version: int) -> None:
-    """Collective: streams the policy's weights to the servers through the rank that has `sync`."""
-    tensors = policy.named_hf_tensors()
-    if sync is None:
-        collections.deque(tensors, maxlen=0)
-    else:
-        sync.push(tensors, version)
 
 
 def with_old_log_probs(policy: Policy, batch: Batch) -> tuple[Batch, dict[str, float]]:

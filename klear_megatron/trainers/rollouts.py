@@ -22,8 +22,9 @@ from klear_megatron.observability.responses import response_row, write_rows
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rewards import Reward, RewardPool
-from klear_megatron.rollout import GenerationError, Generator, Response
+from klear_megatron.rollout import Generator, Response
 from klear_megatron.trainers.config import RLConfig
+from klear_megatron.trainers.policy_servers import PolicyServers
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class RolloutWorker:
 
     Args:
         prompts: the sampler hands out indices into them.
-        generator, rewards: None on a rank that does not lead; the main rank leads.
+        rewards: None on a rank that does not lead; the main rank leads.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class RolloutWorker:
         tokenizer: PreTrainedTokenizerBase,
         prompts: LoadedPrompts,
         sampler: PromptSampler,
+        servers: PolicyServers,
+        rewards: RewardPool | None,
         *,
         leader: int | None,
         leaders: int,
-        generator: Generator | None,
-        rewards: RewardPool | None,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
@@ -81,7 +82,7 @@ class RolloutWorker:
         self._leader, self._leaders = leader, leaders
         leads = objects.all_gather(leader is not None)
         self._leading_ranks = [rank for rank, does in enumerate(leads) if does]
-        self.generator, self.rewards = generator, rewards
+        self.servers, self.rewards = servers, rewards
         self._dumps = config.run_dir / "rollouts"
         self._dumps.mkdir(parents=True, exist_ok=True)
 
@@ -90,22 +91,22 @@ class RolloutWorker:
         limit on generation batches allows; possibly none.
 
         Raises:
-            GenerationError: a server failed, or answered with weights other than the last step's.
+            UserError: servers refused a request, or were lost and did not come back.
         """
         wanted = self._config.prompts_per_step
         drawn: list[Group] = []
         for _ in range(self._config.max_generation_batches):
             rows = self._sampler.next_batch(wanted)
-            if self._leader is not None:
-                drawn += self._draw(rows[self._leader :: self._leaders], step, phases)
+            mine = rows[self._leader :: self._leaders] if self._leader is not None else []
+            drawn += self._draw(mine, phases)
             informative = [group for group in drawn if group.informative]
             if sum(objects.all_gather(len(informative))) >= wanted:
                 break
         if self._leader is not None:
             write_rows(self._dumps / f"step_{step:08}_{self._leader}.jsonl", _rows(drawn))
         with phases("share"):
-            mine = self._batch(informative), _statistics(drawn), _parts(drawn)
-            shared = [objects.broadcast(mine, source) for source in self._leading_ranks]
+            share = self._batch(informative), _statistics(drawn), _parts(drawn)
+            shared = [objects.broadcast(share, source) for source in self._leading_ranks]
             batches, tables, parts = zip(*shared, strict=True)
         batch = Batch.concatenate(batches)
         size = self._config.responses_per_prompt
@@ -116,29 +117,15 @@ class RolloutWorker:
         metrics["reward/crashes"] = sum(objects.all_gather(crashes))  # since the run was started
         return Rollouts(batch.select(range(groups * size)), groups, metrics)
 
-    def _draw(self, rows: Sequence[int], step: int, phases: Phases) -> list[Group]:
-        assert self.generator is not None
-        assert self.rewards is not None
+    def _draw(self, rows: Sequence[int], phases: Phases) -> list[Group]:
+        """Collective. One group per row, of those that this rank leads."""
         prompts = [self._prompts.prompts[row] for row in rows]
         prompt_ids = [self._prompts.token_ids[row] for row in rows]
         size = self._config.responses_per_prompt
-        with (
-            phases("generate"),
-            Progress("  generate", len(rows), enabled=self._leader == 0, keep=False) as progress,
-        ):
-            drawn = self.generator.generate(
-                prompt_ids,
-                self._config.sampling,
-                responses_per_prompt=size,
-                on_done=lambda *_: progress.advance(),
-            )
-        for responses in drawn:
-            for response in responses:
-                if response.weight_version != str(step - 1):
-                    raise GenerationError(
-                        f"a response was drawn with weight version {response.weight_version}, not "
-                        f"with the trainer's, {step - 1}"
-                    )
+        with phases("generate"):
+            drawn = self._generate(prompt_ids)
+        if self.rewards is None:
+            return []
         with phases("reward"):
             texts = [
                 [decode_response(self._tokenizer, response.token_ids) for response in responses]
@@ -157,6 +144,29 @@ class RolloutWorker:
             advantages = group_advantages(scores, torch.zeros(size, dtype=torch.int64))
             groups.append(Group(prompt, ids, drawn[i], texts[i], rewards, advantages.tolist()))
         return groups
+
+    def _generate(self, prompt_ids: Sequence[list[int]]) -> list[list[Response]]:
+        """Collective. The responses to each prompt."""
+        drawn: dict[int, list[Response]] = {}
+
+        def draw_missing(generator: Generator) -> None:
+            missing = [i for i in range(len(prompt_ids)) if i not in drawn]
+
+            def keep(i: int, responses: list[Response]) -> None:
+                drawn[missing[i]] = responses
+                progress.advance()
+
+            generator.stream(
+                [prompt_ids[i] for i in missing],
+                self._config.sampling,
+                keep,
+                responses_per_prompt=self._config.responses_per_prompt,
+            )
+
+        enabled = self._leader == 0
+        with Progress("  generate", len(prompt_ids), enabled=enabled, keep=False) as progress:
+            self.servers.persist(draw_missing)
+        return [drawn[i] for i in range(len(prompt_ids))]
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
         rows: dict[str, list[Sequence[float]]] = {

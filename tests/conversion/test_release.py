@@ -17,7 +17,7 @@ from klear_megatron.conversion.model_card import model_card
 from klear_megatron.conversion.release import release
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
-from tests.conversion.folders import same_weights, save_word_tokenizer, weights_of
+from tests.conversion.folders import same_weights, weights_of
 from tests.models import tiny
 
 
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run, with its config and metrics."""
     folder = tmp_path_factory.mktemp("release")
     hf = tiny.write(folder / "base", tiny.qwen3(num_hidden_layers=2))
-    save_word_tokenizer(hf)
+    tiny.write_tokenizer(hf)
     (hf / "LICENSE").write_text("Do as you like.\n")
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
 from klear_megatron.conversion.verify import differences
 from klear_megatron.errors import UserError
-from tests.conversion.folders import save_word_tokenizer
 from tests.models import tiny
 
 COMMANDS = Path(__file__).parents[2] / "checkpoints_conversion"
@@ -88,7 +87,7 @@ def test_command_compares_logits_and_exits_with_one_where_they_differ(folder: Pa
 
 def test_command_compares_logits_of_given_prompts(folder: Path, tmp_path: Path) -> None:
     megatron_to_hf(folder / "megatron", tmp_path / "hf")
-    save_word_tokenizer(tmp_path / "hf")
+    tiny.write_tokenizer(tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     weights["model.embed_tokens.weight"][5] += 0.25  # the word w5
     save_file(weights, tmp_path / "hf" / "model.safetensors")

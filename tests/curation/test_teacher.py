@@ -9,19 +9,13 @@ import yaml
 
 from klear_megatron.curation import CurateConfig, curate
 from klear_megatron.errors import UserError
-from klear_megatron.rewards import Reward, RewardConfig
+from klear_megatron.rewards import RewardConfig
 from klear_megatron.rollout import RolloutConfig, serving
 from tests.commands import kill_command, prepare_quickstart
 from tests.curation.test_curate import make_row, texts, write
 from tests.files import read_lines, read_rows
 
 SAMPLES, PROMPTS = 5, 16
-
-
-def even(response: str, ground_truth: str, data_source: str) -> Reward:
-    """About half of what a random model says is right."""
-    correct = len(response) % 2 == 0
-    return Reward(score=float(correct), correct=correct, formatted=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
         start_timeout_s=240,
         extra_args=["--max-total-tokens", "20000"],
     )
-    with serving(rollout, folder / "base", folder / "logs") as urls:
+    with serving(rollout, folder / "base", folder / "logs") as servers:
         yield CurateConfig.model_validate(
             {
                 "path": write(folder / "in.jsonl", rows),
@@ -54,8 +48,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
                         "max_prompt_length": 64,
                         "sampling": {"temperature": 1.0, "max_response_length": 24},
                         # A few at a time, so that it can be killed between them.
-                        "rollout": {"urls": urls, "max_running_requests": 4},
-                        "rewards": {"custom": [{"function": f"{__name__}:even"}], "workers": 1},
+                        "rollout": {"urls": servers.urls, "max_running_requests": 4},
+                        "rewards": {
+                            "custom": [{"function": "tests.even_reward:even"}],
+                            "workers": 1,
+                        },
                     }
                 },
             }

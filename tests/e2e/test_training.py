@@ -18,6 +18,7 @@ from klear_megatron.config import load_config
 from klear_megatron.trainers.config import RLConfig
 from tests.commands import ROOT, environment, run_command
 from tests.files import read_rows
+from tests.servers import servers_among
 
 SMALL = ["--prompts_per_step", "4", "--prompts_per_mini_batch", "2", "--save_every", "1"]
 SMALL += ["--export_every", "1"]
@@ -134,3 +135,49 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
     for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, exported.state_dict()[name]), name
     assert load_config(RLConfig, run_dir / "config.yaml").steps == 3
+
+
+def test_rl_goes_on_with_the_same_weights_after_its_server_is_killed(
+    make_config, quickstart, tmp_path
+):
+    changes = {
+        "sampling": {"temperature": 1.0, "max_response_length": 190},
+        "rewards": {"custom": [{"function": "tests.even_reward:even"}], "workers": 1},
+    }
+    config = str(make_config("rl", **changes))
+    arguments = ["rl", config, "--policy.path", str(quickstart / "base"), *SMALL, "--steps", "3"]
+    # Few at a time, so that it is killed while it generates.
+    arguments += ["--rollout.max_running_requests", "16"]
+    run_dir, log = tmp_path / "rl", tmp_path / "log.txt"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [
+                *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+                *["--nproc-per-node=2", "-m", "klear_megatron", *arguments],
+            ],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+        ) as torchrun,
+    ):
+        wait_for(run_dir / "rollouts" / "step_00000001_0.jsonl", torchrun, timeout=240)
+        while len(metrics(run_dir)) < 1:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        (server,) = servers_among(psutil.Process(torchrun.pid).children(recursive=True))
+        server.kill()
+        torchrun.wait(240)
+    text = log.read_text()
+    assert torchrun.returncode == 0, text
+    assert "no answer to /generate" in text
+    assert text.count("starting this SGLang server again") == 1
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for step, row in enumerate(rows, start=1):
+        assert row["rollout/log_prob_difference_max"] < 1e-4
+        dumps = sorted((run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))
+        responses = [response for path in dumps for response in read_rows(path)]
+        assert len(responses) == 4 * 8
+        assert {response["weight_version"] for response in responses} == {str(step - 1)}

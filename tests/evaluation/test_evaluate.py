@@ -61,11 +61,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvalConfig]:
     # YaRN changes nothing that is asserted here, but SGLang has to take it.
     plain = config.rollout.model_copy(update={"context_length": None, "start_timeout_s": 240})
     extended = extend_context(plain, read_config(config.model), YarnConfig(factor=2))
-    with serving(extended, config.model, folder / "logs") as urls:
-        told = httpx.get(f"{urls[0]}/get_server_info", timeout=30).json()
+    with serving(extended, config.model, folder / "logs") as servers:
+        told = httpx.get(f"{servers.urls[0]}/get_server_info", timeout=30).json()
         assert told["context_length"] == 512
         # A few at a time, so that it can be killed between them.
-        rollout = {"urls": urls, "max_running_requests": 8}
+        rollout = {"urls": servers.urls, "max_running_requests": 8}
         yield EvalConfig.model_validate(values | {"rollout": rollout, "rewards": {"workers": 1}})
 
 

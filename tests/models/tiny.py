@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -88,6 +92,16 @@ def write(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.
                 parameter.normal_(std=0.08)
     model.save_pretrained(path)
     return path
+
+
+def write_tokenizer(path: Path) -> None:
+    """One whose words are w2, w3, ..., each of the token id that it names."""
+    words = {"[UNK]": 0, "[END]": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(path)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

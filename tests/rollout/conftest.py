@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from klear_megatron.rollout import Generator, RolloutConfig, serving
+from klear_megatron.rollout import Generator, RolloutConfig, Servers, serving
 from tests.models import tiny
 
 CONFIG = RolloutConfig(
@@ -23,11 +23,14 @@ CONFIG = RolloutConfig(
 
 
 @dataclass(frozen=True)
-class Servers:
-    urls: list[str]
+class SharedServers:
+    running: Servers
     config: RolloutConfig
     checkpoint: Path
-    log_dir: Path
+
+    @property
+    def urls(self) -> list[str]:
+        return self.running.urls
 
     def generator(self, urls: list[str] | None = None) -> Generator:
         return Generator(
@@ -36,8 +39,8 @@ class Servers:
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServers]:
     folder = tmp_path_factory.mktemp("servers")
     checkpoint = tiny.write(folder / "qwen3", tiny.qwen3(num_hidden_layers=2))
-    with serving(CONFIG, checkpoint, folder / "logs") as urls:
-        yield Servers(urls, CONFIG, checkpoint, folder / "logs")
+    with serving(CONFIG, checkpoint, folder / "logs") as running:
+        yield SharedServers(running, CONFIG, checkpoint)

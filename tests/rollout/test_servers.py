@@ -74,7 +74,7 @@ def test_servers_end_when_the_process_that_started_them_is_killed(servers, tmp_p
         "from pathlib import Path\n"
         "from klear_megatron.rollout import serving\n"
         "from tests.rollout.test_servers import ONE\n"
-        "with serving(ONE, Path(sys.argv[1]), Path(sys.argv[2])) as urls:\n"
+        "with serving(ONE, Path(sys.argv[1]), Path(sys.argv[2])):\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(600)\n"
     )

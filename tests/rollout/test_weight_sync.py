@@ -1,5 +1,6 @@
 """The servers compute with the trainer's weights after a sync, and only then."""
 
+import collections
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.policy import Policy
 from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig
 from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
-from klear_megatron.trainers.rl import sync_weights
 from tests.distributed.laboratory import make_policy
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
@@ -57,7 +57,10 @@ def _scenario(checkpoint: Path, urls: list[str], config: RolloutConfig, parallel
     for version in (1, 2):
         _train(policy)
         seen[f"before {version}"] = _difference(policy, urls, config)
-        sync_weights(policy, sync, version)
+        tensors = policy.named_hf_tensors()
+        if sync is not None:
+            sync.push(tensors, version)
+        collections.deque(tensors, maxlen=0)
         seen[f"after {version}"] = _difference(policy, urls, config)
     if sync is not None:
         sync.__exit__()

@@ -1,0 +1,117 @@
+"""The servers that a policy in training draws its responses from."""
+
+import collections
+import contextlib
+from collections.abc import Callable, Collection
+
+from transformers import PreTrainedTokenizerBase
+
+from klear_megatron.observability import say
+from klear_megatron.platform import objects
+from klear_megatron.policy.policy import Policy
+from klear_megatron.rollout import GenerationError, Generator, ServersLostError, serving
+from klear_megatron.rollout.model import generator_of
+from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
+from klear_megatron.trainers import run
+from klear_megatron.trainers.config import RLConfig
+
+_LOSSES = 3
+"""Of all servers, one after the other: more are no accident."""
+
+
+class PolicyServers:
+    """Servers that answer with the policy's weights after each `sync`. Collective.
+
+    The main rank starts them and, when `stack` is left, stops them; it is the one that pushes.
+
+    Args:
+        leads: whether this rank draws responses, and so has a `generator`.
+
+    Raises:
+        UserError: servers do not start or do not answer.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: RLConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stack: contextlib.ExitStack,
+        *,
+        leads: bool,
+    ) -> None:
+        self._policy = policy
+        self._version = 0
+        self._main = run.is_main_rank()
+        urls: list[str] = []
+        if self._main:
+            logs = config.run_dir / "logs"
+            servers = serving(config.rollout, config.policy.path, logs, seed=config.seed)
+            self._servers = stack.enter_context(servers)
+            urls = self._servers.urls
+            self._weights = stack.enter_context(WeightSync(urls, config.rollout))
+        self.urls = objects.broadcast(urls)
+        self.generator = (
+            generator_of(config.policy.path, tokenizer, self.urls, config.rollout)
+            if leads
+            else None
+        )
+
+    def sync(self, version: int) -> None:
+        """Collective. Gives all servers the policy's weights, those that were lost included.
+
+        Those are started again first, so that none gets work before it has current weights. If
+        that happens to one while weights are pushed, all are started again, and pushed to once
+        more.
+
+        Raises:
+            UserError: a lost server does not come back, or the servers do not take the weights.
+        """
+        lost = set().union(*objects.all_gather(self.generator.lost if self.generator else set()))
+        if failure := self._push(version, lost):
+            if self._main:
+                say(f"{failure}; starting all servers again")
+            failure = self._push(version, self.urls)
+        if failure:
+            raise WeightSyncError(failure)
+        if self.generator is not None:
+            self.generator.lost.clear()
+            self.generator.weight_version = str(version)
+        self._version = version
+
+    def persist(self, draw: Callable[[Generator], None]) -> None:
+        """Collective. On ranks that lead, calls `draw` with the generator; again, if all servers
+        were lost in it on any rank, when they are back with the weights of the last `sync`.
+
+        Raises:
+            GenerationError: they are lost again and again.
+        """
+        for _ in range(_LOSSES):
+            failure = None
+            if self.generator is not None:
+                try:
+                    draw(self.generator)
+                except ServersLostError as error:
+                    failure = str(error)
+            failures = list(filter(None, objects.all_gather(failure)))
+            if not failures:
+                return
+            self.sync(self._version)
+        raise GenerationError(f"{_LOSSES} times in turn, {failures[0]}")
+
+    def _push(self, version: int, lost: Collection[str]) -> str | None:
+        """Tells why it failed, if it did."""
+        if self._main:
+            self._servers.restore(lost)
+        # The other ranks wait for that here: in the policy's own groups their time is limited.
+        objects.broadcast(None)
+        tensors = self._policy.named_hf_tensors()
+        failure = None
+        if self._main:
+            try:
+                self._weights.push(tensors, version)
+            except WeightSyncError as error:
+                failure = str(error)
+        # All ranks take part until the end, whatever happens to the servers.
+        collections.deque(tensors, maxlen=0)
+        return objects.broadcast(failure)

@@ -1,0 +1,77 @@
+"""A server that is killed while it is given weights has them in the end all the same."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from klear_megatron.losses import SFTObjective
+from klear_megatron.models.tokenizer import read_tokenizer
+from klear_megatron.policy.batch import Batch
+from klear_megatron.rollout import SamplingConfig
+from klear_megatron.trainers.config import RLConfig
+from klear_megatron.trainers.policy_servers import PolicyServers
+from tests.distributed.laboratory import make_policy, weights
+from tests.distributed.ranks import run_ranks
+from tests.models import tiny
+from tests.rollout.conftest import CONFIG
+from tests.servers import server_at
+
+PROMPTS = tiny.random_sequences([5] * 16, seed=3)
+
+
+def _scenario(checkpoint: Path, folder: Path) -> Any:
+    """On rank 0, the policy's weights and what was drawn from the servers after a sync in which one
+    of them was killed."""
+    policy = make_policy(
+        checkpoint, parallel={"pipeline_model_parallel_size": 2}, optimizer={"lr": 1e-2}
+    )
+    sequences = tiny.random_sequences([20] * 8)
+    policy.train_step(Batch.from_sequences(sequences, loss_mask=[[1.0] * 20] * 8), SFTObjective())
+    config = RLConfig.model_validate(
+        {
+            "run_dir": folder,
+            "steps": 1,
+            "policy": policy.config.model_dump(),
+            "data": {"path": folder},
+            "rollout": CONFIG.model_dump(),
+        }
+    )
+    main = dist.get_rank() == 0
+    stream = policy.named_hf_tensors
+
+    def stream_and_kill() -> Iterator[tuple[str, Tensor]]:
+        for number, named in enumerate(stream()):
+            if main and number == 10:
+                server_at(servers.urls[0]).kill()
+            yield named
+        policy.named_hf_tensors = stream
+
+    with contextlib.ExitStack() as stack:
+        servers = PolicyServers(policy, config, read_tokenizer(checkpoint), stack, leads=main)
+        policy.named_hf_tensors = stream_and_kill
+        servers.sync(1)
+        drawn: list[Any] = []
+        sampling = SamplingConfig(max_response_length=20)
+        servers.persist(lambda generator: drawn.extend(generator.generate(PROMPTS, sampling)))
+        return weights(policy), drawn
+
+
+def test_push_in_which_a_server_is_killed_is_made_again(tmp_path, capfd):
+    checkpoint = tiny.write(tmp_path / "qwen3", tiny.qwen3())
+    tiny.write_tokenizer(checkpoint)
+    (trained, drawn), _ = run_ranks(2, _scenario, checkpoint, tmp_path, timeout=400)
+    assert "starting all servers again" in capfd.readouterr().out
+    assert len(drawn) == len(PROMPTS)
+    model = tiny.load(checkpoint)
+    model.load_state_dict(trained)
+    for prompt, (response,) in zip(PROMPTS, drawn, strict=True):
+        assert response.weight_version == "1"
+        with torch.no_grad():
+            log_probs, _ = tiny.hf_log_probs(model, [prompt + response.token_ids])
+        expected = log_probs[len(prompt) :]
+        assert (torch.tensor(response.log_probs) - expected).abs().max() < 1e-4
