@@ -1,5 +1,6 @@
 """Finding the processes of SGLang servers, to kill them."""
 
+import contextlib
 from collections.abc import Iterable
 
 import psutil
@@ -7,12 +8,13 @@ import psutil
 
 def servers_among(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     """The servers themselves, not the guards that they run under."""
-    commands = {process: process.cmdline() for process in processes}
-    return [
-        process
-        for process, words in commands.items()
-        if "sglang.launch_server" in words and "-I" not in words
-    ]
+    servers = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            if "sglang.launch_server" in words and "-I" not in words:
+                servers.append(process)
+    return servers
 
 
 def server_at(url: str) -> psutil.Process:
