@@ -20,3 +20,7 @@ class LossConfig(Section):
     """Further keyword arguments of the loss, such as `beta_low`."""
     sft_alpha: float = Field(0.1, ge=0)
     """Weight of the negative log-likelihood of correct responses; 0 turns it off."""
+    tis_clip: float | None = Field(None, ge=1)
+    """Truncated importance sampling (Yao et al. 2025): each token's policy loss is multiplied by
+    the ratio of its probability in the trainer to that in the server that drew it, but by this at
+    most; 2.0 is usual. It corrects for the two reckoning differently, as in FP8 or bfloat16."""

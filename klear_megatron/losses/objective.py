@@ -62,8 +62,9 @@ class PolicyObjective:
     """A clipped policy loss plus alpha times the SFT term on correct responses (Eq. 7, 13-14).
 
     Fields: `loss_mask` is 1 on the response tokens that are trained, `correct` is 1 on those of
-    correct responses; `advantages` and `old_log_probs` are the loss's. The policy loss is a mean
-    over the trained tokens, the SFT term over the trained tokens of correct responses.
+    correct responses; `advantages` and `old_log_probs` are the loss's; `rollout_log_probs`, the
+    servers' own, are needed for `tis_clip`. The policy loss is a mean over the trained tokens, the
+    SFT term over the trained tokens of correct responses.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -85,7 +86,17 @@ class PolicyObjective:
         sft_weight = mask * fields["correct"] / denominators["correct_tokens"]
         old, advantages = fields["old_log_probs"], fields["advantages"]
 
-        policy_loss = (self._token_loss(log_probs, old, advantages) * weight).sum()
+        token_loss = self._token_loss(log_probs, old, advantages)
+        correction_sums = {}
+        if self._config.tis_clip is not None:
+            mismatch = ratio_of(old, fields["rollout_log_probs"])
+            correction = mismatch.clamp(max=self._config.tis_clip)
+            token_loss = token_loss * correction
+            correction_sums = {
+                "tis_weight": (correction * weight).sum(),
+                "tis_clipped": ((mismatch > self._config.tis_clip) * weight).sum(),
+            }
+        policy_loss = (token_loss * weight).sum()
         sft_loss = -(log_probs * sft_weight).sum()
         loss = policy_loss + self._config.sft_alpha * sft_loss
 
@@ -102,6 +113,7 @@ class PolicyObjective:
             "clipped_low": (clipped_low * weight).sum(),
             "clipped_high": (clipped_high * weight).sum(),
             "clipped_gradient_kept": (kept * weight).sum(),
+            **correction_sums,
         }
         return Result(loss, sums, {"ratio": ratio})
 

@@ -83,7 +83,7 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
         "benchmarks": {"sums": {"path": str(problems), "samples_per_problem": 2}},
         "sampling": {"max_response_length": 64},
     }
-    arguments += ["--evaluation", json.dumps(evaluation)]
+    arguments += ["--evaluation", json.dumps(evaluation), "--loss.tis_clip", "2.0"]
     run_dir = tmp_path / "rl"
     with subprocess.Popen(
         [
@@ -122,6 +122,7 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
         # The servers computed with the trainer's current weights, in every step and after resuming.
         if "rollout/log_prob_difference_max" in row:
             assert row["rollout/log_prob_difference_max"] < 1e-4
+            assert row["train/tis_weight"] == pytest.approx(1, abs=1e-4)
     for step in (1, 2, 3):
         dumps = sorted((run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))
         responses = [row for path in dumps for row in read_rows(path)]

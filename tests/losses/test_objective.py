@@ -23,6 +23,7 @@ def make_fields(seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     log_probs = -random().abs()
     fields = {
         "old_log_probs": log_probs + random(0.4),
+        "rollout_log_probs": log_probs + random(0.4),
         "advantages": random(),
         "loss_mask": (random() > -0.5).double(),
         "correct": (random() > 0).double(),
@@ -46,7 +47,36 @@ def test_policy_objective_is_eq_7_plus_alpha_times_eq_14():
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("objective", [PolicyObjective(LossConfig()), SFTObjective()])
+def test_truncated_importance_sampling_weighs_the_policy_loss_and_nothing_else():
+    log_probs, entropy, fields = make_fields()
+    # As if the server had given this token no chance, and this one was no part of the response.
+    fields["rollout_log_probs"][0] -= 200
+    fields["loss_mask"][:2] = torch.tensor([1.0, 0.0])
+    fields["rollout_log_probs"][1] -= 1e4
+    objective = PolicyObjective(LossConfig(sft_alpha=0.1, tis_clip=1.3))
+    result = objective(log_probs, entropy, fields, objective.denominators(fields))
+    (gradient,) = torch.autograd.grad(result.loss, log_probs, retain_graph=True)
+
+    mask, correct = fields["loss_mask"], fields["loss_mask"] * fields["correct"]
+    mismatch = (fields["old_log_probs"] - fields["rollout_log_probs"]).exp()
+    weight = mismatch.clamp(max=1.3)
+    per_token = gppo(log_probs, fields["old_log_probs"], fields["advantages"], dual_clip=10)
+    expected = (weight * per_token * mask).sum() / mask.sum() - 0.1 * (
+        (log_probs * correct).sum() / correct.sum()
+    )
+    torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
+    (expected_gradient,) = torch.autograd.grad(expected, log_probs)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
+    clipped = ((mismatch > 1.3) * mask).sum() / mask.sum()
+    assert 0 < clipped < 1
+    torch.testing.assert_close(result.sums["tis_clipped"], clipped)
+    torch.testing.assert_close(result.sums["tis_weight"], (weight * mask).sum() / mask.sum())
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [PolicyObjective(LossConfig()), PolicyObjective(LossConfig(tis_clip=1.3)), SFTObjective()],
+)
 @pytest.mark.parametrize("cuts", [[1], [7, 8, 30], [40], [0, 13]])
 def test_parts_of_a_mini_batch_add_up_to_the_whole(objective, cuts):
     log_probs, entropy, fields = make_fields()
