@@ -1,6 +1,6 @@
 """Compares two checkpoints of any kind tensor by tensor; status 1 and a table if they differ.
 
-python checkpoints_conversion/verify.py A B [--logits [PROMPT ...]]
+python checkpoints_conversion/verify.py A B [--logits [--prompt TEXT ...]]
 """
 
 import sys

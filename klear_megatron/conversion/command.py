@@ -86,10 +86,16 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", type=Path, help="another, of either kind")
     parser.add_argument(
         "--logits",
-        nargs="*",
-        metavar="PROMPT",
-        help="compare Megatron's logits with transformers' as well, on these prompts or else on "
-        "random ones; needs one of each kind, and memory for one model at a time in float32",
+        action="store_true",
+        help="compare Megatron's logits with transformers' as well; needs one of each kind, and "
+        "memory for one model at a time in float32",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="with --logits, instead of random tokens; can be given several times",
     )
 
 
@@ -98,10 +104,12 @@ def verify(arguments: argparse.Namespace) -> None:
 
     Raises:
         SystemExit: with status 1 after a table of what differs.
-        UserError: one of them cannot be read.
+        UserError: one of them cannot be read, or `--prompt` without `--logits`.
     """
     from klear_megatron.conversion.verify import differences
 
+    if arguments.prompt and not arguments.logits:
+        raise UserError("--prompt: is for --logits; give both")
     a, b = checkpoint_in(arguments.a), checkpoint_in(arguments.b)
     rows = list(differences(a, b))
     width = max((len(name) for name, _ in rows), default=0)
@@ -109,10 +117,10 @@ def verify(arguments: argparse.Namespace) -> None:
         print(f"{name:{width}}  {what}")
     print(f"{len(rows)} tensors differ" if rows else "all tensors are the same in every bit")
     same = not rows
-    if arguments.logits is not None:
+    if arguments.logits:
         from klear_megatron.conversion.logits import TOLERANCE, logits_difference
 
-        difference = logits_difference(a, b, arguments.logits)
+        difference = logits_difference(a, b, arguments.prompt)
         print(f"logits: relative difference {difference:.2g}, at most {TOLERANCE} is the same")
         same &= difference <= TOLERANCE
     if not same:

@@ -50,7 +50,7 @@ def megatron_to_hf(
 ) -> None:
     """Writes a training checkpoint's weights as a Hugging Face folder.
 
-    Whatever layout trained it; without GPUs or ranks; with one row of the table in memory.
+    Whatever layout trained it; without GPUs or ranks; with a few rows of the table in memory.
 
     Args:
         checkpoint: folder of a Megatron distributed checkpoint with the Hugging Face config and
@@ -121,7 +121,7 @@ def hf_to_megatron(
 ) -> None:
     """Writes a Hugging Face folder's weights as a Megatron distributed checkpoint.
 
-    Every layout loads it. One row of the table is in memory. The config and the tokenizer come
+    Every layout loads it. A few rows of the table are in memory. The config and the tokenizer come
     along, under `hf/`. Where the folder has SHA256SUMS, all files are compared with them.
 
     Args:

@@ -33,6 +33,7 @@ def write_shard(file: BinaryIO, specs: Sequence[Spec], tensors: Iterable[Tensor]
             before, hashing = hashing, thread.submit(digest.update, data)
             file.write(data)
             before.result()
+        hashing.result()
     return digest.hexdigest()
 
 

@@ -61,11 +61,11 @@ def _random_prompts(vocab_size: int) -> list[Tensor]:
 
 def _encode(texts: Sequence[str], hf: Path) -> list[Tensor]:
     tokenizer = read_tokenizer(hf)
-    prompts = {text: torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts}
-    for text, prompt in prompts.items():
+    prompts = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts]
+    for text, prompt in zip(texts, prompts, strict=True):
         if not len(prompt):
             raise UserError(f"prompt {text!r}: no tokens; leave it away")
-    return list(prompts.values())
+    return prompts
 
 
 def _on(prompts: Sequence[Tensor], model: contextlib.AbstractContextManager[Logits]) -> Tensor:

@@ -20,7 +20,10 @@ def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, "read-ahead") as thread:
         coming = deque(thread.submit(next, iterator, end) for _ in range(_AHEAD))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(thread.submit(next, iterator, end))
-            yield item  # type: ignore[misc]
-            del item
+        try:
+            while (item := coming.popleft().result()) is not end:
+                coming.append(thread.submit(next, iterator, end))
+                yield item  # type: ignore[misc]
+                del item
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -60,7 +60,7 @@ def draw(
     Each is a request of its own, so that none waits for the longest of its problem's.
 
     Raises:
-        GenerationError: a server failed.
+        GenerationError: servers refused a request, or are lost.
     """
 
     def on_done(position: int, responses: list[Response]) -> None:

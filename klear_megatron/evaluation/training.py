@@ -33,7 +33,7 @@ def evaluate_policy(
         The scores of each benchmark.
 
     Raises:
-        GenerationError: a server failed.
+        GenerationError: servers refused a request, or are lost.
     """
     rows: dict[str, list[Row]] = {benchmark.name: [] for benchmark in benchmarks}
     asked = [

@@ -1,6 +1,7 @@
 """Drawing responses from SGLang servers: token ids in, token ids and log-probabilities out."""
 
 import asyncio
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import httpx
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
-from klear_megatron.rollout.servers import FRESH_CONNECTIONS
+from klear_megatron.rollout.servers import FRESH_CONNECTIONS, Servers
 from klear_megatron.rollout.work import Item, Work
 
 
@@ -64,8 +65,8 @@ class Generator:
     Args:
         vocab_size: ids at or above it are refused here, because one of them ends a server.
         stop_token_ids: a response ends with the first of them.
-        restore: starts a lost server (URL) again, and returns when it answers. Without it a lost
-            server is not used until it is taken out of `lost`.
+        servers: start a lost server again, with the weights it had. Without them a lost server is
+            not used until it is taken out of `lost`.
     """
 
     def __init__(
@@ -75,13 +76,13 @@ class Generator:
         *,
         vocab_size: int,
         stop_token_ids: Sequence[int],
-        restore: Callable[[str], None] | None = None,
+        servers: Servers | None = None,
     ) -> None:
         self._urls = urls
         self._config = config
         self._vocab_size = vocab_size
         self._stop_token_ids = list(stop_token_ids)
-        self._restore = restore
+        self._servers = servers
         self.lost: set[str] = set()
         """Servers that do not answer, or answered with other weights than `weight_version`."""
         self.weight_version: str | None = None
@@ -142,20 +143,27 @@ class Generator:
             while (item := await work.take()) is not None:
                 self._check(item)
                 try:
+                    # Until it is known whether the server is lost: others of its tasks would take
+                    # the item, and try in vain.
                     with work.in_hand(item):
-                        responses = await self._request(
-                            client, item.prompt, sampling, responses_per_prompt
-                        )
+                        responses = await attempt(client, item)
                 except _NoAnswerError as error:
-                    if work.attempts[item.position] >= _ATTEMPTS:
-                        raise GenerationError(
-                            f"prompt {item.position}: no answer to {_ATTEMPTS} requests; {error}"
-                        ) from error
-                    if not await _answers(client):
-                        raise _ServerLostError(str(error)) from error
                     say(f"{error}; it is asked again")
                 else:
                     on_done(item.position, responses)
+
+        async def attempt(client: httpx.AsyncClient, item: Item) -> list[Response]:
+            try:
+                return await self._request(client, item.prompt, sampling, responses_per_prompt)
+            except _NoAnswerError as error:
+                unanswered[item.position] += 1
+                if unanswered[item.position] == _ATTEMPTS:
+                    raise GenerationError(
+                        f"prompt {item.position}: no answer to {_ATTEMPTS} requests; {error}"
+                    ) from error
+                if not await _answers(client):
+                    raise _ServerLostError(str(error)) from error
+                raise
 
         async def use(url: str) -> None:
             nonlocal reason
@@ -170,11 +178,23 @@ class Generator:
                     except* _ServerLostError as failures:
                         reason = str(failures.exceptions[0])
                     say(f"{reason}; its prompts are asked again")
-                    if self._restore is None:
+                    try:
+                        await bring_back(url)
+                    except UserError as error:
+                        reason = str(error)
                         self.lost.add(url)
-                    else:
-                        await asyncio.to_thread(self._restore, url)
 
+        async def bring_back(url: str) -> None:
+            if self._servers is None:
+                self.lost.add(url)
+                return
+            self._servers.start_again(url)
+            for _ in self._servers.coming(url):
+                if work.finished:
+                    return
+                await asyncio.sleep(0.5)
+
+        unanswered: collections.Counter[int] = collections.Counter()
         try:
             async with asyncio.TaskGroup() as tasks:
                 for url in self._urls:
@@ -219,8 +239,14 @@ class Generator:
                 f"{client.base_url}: /generate answered {answer.status_code}: {answer.text[:500]}"
             )
         outputs = answer.json()
-        responses = [_response(output) for output in (outputs if n > 1 else [outputs])]
-        for version in (response.weight_version for response in responses):
+        responses = []
+        for output in outputs if n > 1 else [outputs]:
+            reason = output["meta_info"]["finish_reason"]
+            if reason["type"] not in ("stop", "length"):
+                # A server that is being stopped ends all responses.
+                raise _NoAnswerError(f"{client.base_url}: a response ended with {reason}")
+            responses.append(_response(output))
+            version = responses[-1].weight_version
             if self.weight_version not in (None, version):
                 raise _ServerLostError(
                     f"{client.base_url}: a response was drawn with weight version {version}, not "
@@ -244,12 +270,9 @@ def _first(failures: ExceptionGroup[Exception]) -> Exception:
 
 def _response(output: dict[str, Any]) -> Response:
     meta = output["meta_info"]
-    reason = meta["finish_reason"]["type"]
-    if reason not in ("stop", "length"):
-        # A server that is being stopped ends all responses.
-        raise _NoAnswerError(f"a response ended with {meta['finish_reason']}")
     log_probs, token_ids = [], []
     for log_prob, token_id, *_ in meta["output_token_logprobs"]:
         log_probs.append(log_prob)
         token_ids.append(token_id)
+    reason = meta["finish_reason"]["type"]
     return Response(token_ids, log_probs, reason, str(meta["weight_version"]))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _GRACE_S = 10.0
 
 
@@ -26,7 +26,7 @@ def main() -> int:
     # Orphans of the command become children of this process, so that none can hide.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     command = subprocess.Popen(
-        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals
+        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_begin
     )
     while command.poll() is None and not _parent_is_done():
         pass
@@ -40,9 +40,11 @@ def main() -> int:
     return command.returncode or 0
 
 
-def _default_signals() -> None:
+def _begin() -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    # Should the guard itself be killed.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _parent_is_done() -> bool:

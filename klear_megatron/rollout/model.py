@@ -42,7 +42,7 @@ def generating(
     told = _told_by(model, tokenizer)  # first: a mistake is not to wait for servers to start
     server_seed = seed + drawn_before * config.num_servers
     with serving(config, model, log_dir, seed=server_seed) as servers:
-        yield Generator(servers.urls, config, **told, restore=servers.restart)
+        yield Generator(servers.urls, config, **told, servers=servers)
 
 
 def _told_by(model: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

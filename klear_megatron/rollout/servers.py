@@ -21,7 +21,7 @@ from klear_megatron.rollout import guard
 from klear_megatron.rollout.config import RolloutConfig
 
 _CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
-_LOG_LINES = 20
+_LOG_LINES, _LOG_BYTES = 20, 1 << 16
 _SEEDS = 1_000_000
 """Between those of a server's starts; more than there are servers."""
 _FREE_PORTS = range(15000, 31000)
@@ -68,8 +68,7 @@ def serving(
             processes[f"http://{config.host}:{port}"] = process
             process.start()
         servers = Servers(config, list(processes), processes)
-        for url in servers.urls:
-            servers.wait_for(url)
+        servers.restore()
         yield servers
 
 
@@ -93,41 +92,44 @@ class Servers:
             UserError: one does not start or does not answer in time.
         """
         for url, process in self._processes.items():
-            if url in lost or process.ended:
-                self._start_again(url)
+            if url in lost or (process.ended and process.answered):
+                self.start_again(url)
         for url in self.urls:
-            self.wait_for(url)
+            for _ in self.coming(url):
+                time.sleep(0.25)
 
-    def restart(self, url: str) -> None:
-        """`restore` of this one, which is lost, while others may be in use."""
-        if url in self._processes:
-            self._start_again(url)
-        self.wait_for(url)
+    def start_again(self, url: str) -> None:
+        """Stops and starts the server, if that can be done here and is not under way; `coming`
+        waits for it."""
+        process = self._processes.get(url)
+        if process is not None and (process.ended or process.answered):
+            say(f"{url}: starting this SGLang server again")
+            process.start()
 
-    def _start_again(self, url: str) -> None:
-        say(f"{url}: starting this SGLang server again")
-        self._processes[url].start()
+    def coming(self, url: str) -> Iterator[None]:
+        """Is empty once the server answers; until then, sleep a little for every item.
 
-    def wait_for(self, url: str) -> None:
-        """Returns when it answers; after another start, if it ends having answered before.
+        A server that ends after it has answered is started again.
 
         Raises:
             UserError: it does not start, or does not answer in time.
         """
         process = self._processes.get(url)
         deadline = time.monotonic() + self._timeout_s
-        while not _is_healthy(url):
-            log = f"; {process.last_lines()}" if process is not None else ""
+        while not _is_there(url, ready=process is not None and not process.answered):
             if process is not None and process.ended:
                 if not process.answered:
-                    raise UserError(f"the SGLang server at {url} did not start{log}")
-                self._start_again(url)
+                    raise UserError(
+                        f"the SGLang server at {url} did not start; {process.last_lines()}"
+                    )
+                self.start_again(url)
             if time.monotonic() > deadline:
+                log = f"; {process.last_lines()}" if process is not None else ""
                 raise UserError(
                     f"the SGLang server at {url} did not answer within {self._timeout_s:.0f} s "
                     f"(rollout.start_timeout_s){log}"
                 )
-            time.sleep(0.25)
+            yield
         if process is not None:
             process.answered = True
 
@@ -174,7 +176,9 @@ class _Process:
 
     def last_lines(self) -> str:
         """Of its log, after a line that says so."""
-        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        with self._log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()[-_LOG_LINES:]
         return "\n".join([f"the end of {self._log}:", *(f"    {line}" for line in lines)])
 
 
@@ -253,16 +257,21 @@ def _why_taken(host: str, port: int) -> str | None:
     return None
 
 
-def _is_healthy(url: str) -> bool:
+def _is_there(url: str, *, ready: bool) -> bool:
+    """Whether the server answers; with `ready`, whether it generates, too.
+
+    It does not while a trainer that has failed, or is pushing weights, has it paused.
+    """
+    path = "/health" if ready else "/model_info"
     try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK
+        return httpx.get(f"{url}{path}", timeout=5).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 
 
 def _check_answers(url: str) -> None:
-    if not _is_healthy(url):
+    if not _is_there(url, ready=False):
         raise UserError(
-            f"rollout.urls: no healthy SGLang server answers at {url}/health; start it "
+            f"rollout.urls: no SGLang server answers at {url}/model_info; start it "
             "(`klear-megatron serve`) or correct the address"
         )

@@ -53,11 +53,9 @@ class WeightSync:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # The servers' half is left to end with this process or with theirs: they would wait for
-        # each other here if one of them was gone.
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._http.close()
-        self._group = None
+        self._leave()
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the servers' weights, all or none of them seen by any request.
@@ -78,8 +76,8 @@ class WeightSync:
         self._version = None
         self._everywhere("/pause_generation", {"mode": "retract"})
         self._everywhere("/flush_cache")
-        self._everywhere("/begin_weight_update")
         try:
+            self._everywhere("/begin_weight_update")
             for bucket in _buckets(named_tensors, self._config.sync_bucket_bytes):
                 self._broadcast(bucket, version)
         except WeightSyncError:
@@ -105,7 +103,7 @@ class WeightSync:
 
     def _join(self) -> None:
         """Makes the group, with all servers."""
-        self._group = None
+        self._leave()
         host = _address_towards(self._urls[0])
         ranks = self._config.tensor_parallel_size
         world_size = 1 + ranks * len(self._urls)
@@ -134,8 +132,16 @@ class WeightSync:
             for index in range(len(self._urls))
         ]
         answers = self._start("/init_weights_update_group", bodies)
-        self._group = _join_group(store, world_size, self._group_name, self._timeout)
-        self._finish(answers)
+        with self._explained_by(answers):
+            self._group = _join_group(store, world_size, self._group_name, self._timeout)
+
+    def _leave(self) -> None:
+        """Ends this process's part of the group. The servers' parts end with it, or with them: they
+        would wait for each other if one of them was gone."""
+        if self._group is not None:
+            self._group.abort()
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _broadcast(self, bucket: list[tuple[str, Tensor]], version: int) -> None:
         body = {
@@ -149,13 +155,31 @@ class WeightSync:
         }
         data = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
         answers = self._start("/update_weights_from_distributed", [body] * len(self._urls))
-        sent = dist.broadcast(data, src=0, group=self._group, async_op=True)
-        assert sent is not None
-        # A server that refuses never joins the broadcast, which then would not end either.
-        while not sent.is_completed() and not any(_has_failed(answer) for answer in answers):
-            time.sleep(0.001)
+        with self._explained_by(answers):
+            sent = dist.broadcast(data, src=0, group=self._group, async_op=True)
+            assert sent is not None
+            # A server that refuses never joins the broadcast, which then would not end either.
+            while not sent.is_completed():
+                if any(_has_failed(answer) for answer in answers):
+                    return
+                time.sleep(0.001)
+            sent.wait()
+
+    @contextlib.contextmanager
+    def _explained_by(self, answers: Sequence[Future[httpx.Response]]) -> Iterator[None]:
+        """Around what the servers take part in: where it fails, their answers tell why.
+
+        Raises:
+            WeightSyncError: a server's answer, or else torch's reason.
+        """
+        failure = None
+        try:
+            yield
+        except RuntimeError as error:
+            failure = error
         self._finish(answers)
-        sent.wait()
+        if failure is not None:
+            raise WeightSyncError(f"{', '.join(self._urls)}: {failure}") from failure
 
     def _everywhere(self, path: str, body: dict[str, Any] | None = None) -> None:
         self._finish(self._start(path, [body or {}] * len(self._urls)))

@@ -1,7 +1,6 @@
 """Prompts that wait for an answer, and go to another server where one does not give it."""
 
 import asyncio
-import collections
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -21,9 +20,13 @@ class Work:
         self._new = (Item(i, prompt) for i, prompt in enumerate(prompts))
         self._again: list[Item] = []
         self._in_hand = 0
+        self._taken_all = False
         self._changed = asyncio.Event()
-        self.attempts: collections.Counter[int] = collections.Counter()
-        """Position -> how often it has been in hand without being done."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all are done, and this has been found out by one who wanted to take another."""
+        return self._taken_all and not self._again and not self._in_hand
 
     async def take(self) -> Item | None:
         """The next one; None when all are done.
@@ -35,6 +38,7 @@ class Work:
                 return self._again.pop()
             if (item := next(self._new, None)) is not None:
                 return item
+            self._taken_all = True
             if not self._in_hand:
                 return None
             self._changed.clear()
@@ -47,7 +51,6 @@ class Work:
         try:
             yield
         except BaseException:
-            self.attempts[item.position] += 1
             self._again.append(item)
             raise
         finally:

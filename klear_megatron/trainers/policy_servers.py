@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection
 
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
 from klear_megatron.policy.policy import Policy
-from klear_megatron.rollout import GenerationError, Generator, ServersLostError, serving
+from klear_megatron.rollout import Generator, ServersLostError, serving
 from klear_megatron.rollout.model import generator_of
 from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
 from klear_megatron.trainers import run
@@ -50,9 +51,9 @@ class PolicyServers:
             self._servers = stack.enter_context(servers)
             urls = self._servers.urls
             self._weights = stack.enter_context(WeightSync(urls, config.rollout))
-        self.urls = objects.broadcast(urls)
+        self._urls = objects.broadcast(urls)
         self.generator = (
-            generator_of(config.policy.path, tokenizer, self.urls, config.rollout)
+            generator_of(config.policy.path, tokenizer, self._urls, config.rollout)
             if leads
             else None
         )
@@ -71,7 +72,7 @@ class PolicyServers:
         if failure := self._push(version, lost):
             if self._main:
                 say(f"{failure}; starting all servers again")
-            failure = self._push(version, self.urls)
+            failure = self._push(version, self._urls)
         if failure:
             raise WeightSyncError(failure)
         if self.generator is not None:
@@ -84,34 +85,45 @@ class PolicyServers:
         were lost in it on any rank, when they are back with the weights of the last `sync`.
 
         Raises:
-            GenerationError: they are lost again and again.
+            UserError: on all ranks, where `draw` raises another on one of them, or the servers are
+                lost again and again.
         """
-        for _ in range(_LOSSES):
-            failure = None
+        for attempt in range(1, _LOSSES + 1):
+            failure: UserError | None = None
             if self.generator is not None:
                 try:
                     draw(self.generator)
-                except ServersLostError as error:
-                    failure = str(error)
+                except UserError as error:
+                    failure = error
             failures = list(filter(None, objects.all_gather(failure)))
             if not failures:
                 return
+            final = [one for one in failures if not isinstance(one, ServersLostError)]
+            if final or attempt == _LOSSES:
+                raise (final or failures)[0]
             self.sync(self._version)
-        raise GenerationError(f"{_LOSSES} times in turn, {failures[0]}")
 
     def _push(self, version: int, lost: Collection[str]) -> str | None:
-        """Tells why it failed, if it did."""
+        """Tells why it failed, if it did.
+
+        Raises:
+            UserError: on all ranks, where a lost server does not come back.
+        """
+        failure: UserError | None = None
         if self._main:
-            self._servers.restore(lost)
+            try:
+                self._servers.restore(lost)
+            except UserError as error:
+                failure = error
         # The other ranks wait for that here: in the policy's own groups their time is limited.
-        objects.broadcast(None)
+        if failure := objects.broadcast(failure):
+            raise failure
         tensors = self._policy.named_hf_tensors()
-        failure = None
         if self._main:
             try:
                 self._weights.push(tensors, version)
             except WeightSyncError as error:
-                failure = str(error)
+                failure = error
         # All ranks take part until the end, whatever happens to the servers.
         collections.deque(tensors, maxlen=0)
-        return objects.broadcast(failure)
+        return objects.broadcast(None if failure is None else str(failure))

@@ -93,15 +93,18 @@ def test_command_compares_logits_of_given_prompts(folder: Path, tmp_path: Path) 
     save_file(weights, tmp_path / "hf" / "model.safetensors")
 
     def relative_difference(*prompts: str) -> float:
-        result = _run("verify", folder / "megatron", tmp_path / "hf", "--logits", *prompts)
+        given = [word for prompt in prompts for word in ("--prompt", prompt)]
+        result = _run("verify", "--logits", *given, folder / "megatron", tmp_path / "hf")
         assert result.returncode == 1, result.stderr
         return float(result.stdout.splitlines()[-1].split()[3].rstrip(","))
 
     assert relative_difference("w6 w7", "w8") < 1e-5
     assert relative_difference("w6 w7", "w8 w5") > 1e-3
 
-    empty = _run("verify", folder / "megatron", tmp_path / "hf", "--logits", "")
+    empty = _run("verify", folder / "megatron", tmp_path / "hf", "--logits", "--prompt", "")
     assert "prompt '': no tokens" in empty.stderr
+    alone = _run("verify", folder / "megatron", tmp_path / "hf", "--prompt", "w2")
+    assert "--prompt: is for --logits" in alone.stderr
 
 
 def test_unreadable_checkpoint_is_no_difference(folder: Path) -> None:

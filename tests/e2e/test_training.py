@@ -138,6 +138,21 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
     assert load_config(RLConfig, run_dir / "config.yaml").steps == 3
 
 
+def kill_server_as_it_generates(torchrun: subprocess.Popen[Any], run_dir: Path) -> None:
+    """In the second step: once its log tells of tokens after the second push."""
+    log = run_dir / "logs" / "sglang_0.log"
+    deadline = time.monotonic() + 120
+    while (
+        len(parts := log.read_text().split("POST /continue_generation")) < 3
+        or "Decode batch" not in parts[2]
+    ):
+        assert torchrun.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (server,) = servers_among(psutil.Process(torchrun.pid).children(recursive=True))
+    server.kill()
+
+
 def test_rl_goes_on_with_the_same_weights_after_its_server_is_killed(
     make_config, quickstart, tmp_path
 ):
@@ -164,12 +179,11 @@ def test_rl_goes_on_with_the_same_weights_after_its_server_is_killed(
         ) as torchrun,
     ):
         wait_for(run_dir / "rollouts" / "step_00000001_0.jsonl", torchrun, timeout=240)
-        while len(metrics(run_dir)) < 1:
-            time.sleep(0.01)
-        time.sleep(0.5)
-        (server,) = servers_among(psutil.Process(torchrun.pid).children(recursive=True))
-        server.kill()
-        torchrun.wait(240)
+        try:
+            kill_server_as_it_generates(torchrun, run_dir)
+            torchrun.wait(240)
+        finally:
+            torchrun.kill()
     text = log.read_text()
     assert torchrun.returncode == 0, text
     assert "no answer to /generate" in text

@@ -1,6 +1,7 @@
 """Servers that are killed lose no prompt, and come back with the trainer's weights."""
 
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -57,12 +58,12 @@ def test_prompts_of_a_killed_server_are_answered_and_it_comes_back(servers):
     url = servers.urls[1]
     before = server_at(url).cmdline()
     drawn: dict[int, list[Response]] = {}
-    client = generator(servers.urls, restore=servers.running.restart)
+    client = generator(servers.urls, servers=servers.running)
     client.stream(PROMPTS, SAMPLING, kill_when_done(10, [url], drawn))
     assert sorted(drawn) == list(range(len(PROMPTS)))
     assert difference(tiny.load(servers.checkpoint), drawn) < 1e-4
-    assert not client.lost
-    assert len(generator([url]).generate(PROMPTS[:4], SAMPLING)) == 4
+    # It is on its way, and is waited for where it is alone.
+    assert len(generator([url], servers=servers.running).generate(PROMPTS[:4], SAMPLING)) == 4
     # Or it would draw again what it drew before.
     after = server_at(url).cmdline()
     seed = before.index("--random-seed") + 1
@@ -120,9 +121,32 @@ def test_server_that_comes_back_is_not_used_before_it_has_current_weights(server
                 assert difference(model, dict(enumerate(drawn))) < 1e-4
 
 
-def test_prompt_that_is_never_answered_is_named(servers):
-    impatient = CONFIG.model_copy(update={"request_timeout_s": 0.01})
+def test_prompt_that_is_never_answered_is_named(servers, capsys):
+    settings = {"request_timeout_s": 0.01, "max_running_requests": 1}
+    impatient = CONFIG.model_copy(update=settings)
     client = Generator(servers.urls[:1], impatient, vocab_size=tiny.VOCAB, stop_token_ids=[])
     with pytest.raises(GenerationError, match=r"prompt 0: no answer to 3 requests; .*ReadTimeout"):
         client.generate(PROMPTS[:1], SAMPLING)
+    assert capsys.readouterr().out.count("it is asked again") == 2
     assert not client.lost
+
+
+def test_one_prompt_alone_is_not_to_blame_for_two_servers(servers):
+    # Seven of a server's eight tasks have nothing to do, and could try the prompt in vain.
+    client = servers.generator()
+
+    def kill() -> None:
+        for url in servers.urls:
+            server_at(url).kill()
+
+    soon = Timer(0.3, kill)
+    soon.start()
+    try:
+        with pytest.raises(ServersLostError, match="no server is left"):
+            client.generate(
+                PROMPTS[:1], SamplingConfig(max_response_length=240), responses_per_prompt=8
+            )
+        assert client.lost == set(servers.urls)
+    finally:
+        soon.join()
+        servers.running.restore(client.lost)

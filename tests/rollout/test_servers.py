@@ -41,7 +41,7 @@ def test_missing_environment_is_refused(tmp_path):
 
 def test_address_where_nobody_answers_is_refused(tmp_path):
     config = ONE.model_copy(update={"urls": ["http://127.0.0.1:9"]})
-    assert "no healthy SGLang server answers" in refusal(config, tmp_path, tmp_path)
+    assert "no SGLang server answers" in refusal(config, tmp_path, tmp_path)
 
 
 def test_server_that_does_not_start_shows_the_end_of_its_log(tmp_path):
