@@ -47,7 +47,7 @@ def _scenario(checkpoint: Path, folder: Path) -> Any:
     def stream_and_kill() -> Iterator[tuple[str, Tensor]]:
         for number, named in enumerate(stream()):
             if main and number == 10:
-                server_at(servers.urls[0]).kill()
+                server_at(servers._urls[0]).kill()
             yield named
         policy.named_hf_tensors = stream
 
