@@ -33,7 +33,7 @@ Logits = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> float:
-    """Largest difference over the largest logit; both models in float32.
+    """Largest difference over the largest logit; both models in float32, each by its own config.
 
     In one process, with whole models in memory, one after the other.
 
@@ -49,7 +49,7 @@ def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> float:
         raise UserError(f"{a}, {b}: logits are compared of one Megatron and one Hugging Face model")
     megatron, hf = kinds[True], kinds[False]
     prompts = _encode(texts, hf) if texts else _random_prompts(read_config(hf).vocab_size)
-    ours = _on(prompts, megatron_logits(megatron, hf, "float32"))
+    ours = _on(prompts, megatron_logits(megatron, megatron / "hf", "float32"))
     theirs = _on(prompts, transformers_logits(hf, "float32"))
     return float((ours - theirs).abs().max() / theirs.abs().max())
 

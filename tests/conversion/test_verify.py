@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
+from klear_megatron.conversion.logits import logits_difference
 from klear_megatron.conversion.verify import differences
 from klear_megatron.errors import UserError
 from tests.models import tiny
@@ -83,6 +84,15 @@ def test_command_compares_logits_and_exits_with_one_where_they_differ(folder: Pa
     assert table.startswith("model.layers.2.mlp.up_proj.weight  float32, largest difference ")
     assert count == "1 tensors differ"
     assert float(logits.split()[3].rstrip(",")) > 1e-5
+
+
+def test_logits_tell_of_a_config_that_is_another(folder: Path, tmp_path: Path) -> None:
+    megatron_to_hf(folder / "megatron", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 77.0
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert not list(differences(folder / "megatron", tmp_path / "hf"))
+    assert logits_difference(folder / "megatron", tmp_path / "hf") > 1e-3
 
 
 def test_command_compares_logits_of_given_prompts(folder: Path, tmp_path: Path) -> None:
