@@ -14,12 +14,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run_command(*arguments: str, ranks: int | None = None, timeout: float = 300) -> Any:
+def command_line(*arguments: str, ranks: int | None = None) -> list[str]:
     """`klear-megatron ARGUMENTS`, under torchrun with `ranks`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher = [sys.executable] if ranks is None else [*torchrun, f"--nproc-per-node={ranks}"]
+    return [*launcher, "-m", "klear_megatron", *arguments]
+
+
+def run_command(*arguments: str, ranks: int | None = None, timeout: float = 300) -> Any:
+    """`klear-megatron ARGUMENTS`, under torchrun with `ranks`."""
     return subprocess.run(
-        [*launcher, "-m", "klear_megatron", *arguments],
+        command_line(*arguments, ranks=ranks),
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -32,7 +37,7 @@ def run_command(*arguments: str, ranks: int | None = None, timeout: float = 300)
 def kill_command(*arguments: str, path: Path, lines: int) -> None:
     """Starts `klear-megatron ARGUMENTS` and kills it once `path` has so many lines."""
     with subprocess.Popen(
-        [sys.executable, "-m", "klear_megatron", *arguments],
+        command_line(*arguments),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,

@@ -1,9 +1,14 @@
-"""Finding the processes of SGLang servers, to kill them."""
+"""Finding the processes of SGLang servers, to kill them, and judging what servers answer."""
 
 import contextlib
 from collections.abc import Iterable
 
 import psutil
+import torch
+from transformers import PreTrainedModel
+
+from klear_megatron.rollout import Response
+from tests.models import tiny
 
 
 def servers_among(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -23,3 +28,10 @@ def server_at(url: str) -> psutil.Process:
     everyone = psutil.Process().children(recursive=True)
     (server,) = (server for server in servers_among(everyone) if port in server.cmdline())
     return server
+
+
+def log_prob_difference(model: PreTrainedModel, prompt: list[int], response: Response) -> float:
+    """Largest, of the server's log-probabilities from Hugging Face's."""
+    with torch.no_grad():
+        log_probs, _ = tiny.hf_log_probs(model, [prompt + response.token_ids])
+    return (torch.tensor(response.log_probs) - log_probs[len(prompt) :]).abs().max().item()

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from klear_megatron.config import load_config
 from klear_megatron.trainers.config import RLConfig
-from tests.commands import ROOT, environment, run_command
+from tests.commands import ROOT, command_line, environment, run_command
 from tests.files import read_rows
 from tests.servers import servers_among
 
@@ -26,6 +25,12 @@ SMALL += ["--export_every", "1"]
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_rows(run_dir / "metrics.jsonl")
+
+
+def rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The responses of all leading ranks."""
+    dumps = sorted((run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))
+    return [row for path in dumps for row in read_rows(path)]
 
 
 def head(path: Path, rows: int, to: Path) -> Path:
@@ -45,7 +50,7 @@ def test_sft_learns_and_a_resumed_run_is_the_uninterrupted_one(make_config, quic
 
     interrupted = [*arguments, "--run_dir", f"{tmp_path}/interrupted", "--save_every", "3"]
     with subprocess.Popen(
-        [sys.executable, "-m", "klear_megatron", *interrupted],
+        command_line(*interrupted),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -86,10 +91,7 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
     arguments += ["--evaluation", json.dumps(evaluation), "--loss.tis_clip", "2.0"]
     run_dir = tmp_path / "rl"
     with subprocess.Popen(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-            *["-m", "klear_megatron", *arguments],
-        ],
+        command_line(*arguments, ranks=2),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -124,8 +126,7 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
             assert row["rollout/log_prob_difference_max"] < 1e-4
             assert row["train/tis_weight"] == pytest.approx(1, abs=1e-4)
     for step in (1, 2, 3):
-        dumps = sorted((run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))
-        responses = [row for path in dumps for row in read_rows(path)]
+        responses = rollouts(run_dir, step)
         assert len(responses) == 4 * 8
         assert {row["weight_version"] for row in responses} == {str(step - 1)}
         assert len({row["index"] for row in responses}) == 4
@@ -168,10 +169,7 @@ def test_rl_goes_on_with_the_same_weights_after_its_server_is_killed(
     with (
         log.open("w") as output,
         subprocess.Popen(
-            [
-                *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
-                *["--nproc-per-node=2", "-m", "klear_megatron", *arguments],
-            ],
+            command_line(*arguments, ranks=2),
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -192,7 +190,6 @@ def test_rl_goes_on_with_the_same_weights_after_its_server_is_killed(
     assert [row["step"] for row in rows] == [1, 2, 3]
     for step, row in enumerate(rows, start=1):
         assert row["rollout/log_prob_difference_max"] < 1e-4
-        dumps = sorted((run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))
-        responses = [response for path in dumps for response in read_rows(path)]
+        responses = rollouts(run_dir, step)
         assert len(responses) == 4 * 8
         assert {response["weight_version"] for response in responses} == {str(step - 1)}

@@ -7,6 +7,7 @@ import torch
 from klear_megatron.errors import UserError
 from klear_megatron.rollout import GenerationError, Generator, SamplingConfig
 from tests.models import tiny
+from tests.servers import log_prob_difference
 
 PROMPTS = tiny.random_sequences([3, 40, 1, 17, 9], seed=5)
 
@@ -25,10 +26,7 @@ def test_groups_come_in_the_prompts_order_with_hugging_faces_log_probs(servers):
     for prompt, responses in zip(PROMPTS, drawn, strict=True):
         assert len({tuple(response.token_ids) for response in responses}) > 1
         for response in responses:
-            with torch.no_grad():
-                log_probs, _ = tiny.hf_log_probs(model, [prompt + response.token_ids])
-            expected = log_probs[len(prompt) :]
-            assert (torch.tensor(response.log_probs) - expected).abs().max() < 1e-4
+            assert log_prob_difference(model, prompt, response) < 1e-4
 
 
 def test_greedy_is_hugging_faces_argmax(servers):

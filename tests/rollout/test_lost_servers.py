@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from klear_megatron.rollout import (
     GenerationError,
@@ -17,7 +18,7 @@ from klear_megatron.rollout import (
 from klear_megatron.rollout.weight_sync import WeightSync
 from tests.models import tiny
 from tests.rollout.conftest import CONFIG
-from tests.servers import server_at
+from tests.servers import log_prob_difference, server_at
 
 SAMPLING = SamplingConfig(max_response_length=150)
 PROMPTS = tiny.random_sequences([5] * 60, seed=3)
@@ -42,16 +43,12 @@ def kill_when_done(count: int, urls: list[str], then: dict[int, list[Response]])
     return on_done
 
 
-def difference(model: torch.nn.Module, drawn: dict[int, list[Response]]) -> float:
+def difference(model: PreTrainedModel, drawn: dict[int, list[Response]]) -> float:
     """Largest, of the servers' log-probabilities from Hugging Face's."""
-    worst = 0.0
-    for position, (response,) in drawn.items():
-        prompt = PROMPTS[position]
-        with torch.no_grad():
-            log_probs, _ = tiny.hf_log_probs(model, [prompt + response.token_ids])
-        off = (torch.tensor(response.log_probs) - log_probs[len(prompt) :]).abs().max().item()
-        worst = max(worst, off)
-    return worst
+    return max(
+        log_prob_difference(model, PROMPTS[position], response)
+        for position, (response,) in drawn.items()
+    )
 
 
 def test_prompts_of_a_killed_server_are_answered_and_it_comes_back(servers):
