@@ -109,7 +109,8 @@ def test_guard_ends_even_what_hides_and_ignores_signals(number, tmp_path, monkey
     marker = str(tmp_path / "stubborn.py")
     Path(marker).write_text(STUBBORN)
     script = (
-        "import subprocess, sys, time\n"
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job\n"
         "command = [sys.executable, *sys.argv[1:]]\n"
         "with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):\n"
         "    time.sleep(600)\n"

@@ -1,6 +1,7 @@
 """A server that is killed while it is given weights has them in the end all the same."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ PROMPTS = tiny.random_sequences([5] * 16, seed=3)
 
 
 def _scenario(checkpoint: Path, folder: Path) -> Any:
-    """On rank 0, the policy's weights and what was drawn from the servers after a sync in which one
-    of them was killed."""
+    """On rank 0, the policy's weights, what was drawn from the servers after a sync in which one of
+    them was killed, and what was said in the meantime."""
     policy = make_policy(
         checkpoint, parallel={"pipeline_model_parallel_size": 2}, optimizer={"lr": 1e-2}
     )
@@ -53,18 +54,19 @@ def _scenario(checkpoint: Path, folder: Path) -> Any:
     with contextlib.ExitStack() as stack:
         servers = PolicyServers(policy, config, read_tokenizer(checkpoint), stack, leads=main)
         policy.named_hf_tensors = stream_and_kill
-        servers.sync(1)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            servers.sync(1)
         drawn: list[Any] = []
         sampling = SamplingConfig(max_response_length=20)
         servers.persist(lambda generator: drawn.extend(generator.generate(PROMPTS, sampling)))
-        return weights(policy), drawn
+        return weights(policy), drawn, said.getvalue()
 
 
-def test_push_in_which_a_server_is_killed_is_made_again(tmp_path, capfd):
+def test_push_in_which_a_server_is_killed_is_made_again(tmp_path):
     checkpoint = tiny.write(tmp_path / "qwen3", tiny.qwen3())
     tiny.write_tokenizer(checkpoint)
-    (trained, drawn), _ = run_ranks(2, _scenario, checkpoint, tmp_path, timeout=400)
-    assert "starting all servers again" in capfd.readouterr().out
+    (trained, drawn, said), _ = run_ranks(2, _scenario, checkpoint, tmp_path, timeout=400)
+    assert "starting all servers again" in said
     assert len(drawn) == len(PROMPTS)
     model = tiny.load(checkpoint)
     model.load_state_dict(trained)
