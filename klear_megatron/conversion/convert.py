@@ -29,11 +29,11 @@ from klear_megatron.conversion.megatron_reader import MegatronCheckpoint
 from klear_megatron.conversion.megatron_writer import Chunk, write_metadata, write_row
 from klear_megatron.conversion.plan import SHARD_BYTES, Move, describe, in_shards
 from klear_megatron.conversion.processes import Processes
-from klear_megatron.conversion.progress import Progress
 from klear_megatron.conversion.read_ahead import read_ahead
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, get_architecture, padded_vocab_size
 from klear_megatron.models.hf_checkpoint import HFCheckpoint, copy_companions, read_config
+from klear_megatron.observability import Progress
 
 if TYPE_CHECKING:
     from klear_megatron.policy.policy import Policy

@@ -1,5 +1,6 @@
 """Carrying out a plan: file after file, alone or shared with torchrun's other processes."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any, BinaryIO
 from klear_megatron.conversion.dtypes import dtype_name
 from klear_megatron.conversion.plan import Move
 from klear_megatron.conversion.processes import Processes
-from klear_megatron.conversion.progress import Progress
 from klear_megatron.conversion.staging import Staging
+from klear_megatron.observability import Progress, say
 
 Receipt = Any
 """What is to be remembered of a file that is complete; JSON-like."""
@@ -41,22 +42,34 @@ def carry_out(
         **settings,
     }
     nbytes = {name: sum(move.nbytes for move in moves) for name, moves in files.items()}
-    if processes.rank == 0:
-        staging = Staging(out, plan, needed_bytes=sum(nbytes.values()), resume=resume)
-    processes.wait()
-    if processes.rank > 0:
-        staging = Staging(out, plan, needed_bytes=0, resume=True)
+    start, total, kept = time.monotonic(), sum(nbytes.values()), 0
+    with Staging(out) as staging:
+        if processes.rank == 0:
+            staging.begin(plan, needed_bytes=total, resume=resume)
+            kept = sum(nbytes[name] for name in files if staging.receipt(name) is not None)
+        processes.wait()
 
-    mine = list(files)[processes.rank :: processes.size]
-    with Progress(sum(nbytes[name] for name in mine), enabled=processes.rank == 0) as progress:
-        for name in mine:
-            if staging.receipt(name) is None:
+        mine = list(files)[processes.rank :: processes.size]
+        missing = [name for name in mine if staging.receipt(name) is None]
+        title = "convert" if processes.size == 1 else f"convert (1 of {processes.size} processes)"
+        with Progress(
+            title,
+            sum(nbytes[name] for name in mine),
+            start=sum(nbytes[name] for name in mine if name not in missing),
+            unit="B",
+            enabled=processes.rank == 0,
+            keep=False,
+        ) as progress:
+            for name in missing:
                 staging.write(name, partial(write, files[name], progress))
-            else:
-                progress.skip(nbytes[name])
-    processes.wait()
-    if processes.rank == 0:
-        receipts = {name: staging.receipt(name) for name in files}
-        staging.finish(lambda folder: finish(folder, receipts))
-        progress.summary(out)
-    processes.wait()
+        processes.wait()
+        if processes.rank == 0:
+            receipts = {name: staging.receipt(name) for name in files}
+            staging.finish(lambda folder: finish(folder, receipts))
+            say(_summary(out, total - kept, kept, time.monotonic() - start))
+        processes.wait()
+
+
+def _summary(out: Path, written: int, kept: int, seconds: float) -> str:
+    rate = f"{written / 1e9:.3f} GB in {seconds:.1f} s, {written / 1e9 / seconds:.2f} GB/s"
+    return f"wrote {out}: {rate}" + (f" (and {kept / 1e9:.3f} GB were there)" if kept else "")

@@ -7,6 +7,7 @@ when the process ended, and is written again.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -18,50 +19,85 @@ from klear_megatron.conversion.streamed_file import StreamedFile
 from klear_megatron.errors import UserError
 
 _RECEIPTS = ".receipts"
-_PLAN = "plan.json"
+_PLAN, _LOCK = "plan.json", "lock"
 
 
 class Staging:
-    """The folder in the making.
+    """The folder in the making; a context manager.
 
-    Args:
-        plan: what is being written, from what; JSON-like. Only the same plan is resumed.
-        needed_bytes: of all files together.
-
-    Raises:
-        UserError: `out` exists; nothing to resume, or another plan's; not enough space.
+    One process begins and finishes it, and has it for itself while in the context; those that it
+    shares the work with only write.
     """
 
-    def __init__(self, out: Path, plan: dict[str, Any], *, needed_bytes: int, resume: bool) -> None:
+    def __init__(self, out: Path) -> None:
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self._receipts = self.partial / _RECEIPTS
-        if out.exists():
-            raise UserError(f"{out}: exists already; remove it or choose another output")
-        plan_file = self._receipts / _PLAN
+        self._claims = contextlib.ExitStack()
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._claims.close()
+
+    def begin(self, plan: dict[str, Any], *, needed_bytes: int, resume: bool) -> None:
+        """Makes the folder, or takes up the one of an interrupted run.
+
+        Args:
+            plan: what is being written, from what; JSON-like. Only the same plan is resumed.
+            needed_bytes: of all files together.
+
+        Raises:
+            UserError: `out` exists or cannot be made; another process is writing it; nothing to
+                resume, or another plan's; not enough space.
+        """
+        if self.out.exists():
+            raise UserError(f"{self.out}: exists already; remove it or choose another output")
         plan = json.loads(json.dumps(plan))
-        if resume and plan_file.is_file():
-            if json.loads(plan_file.read_text()) != plan:
-                raise UserError(
-                    f"{self.partial}: begun from another input or with other options; "
-                    "run again without --resume to begin anew"
-                )
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self._receipts.mkdir(parents=True)
-            _write_durably(plan_file, json.dumps(plan).encode())
+        plan_file = self._receipts / _PLAN
+        try:
+            self._claim()
+            if not resume or not plan_file.is_file():
+                shutil.rmtree(self.partial)
+                self._claim()
+                _write_durably(plan_file, json.dumps(plan).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.out}: {error.strerror} ({error.filename}); choose another output"
+            ) from error
+        if json.loads(plan_file.read_text()) != plan:
+            raise UserError(
+                f"{self.partial}: begun from another input or with other options; "
+                "run again without --resume to begin anew"
+            )
         written = sum(f.stat().st_size for f in self.partial.iterdir() if f.is_file())
         free = shutil.disk_usage(self.partial).free
         if free < needed_bytes - written:
             raise UserError(
-                f"{out}: {(needed_bytes - written) / 1e9:.2f} GB are to be written, but only "
+                f"{self.out}: {(needed_bytes - written) / 1e9:.2f} GB are to be written, but only "
                 f"{free / 1e9:.2f} GB are free on that disk"
             )
 
+    def _claim(self) -> None:
+        """Makes the folder this process's."""
+        self._receipts.mkdir(parents=True, exist_ok=True)
+        lock = self._claims.enter_context((self._receipts / _LOCK).open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.partial}: another process is writing there; wait for it or choose another "
+                "output"
+            ) from None
+
     def receipt(self, name: str) -> Any | None:
-        """What `write` returned for this file, if it is complete."""
-        receipt = self._receipts / f"{name}.json"
-        return json.loads(receipt.read_text()) if receipt.is_file() else None
+        """What `write` returned for this file, if that is complete and still as long."""
+        path, receipt = self.partial / name, self._receipts / f"{name}.json"
+        if not receipt.is_file():
+            return None
+        size, returned = json.loads(receipt.read_text())
+        return returned if path.is_file() and path.stat().st_size == size else None
 
     def write(self, name: str, body: Callable[[BinaryIO], Any]) -> None:
         """Writes a file; `receipt` will give what `body` returned (JSON-like).
@@ -74,12 +110,13 @@ class Staging:
             with self._disk_may_be_full(), StreamedFile(unfinished) as file:
                 receipt = body(cast(BinaryIO, file))
                 file.sync()
+                size = file.tell()
         except UserError:
             unfinished.unlink(missing_ok=True)
             raise
         with self._disk_may_be_full():
             unfinished.rename(self.partial / name)
-            _write_durably(self._receipts / f"{name}.json", json.dumps(receipt).encode())
+            _write_durably(self._receipts / f"{name}.json", json.dumps([size, receipt]).encode())
 
     def finish(self, body: Callable[[Path], None]) -> None:
         """Lets `body` write what else belongs in the folder, and gives the folder its name.
@@ -92,8 +129,8 @@ class Staging:
             for path in self.partial.rglob("*"):
                 _sync(path)
         shutil.rmtree(self._receipts)
-        _sync(self.partial)
         self.partial.rename(self.out)
+        _sync(self.out)
         _sync(self.out.absolute().parent)
 
     @contextlib.contextmanager

@@ -17,8 +17,10 @@ def say(message: str) -> None:
 class Progress:
     """Counts up to `total`, where it is known; a context manager.
 
-    Without a terminal it prints a line every ten seconds and one at the end. `enabled=False`
-    prints nothing, for all ranks but one; `keep=False` leaves nothing behind at the end.
+    Without a terminal it prints a line every ten seconds and one at the end. With a `unit`, as "B"
+    for bytes, counts are in thousands, millions or more of it, and the speed is told.
+    `enabled=False` prints nothing, for all ranks but one; `keep=False` leaves nothing behind at the
+    end.
     """
 
     def __init__(
@@ -27,16 +29,26 @@ class Progress:
         total: int | None,
         *,
         start: int = 0,
+        unit: str | None = None,
         enabled: bool = True,
         keep: bool = True,
     ) -> None:
         self._title, self._total, self._done = title, total, start
+        self._start, self._unit = start, unit
         self._enabled, self._keep = enabled, keep
         self._note = ""
         self._start_time = self._last_line = time.monotonic()
         on_terminal = enabled and sys.stdout.isatty()
         self._bar = (
-            tqdm(desc=title, total=total, initial=start, leave=keep, file=sys.stdout)
+            tqdm(
+                desc=title,
+                total=total,
+                initial=start,
+                unit=unit or "it",
+                unit_scale=unit is not None,
+                leave=keep,
+                file=sys.stdout,
+            )
             if on_terminal
             else None
         )
@@ -54,8 +66,14 @@ class Progress:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start_time
-        count = f"{self._done}/{self._total}" if self._total is not None else f"{self._done}"
-        say(f"{self._title} {count} [{elapsed:.0f} s] {self._note}".rstrip())
+        count = "/".join(self._shown(n) for n in (self._done, self._total) if n is not None)
+        speed = ""
+        if self._unit is not None:
+            speed = f", {self._shown((self._done - self._start) / elapsed)}/s"
+        say(f"{self._title} {count} [{elapsed:.0f} s{speed}] {self._note}".rstrip())
+
+    def _shown(self, count: float) -> str:
+        return str(count) if self._unit is None else tqdm.format_sizeof(count, self._unit)
 
     def __enter__(self) -> "Progress":
         return self
