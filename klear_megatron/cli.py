@@ -139,9 +139,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Serve a Hugging Face checkpoint with SGLang until Ctrl-C."""
+    from klear_megatron.models.hf_checkpoint import read_config
     from klear_megatron.rollout import ServeConfig, serving
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
+    read_config(config.model)  # SGLang takes long to tell of a mistake
     logs = config.run_dir / "logs"
     with serving(config.rollout, config.model, logs, seed=config.seed) as servers:
         print("\n".join(["serving; stop with Ctrl-C", *servers.urls]), flush=True)

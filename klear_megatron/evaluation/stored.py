@@ -11,13 +11,13 @@ from pydantic_core import from_json
 from klear_megatron.config import load_config
 from klear_megatron.data import Prompt
 from klear_megatron.data.files import stamps
-from klear_megatron.errors import UserError
+from klear_megatron.errors import UserError, make_folder
 from klear_megatron.evaluation.benchmark import Benchmark
 from klear_megatron.evaluation.config import EvalConfig
 from klear_megatron.evaluation.scores import Problems, Row, by_problem
 from klear_megatron.observability.responses import write_rows
 
-RESPONSES, _SETTINGS = "responses.jsonl", "settings.json"
+RESPONSES, _SETTINGS, _BENCHMARKS = "responses.jsonl", "settings.json", "benchmarks"
 
 
 def config_path(run_dir: Path) -> Path:
@@ -25,7 +25,7 @@ def config_path(run_dir: Path) -> Path:
 
 
 def folder_of(run_dir: Path, benchmark: str) -> Path:
-    return run_dir / "benchmarks" / benchmark
+    return run_dir / _BENCHMARKS / benchmark
 
 
 def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
@@ -35,8 +35,11 @@ def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
         UserError: `run_dir` is not an evaluation's.
     """
     path = config_path(run_dir)
-    if not path.is_file():
-        raise UserError(f"{path}: not there; give the run_dir of `klear-megatron eval`")
+    # Training leaves a config of its own.
+    if not path.is_file() or not (run_dir / _BENCHMARKS).is_dir():
+        raise UserError(
+            f"{run_dir}: no evaluation there; give the run_dir of `klear-megatron eval`"
+        )
     return load_config(EvalConfig, path, overrides).model_copy(update={"run_dir": run_dir})
 
 
@@ -46,6 +49,7 @@ def claim(folder: Path, ours: dict[str, Any]) -> None:
     Raises:
         UserError: it holds responses that were drawn with something else.
     """
+    make_folder(folder)
     path = folder / _SETTINGS
     if not path.exists():
         if (folder / RESPONSES).exists():
@@ -53,7 +57,6 @@ def claim(folder: Path, ours: dict[str, Any]) -> None:
                 f"{folder}: has responses but no {_SETTINGS} that says what they were drawn with; "
                 "write elsewhere, or delete it"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(ours, indent=2) + "\n")
         return
     theirs = json.loads(path.read_text())

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from klear_megatron import platform
 from klear_megatron.config import write_config
 from klear_megatron.conversion import export_hf
+from klear_megatron.errors import make_folder
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
@@ -31,7 +32,7 @@ def start(config: RunConfig) -> None:
     objects.connect()
     config.policy.parallel.data_parallel_size(dist.get_world_size())
     if is_main_rank():
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(config.run_dir)
         write_config(config, config.run_dir / "config.yaml")
     dist.barrier()
 

@@ -279,6 +279,9 @@ def test_a_model_that_changed_is_refused(config, killed_and_resumed):
 def test_what_is_no_finished_evaluation_cannot_be_graded(config, killed_and_resumed, tmp_path):
     with pytest.raises(UserError, match="give the run_dir of `klear-megatron eval`"):
         regrade(tmp_path)
+    (tmp_path / "config.yaml").write_text("policy: {path: base}\nsteps: 2\n")  # of a training run
+    with pytest.raises(UserError, match=f"{tmp_path}: no evaluation there"):
+        compare_runs(config.run_dir, tmp_path)
     shutil.copytree(config.run_dir, tmp_path / "run")
     lines = read_lines(responses_of(tmp_path / "run", CODE))
     responses_of(tmp_path / "run", CODE).write_text("".join(lines[:-1]))
