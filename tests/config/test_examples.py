@@ -10,6 +10,7 @@ from klear_megatron.curation import CurateConfig
 from klear_megatron.evaluation import EvalConfig
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.rollout import ServeConfig
+from klear_megatron.rollout.running import check_lengths
 from klear_megatron.trainers.config import RLConfig, RunConfig, SFTConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "klear_reasoner_8b"
@@ -36,7 +37,7 @@ def test_rl_has_the_papers_numbers_and_fits_the_model(name, lr, optimizer_steps)
     config.policy.parallel.check_model(QWEN3_8B)
     assert config.policy.parallel.data_parallel_size(32) == 4
     for sampling in (config.sampling, config.evaluation.sampling):
-        config.rollout.check_lengths(QWEN3_8B, config.data.max_prompt_length, sampling)
+        check_lengths(config.rollout, QWEN3_8B, config.data.max_prompt_length, sampling)
     assert pack(config) == config.data.max_prompt_length + config.sampling.max_response_length
 
 
@@ -56,7 +57,7 @@ def test_evaluation_has_room_for_its_budget():
     config = load_config(EvalConfig, FOLDER / "eval.yaml")
     rollout = extend_context(config.rollout, QWEN3_8B, config.yarn)
     longest = max(benchmark.max_prompt_length for benchmark in config.benchmarks.values())
-    rollout.check_lengths(QWEN3_8B, longest, config.sampling)
+    check_lengths(rollout, QWEN3_8B, longest, config.sampling)
     assert rollout.context_length == 81920
 
 
