@@ -6,7 +6,6 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -167,7 +166,7 @@ class _Process:
         command = self._command(seed=self._seed + _SEEDS * self._starts)
         with self._log.open("ab" if self._starts else "wb") as output:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, *command],
+                guard.guarded(command),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
