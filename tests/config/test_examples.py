@@ -1,5 +1,6 @@
 """The example configs can be carried out, as far as it shows without GPUs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,16 @@ def test_servers_for_other_hosts_serve_what_training_asks_of_them():
 def test_curation_is_a_config():
     config = load_config(CurateConfig, FOLDER / "curate.yaml")
     assert config.pass_rate.above == 0.5
+
+
+def test_the_documented_evaluation_asks_the_documented_servers(tmp_path):
+    text = (FOLDER.parents[1] / "docs" / "evaluation.md").read_text()
+    for block in re.findall(r"```yaml\n# (\w+\.yaml\n.*?)```", text, re.DOTALL):
+        name, _, content = block.partition("\n")
+        (tmp_path / name).write_text(content)
+    served = load_config(ServeConfig, tmp_path / "serve.yaml")
+    asking = load_config(EvalConfig, tmp_path / "eval.yaml")
+    assert asking.model == served.model
+    rollout = served.rollout
+    ports = range(rollout.port, rollout.port + rollout.num_servers)
+    assert asking.rollout.urls == [f"http://{rollout.host}:{port}" for port in ports]

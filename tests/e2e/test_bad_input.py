@@ -1,5 +1,7 @@
 """Bad input ends a command with one message, exit status 2 and no traceback."""
 
+import re
+
 import pytest
 
 from tests.commands import run_command
@@ -87,4 +89,21 @@ def test_doctor_names_an_apex_that_is_not_nvidias(tmp_path, monkeypatch):
     message = refusal("doctor")
     assert "the installed `apex` is not NVIDIA's" in message
     monkeypatch.delenv("PYTHONPATH")
-    assert run_command("doctor").returncode == 0
+    healthy = run_command("doctor")
+    assert healthy.returncode == 0
+    assert re.search(r"^bubblewrap +works", healthy.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "broken"])
+def test_doctor_says_what_to_do_without_a_working_bubblewrap(tmp_path, monkeypatch, there):
+    if there:
+        broken = tmp_path / "bwrap"
+        broken.write_text("#!/bin/sh\necho no namespaces here >&2\nexit 1\n")
+        broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = refusal("doctor")
+    if there:
+        assert "bubblewrap does not run here" in message
+        assert "no namespaces here" in message
+    else:
+        assert "apt-get install bubblewrap" in message
