@@ -50,15 +50,16 @@ def claim(folder: Path, ours: dict[str, Any]) -> None:
         UserError: it holds responses that were drawn with something else.
     """
     make_folder(folder)
-    path = folder / _SETTINGS
-    if not path.exists():
-        if (folder / RESPONSES).exists():
-            raise UserError(
-                f"{folder}: has responses but no {_SETTINGS} that says what they were drawn with; "
-                "write elsewhere, or delete it"
-            )
+    path, responses = folder / _SETTINGS, folder / RESPONSES
+    if not responses.exists() or responses.stat().st_size == 0:
+        # What was refused before anything was drawn may be tried again with other settings.
         path.write_text(json.dumps(ours, indent=2) + "\n")
         return
+    if not path.exists():
+        raise UserError(
+            f"{folder}: has responses but no {_SETTINGS} that says what they were drawn with; "
+            "write elsewhere, or delete it"
+        )
     theirs = json.loads(path.read_text())
     different = [name for name in ours if ours[name] != theirs.get(name)]
     if different:
