@@ -59,10 +59,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="klear-megatron", description="Klear-Reasoner training on Megatron-Core."
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for run in (_sft, _rl, _eval, _serve, _curate):
+    for run, package, config in (
+        (_sft, "trainers", "SFTConfig"),
+        (_rl, "trainers", "RLConfig"),
+        (_eval, "evaluation", "EvalConfig"),
+        (_serve, "rollout", "ServeConfig"),
+        (_curate, "curation", "CurateConfig"),
+    ):
         verb = _add_verb(verbs, run, takes_overrides=True)
         verb.add_argument("config", type=Path, help="YAML file")
-        verb.epilog = "Any key of the file can be given as --section.key value."
+        verb.epilog = (
+            f"The file's keys are described in klear_megatron/{package}/config.py ({config}); "
+            "examples/ has files to start from. Any key can be given as --section.key value."
+        )
     regrade = _add_verb(verbs, _regrade, takes_overrides=True)
     regrade.add_argument("run_dir", type=Path, help="of `klear-megatron eval`")
     regrade.epilog = "Its config's rewards can be changed, as --rewards.key value."
@@ -139,9 +148,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Serve a Hugging Face checkpoint with SGLang until Ctrl-C."""
+    from klear_megatron.models.hf_checkpoint import read_config
     from klear_megatron.rollout import ServeConfig, serving
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
+    read_config(config.model)  # SGLang takes long to tell of a mistake
     logs = config.run_dir / "logs"
     with serving(config.rollout, config.model, logs, seed=config.seed) as servers:
         print("\n".join(["serving; stop with Ctrl-C", *servers.urls]), flush=True)

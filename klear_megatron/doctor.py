@@ -5,6 +5,9 @@ import importlib.util
 import subprocess
 import sys
 
+from klear_megatron.errors import UserError
+from klear_megatron.rewards.config import CodeRewardConfig
+from klear_megatron.rewards.sandbox.sandbox import check_sandbox
 from klear_megatron.rollout.config import RolloutConfig
 
 _SGLANG_TIMEOUT_S = 60
@@ -31,6 +34,7 @@ def examine() -> list[str]:
         else "PyTorch's Adam",
     )
     _examine_required("math-verify", "math rewards", problems)
+    _examine_bubblewrap(problems)
     _examine_sglang(problems)
     return problems
 
@@ -96,6 +100,16 @@ def _examine_apex(problems: list[str]) -> bool:
         return False
     _say("apex", "NVIDIA's (fused kernels)")
     return True
+
+
+def _examine_bubblewrap(problems: list[str]) -> None:
+    try:
+        check_sandbox(CodeRewardConfig())
+    except UserError as error:
+        _say("bubblewrap", "not installed, or does not work (code rewards: the sandbox)")
+        problems.append(str(error))
+        return
+    _say("bubblewrap", "works (code rewards: the sandbox)")
 
 
 def _examine_sglang(problems: list[str]) -> None:

@@ -24,9 +24,13 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     if not path.is_file():
         raise UserError(f"{path}: no such config file; check the path")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error}; save it in that encoding") from error
+    if values is None:  # an empty file, or one of comments
+        values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level must be a mapping of keys to values")
     for key, value in _parse_overrides(overrides):
@@ -42,7 +46,8 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
 
 def write_config(config: Section, path: Path) -> None:
     """Writes every value, defaults included, as YAML that loads back to an equal config."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path.write_text(text, encoding="utf-8")
 
 
 def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from klear_megatron.curation.pass_rate import why_dropped
 from klear_megatron.curation.text import DIMENSIONS, hashed_vector
 from klear_megatron.data.files import Row
 from klear_megatron.data.rows import parse_prompt, parse_rows
-from klear_megatron.errors import UserError
+from klear_megatron.errors import UserError, make_folder
 
 Drop = Callable[[int | None, str, str], None]
 """Of a row: its number, the reason in general, and in particular."""
@@ -46,7 +46,7 @@ def curate(config: CurateConfig) -> CurationReport:
     Raises:
         UserError: data that cannot be read, or nothing left of it.
     """
-    config.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output.parent)
     report = CurationReport()
     spool = config.output.with_suffix(".partial.jsonl")
     with _dropped_rows(config.output, report) as drop:

@@ -23,6 +23,7 @@ from klear_megatron.observability.responses import response_row, write_rows
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
 from klear_megatron.rollout import Response
 from klear_megatron.rollout.model import generating
+from klear_megatron.rollout.running import check_lengths
 
 _GRADED_AT_ONCE = 1024
 
@@ -95,7 +96,7 @@ def _draw(
     stored: int,
 ) -> None:
     hf, rollout = read_config(teacher.model), teacher.rollout
-    rollout.check_lengths(hf, teacher.max_prompt_length, teacher.sampling)
+    check_lengths(rollout, hf, teacher.max_prompt_length, teacher.sampling)
     asked: dict[int, Prompt] = {}
     logs = folder / "logs"
     with (

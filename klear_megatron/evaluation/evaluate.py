@@ -30,6 +30,7 @@ from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout.model import generating
+from klear_megatron.rollout.running import check_lengths
 
 
 def evaluate(config: EvalConfig) -> dict[str, Scores]:
@@ -77,10 +78,9 @@ def _draw(
     if config.yarn is not None:
         rollout = extend_context(rollout, hf, config.yarn)
     longest_prompt = max(len(benchmark.loaded.token_ids[i]) for benchmark, i in asked)
-    rollout.check_lengths(hf, longest_prompt, config.sampling)
+    check_lengths(rollout, hf, longest_prompt, config.sampling)
     if stored:
         say(f"going on: {stored} of {stored + len(asked)} responses are in {config.run_dir}")
-    say(f"starting SGLang for {config.model}")
     logs = config.run_dir / "logs"
     with (
         generating(

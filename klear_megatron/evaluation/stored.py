@@ -11,13 +11,13 @@ from pydantic_core import from_json
 from klear_megatron.config import load_config
 from klear_megatron.data import Prompt
 from klear_megatron.data.files import stamps
-from klear_megatron.errors import UserError
+from klear_megatron.errors import UserError, make_folder
 from klear_megatron.evaluation.benchmark import Benchmark
 from klear_megatron.evaluation.config import EvalConfig
 from klear_megatron.evaluation.scores import Problems, Row, by_problem
 from klear_megatron.observability.responses import write_rows
 
-RESPONSES, _SETTINGS = "responses.jsonl", "settings.json"
+RESPONSES, _SETTINGS, _BENCHMARKS = "responses.jsonl", "settings.json", "benchmarks"
 
 
 def config_path(run_dir: Path) -> Path:
@@ -25,7 +25,7 @@ def config_path(run_dir: Path) -> Path:
 
 
 def folder_of(run_dir: Path, benchmark: str) -> Path:
-    return run_dir / "benchmarks" / benchmark
+    return run_dir / _BENCHMARKS / benchmark
 
 
 def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
@@ -35,8 +35,11 @@ def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
         UserError: `run_dir` is not an evaluation's.
     """
     path = config_path(run_dir)
-    if not path.is_file():
-        raise UserError(f"{path}: not there; give the run_dir of `klear-megatron eval`")
+    # Training leaves a config of its own.
+    if not path.is_file() or not (run_dir / _BENCHMARKS).is_dir():
+        raise UserError(
+            f"{run_dir}: no evaluation there; give the run_dir of `klear-megatron eval`"
+        )
     return load_config(EvalConfig, path, overrides).model_copy(update={"run_dir": run_dir})
 
 
@@ -46,16 +49,17 @@ def claim(folder: Path, ours: dict[str, Any]) -> None:
     Raises:
         UserError: it holds responses that were drawn with something else.
     """
-    path = folder / _SETTINGS
-    if not path.exists():
-        if (folder / RESPONSES).exists():
-            raise UserError(
-                f"{folder}: has responses but no {_SETTINGS} that says what they were drawn with; "
-                "write elsewhere, or delete it"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    path, responses = folder / _SETTINGS, folder / RESPONSES
+    if not responses.exists() or responses.stat().st_size == 0:
+        # What was refused before anything was drawn may be tried again with other settings.
         path.write_text(json.dumps(ours, indent=2) + "\n")
         return
+    if not path.exists():
+        raise UserError(
+            f"{folder}: has responses but no {_SETTINGS} that says what they were drawn with; "
+            "write elsewhere, or delete it"
+        )
     theirs = json.loads(path.read_text())
     different = [name for name in ours if ours[name] != theirs.get(name)]
     if different:

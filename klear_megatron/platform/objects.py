@@ -26,6 +26,14 @@ def _group_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 
+def connect() -> None:
+    """Collective. Makes the connections between the ranks, which the first use would make else.
+
+    A rank that waits for one that ends learns of it by them; while they are made, it does not.
+    """
+    _group()
+
+
 def all_gather(value: T) -> list[T]:
     """Collective. Every rank's value, by rank."""
     everyone: list[T] = [value] * dist.get_world_size()

@@ -4,11 +4,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
-from transformers import PretrainedConfig
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from klear_megatron.config import Section
-from klear_megatron.errors import UserError
 
 
 class SamplingConfig(Section):
@@ -54,26 +52,13 @@ class RolloutConfig(Section):
     sync_bucket_bytes: PositiveInt = 512 * 2**20
     """Weights are broadcast in buckets of about this size."""
 
-    def check_lengths(
-        self, hf: PretrainedConfig, longest_prompt: int, sampling: SamplingConfig
-    ) -> None:
-        """Raises UserError where a prompt and its response are longer than the servers take.
-
-        Servers that run already have a limit of their own, unless `context_length` tells it.
-
-        Args:
-            longest_prompt: in tokens.
-        """
-        if self.urls and self.context_length is None:
-            return
-        limit = self.context_length or hf.max_position_embeddings
-        longest = longest_prompt + sampling.max_response_length
-        if longest > limit:
-            raise UserError(
-                f"sampling.max_response_length: {sampling.max_response_length} tokens after the "
-                f"longest prompt's {longest_prompt} make {longest}, but the servers take {limit} "
-                "(rollout.context_length, or the model's max_position_embeddings)"
-            )
+    @field_validator("urls")
+    @classmethod
+    def _are_addresses(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url}: no address; write it as http://HOST:PORT")
+        return [url.rstrip("/") for url in urls]
 
 
 class ServeConfig(Section):

@@ -1,4 +1,4 @@
-"""Runs a command that must not outlive its parent: `python guard.py COMMAND...`.
+"""Runs a command that must not outlive its parent: `python guard.py COMMAND...`; see `guarded`.
 
 The parent holds the writing end of this process's standard input. When that closes, because the
 parent asks for it or because it died in whatever way, the command and everything it started are
@@ -15,8 +15,18 @@ import subprocess
 import sys
 import time
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_CHILD_SUBREAPER = 36
 _GRACE_S = 10.0
+
+
+def guarded(command: list[str]) -> list[str]:
+    """The command line that runs `command` under a guard, and that one under another.
+
+    Should one of them be killed, the other ends the command and everything it started: the outer
+    one because the inner one has ended, or the inner one because its parent died.
+    """
+    guard = [sys.executable, "-I", "-S", __file__]
+    return [*guard, *guard, *command]
 
 
 def main() -> int:
@@ -26,7 +36,10 @@ def main() -> int:
     # Orphans of the command become children of this process, so that none can hide.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     command = subprocess.Popen(
-        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_begin
+        sys.argv[1:],
+        stdin=subprocess.PIPE,  # which closes when this process ends, in whatever way
+        start_new_session=True,
+        preexec_fn=_begin,
     )
     while command.poll() is None and not _parent_is_done():
         pass
@@ -43,8 +56,6 @@ def main() -> int:
 def _begin() -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    # Should the guard itself be killed.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _parent_is_done() -> bool:

@@ -6,7 +6,6 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -15,9 +14,9 @@ from pathlib import Path
 import httpx
 
 from klear_megatron import platform
-from klear_megatron.errors import UserError
+from klear_megatron.errors import UserError, make_folder
 from klear_megatron.observability import say
-from klear_megatron.rollout import guard
+from klear_megatron.rollout import guard, running
 from klear_megatron.rollout.config import RolloutConfig
 
 _CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
@@ -36,21 +35,32 @@ is sent on it."""
 
 @contextlib.contextmanager
 def serving(
-    config: RolloutConfig, model_path: Path, log_dir: Path, *, seed: int = 0
+    config: RolloutConfig,
+    model_path: Path,
+    log_dir: Path,
+    *,
+    seed: int = 0,
+    own_weights: bool = False,
 ) -> Iterator["Servers"]:
     """Servers that all answer; those started here are stopped at the end.
 
     Args:
         model_path: Hugging Face checkpoint to serve.
         log_dir: gets one `sglang_N.log` per started server.
+        own_weights: the caller replaces the servers' weights before it asks anything of them, so
+            that those of `rollout.urls` may have any, of a model of the same shape.
 
     Raises:
         UserError: a port is in use, there is no SGLang, a server ends or does not answer in time
-            (with the last lines of its log), or a given URL does not answer.
+            (with the last lines of its log), or one of `rollout.urls` does not answer or serves
+            something else.
     """
     if config.urls:
         for url in config.urls:
-            _check_answers(url)
+            if own_weights:
+                running.check_takes(url, model_path)
+            else:
+                running.check_serves(url, model_path)
         yield Servers(config, config.urls, {})
         return
     if not config.python.is_file():
@@ -58,7 +68,9 @@ def serving(
             f"rollout.python: {config.python} is not there; install SGLang into an environment of "
             "its own (`make setup` does) or name its interpreter"
         )
-    log_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(log_dir)
+    many = f"{config.num_servers} SGLang server{'s' if config.num_servers > 1 else ''}"
+    say(f"starting {many} of {model_path}; logs in {log_dir}")
     with contextlib.ExitStack() as stack:
         processes = {}
         for index, port in enumerate(_take_ports(config)):
@@ -154,7 +166,7 @@ class _Process:
         command = self._command(seed=self._seed + _SEEDS * self._starts)
         with self._log.open("ab" if self._starts else "wb") as output:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, *command],
+                guard.guarded(command),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -187,7 +199,8 @@ def server_command(
 ) -> list[str]:
     """The command line of server `index`."""
     options = {
-        "model-path": str(model_path),
+        # Servers tell it, also to who runs in another folder.
+        "model-path": str(model_path.absolute()),
         "host": config.host,
         "port": str(port),
         "dtype": config.dtype,
@@ -267,11 +280,3 @@ def _is_there(url: str, *, ready: bool) -> bool:
         return httpx.get(f"{url}{path}", timeout=5).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
-
-
-def _check_answers(url: str) -> None:
-    if not _is_there(url, ready=False):
-        raise UserError(
-            f"rollout.urls: no SGLang server answers at {url}/model_info; start it "
-            "(`klear-megatron serve`) or correct the address"
-        )

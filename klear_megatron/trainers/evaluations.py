@@ -7,6 +7,7 @@ from klear_megatron.evaluation.training import evaluate_policy
 from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import Phases, say
 from klear_megatron.rollout import Generator
+from klear_megatron.rollout.running import check_lengths
 from klear_megatron.trainers import run
 from klear_megatron.trainers.config import RLConfig
 from klear_megatron.trainers.rollouts import RolloutWorker
@@ -33,7 +34,7 @@ class Evaluations:
                 for note in benchmark.loaded.notes(configs[benchmark.name], benchmark.name):
                     say(note)
             longest_prompt = max(len(ids) for ids in benchmark.loaded.token_ids)
-            config.rollout.check_lengths(hf, longest_prompt, config.evaluation.sampling)
+            check_lengths(config.rollout, hf, longest_prompt, config.evaluation.sampling)
 
     def after(self, step: int, worker: RolloutWorker, phases: Phases) -> dict[str, float]:
         """Collective. `eval/NAME/avg` and others of each benchmark, if an evaluation is due.

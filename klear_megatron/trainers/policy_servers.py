@@ -47,7 +47,9 @@ class PolicyServers:
         urls: list[str] = []
         if self._main:
             logs = config.run_dir / "logs"
-            servers = serving(config.rollout, config.policy.path, logs, seed=config.seed)
+            servers = serving(
+                config.rollout, config.policy.path, logs, seed=config.seed, own_weights=True
+            )
             self._servers = stack.enter_context(servers)
             urls = self._servers.urls
             self._weights = stack.enter_context(WeightSync(urls, config.rollout))

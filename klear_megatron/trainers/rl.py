@@ -15,6 +15,7 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.policy.policy import Policy
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
+from klear_megatron.rollout.running import check_lengths
 from klear_megatron.trainers import run
 from klear_megatron.trainers.config import RLConfig
 from klear_megatron.trainers.evaluations import Evaluations
@@ -99,7 +100,7 @@ def read_training_prompts(config: RLConfig, tokenizer: PreTrainedTokenizerBase) 
     """
     loaded = load_prompts(config.data, tokenizer)
     hf = read_config(config.policy.path)
-    config.rollout.check_lengths(hf, max(map(len, loaded.token_ids)), config.sampling)
+    check_lengths(config.rollout, hf, max(map(len, loaded.token_ids)), config.sampling)
     check_data_sources((prompt.data_source for prompt in loaded.prompts), config.rewards)
     check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in loaded.prompts)
     for note in loaded.notes(config.data, "data") if run.is_main_rank() else ():

@@ -1,5 +1,6 @@
 """The example configs can be carried out, as far as it shows without GPUs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from klear_megatron.curation import CurateConfig
 from klear_megatron.evaluation import EvalConfig
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.rollout import ServeConfig
+from klear_megatron.rollout.running import check_lengths
 from klear_megatron.trainers.config import RLConfig, RunConfig, SFTConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "klear_reasoner_8b"
@@ -36,7 +38,7 @@ def test_rl_has_the_papers_numbers_and_fits_the_model(name, lr, optimizer_steps)
     config.policy.parallel.check_model(QWEN3_8B)
     assert config.policy.parallel.data_parallel_size(32) == 4
     for sampling in (config.sampling, config.evaluation.sampling):
-        config.rollout.check_lengths(QWEN3_8B, config.data.max_prompt_length, sampling)
+        check_lengths(config.rollout, QWEN3_8B, config.data.max_prompt_length, sampling)
     assert pack(config) == config.data.max_prompt_length + config.sampling.max_response_length
 
 
@@ -56,7 +58,7 @@ def test_evaluation_has_room_for_its_budget():
     config = load_config(EvalConfig, FOLDER / "eval.yaml")
     rollout = extend_context(config.rollout, QWEN3_8B, config.yarn)
     longest = max(benchmark.max_prompt_length for benchmark in config.benchmarks.values())
-    rollout.check_lengths(QWEN3_8B, longest, config.sampling)
+    check_lengths(rollout, QWEN3_8B, longest, config.sampling)
     assert rollout.context_length == 81920
 
 
@@ -69,3 +71,16 @@ def test_servers_for_other_hosts_serve_what_training_asks_of_them():
 def test_curation_is_a_config():
     config = load_config(CurateConfig, FOLDER / "curate.yaml")
     assert config.pass_rate.above == 0.5
+
+
+def test_the_documented_evaluation_asks_the_documented_servers(tmp_path):
+    text = (FOLDER.parents[1] / "docs" / "evaluation.md").read_text()
+    for block in re.findall(r"```yaml\n# (\w+\.yaml\n.*?)```", text, re.DOTALL):
+        name, _, content = block.partition("\n")
+        (tmp_path / name).write_text(content)
+    served = load_config(ServeConfig, tmp_path / "serve.yaml")
+    asking = load_config(EvalConfig, tmp_path / "eval.yaml")
+    assert asking.model == served.model
+    rollout = served.rollout
+    ports = range(rollout.port, rollout.port + rollout.num_servers)
+    assert asking.rollout.urls == [f"http://{rollout.host}:{port}" for port in ports]

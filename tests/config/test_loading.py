@@ -70,6 +70,8 @@ def test_what_is_written_loads_back_equal_with_every_default(tmp_path):
         (GOOD, ["--steps.more", "3"], "steps"),
         ("a: [", [], "not valid YAML"),
         ("- a\n", [], "the top level must be a mapping"),
+        ("[]", [], "the top level must be a mapping"),
+        ("", [], "run_dir: missing"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, overrides, message):
@@ -83,3 +85,12 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         load_config(Config, write(tmp_path, "optimiser: {lr: 1}\nsteps: x\n"))
     for message in ("optimiser: unknown key; did you mean optimizer?", "run_dir: missing", "steps"):
         assert message in str(error.value)
+
+
+def test_file_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes("run_dir: Läufe\noptimizer: {lr: 1}\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.yaml: not UTF-8: .*save it in that encoding"):
+        load_config(Config, path)
+    path.write_bytes("run_dir: Läufe\noptimizer: {lr: 1}\n".encode())
+    assert load_config(Config, path).run_dir == Path("Läufe")

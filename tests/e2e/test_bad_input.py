@@ -1,5 +1,7 @@
 """Bad input ends a command with one message, exit status 2 and no traceback."""
 
+import re
+
 import pytest
 
 from tests.commands import run_command
@@ -59,6 +61,27 @@ def test_missing_config_is_refused():
     assert "nowhere.yaml: no such config file" in refusal("sft", "nowhere.yaml")
 
 
+@pytest.mark.parametrize("verb", ["rl", "eval", "serve"])
+def test_run_dir_that_cannot_be_made_is_refused(make_config, quickstart, tmp_path, verb):
+    (tmp_path / "file").touch()
+    model = str(quickstart / "base")
+    config = tmp_path / "serve.yaml"
+    config.write_text(f"model: {model}\n")
+    if verb != "serve":
+        config = make_config(verb)
+    of = ["--policy.path", model] if verb == "rl" else []
+    message = refusal(verb, str(config), "--run_dir", f"{tmp_path}/file/run", *of)
+    assert f"error: {tmp_path}/file/run" in message
+    assert "cannot be made or written to: Not a directory; choose another folder" in message
+
+
+def test_serving_what_is_no_checkpoint_is_refused_before_a_server_is_started(tmp_path):
+    config = tmp_path / "serve.yaml"
+    config.write_text(f"model: {tmp_path}\nrun_dir: {tmp_path}/run\n")
+    assert f"{tmp_path}: no config.json there" in refusal("serve", str(config))
+    assert not (tmp_path / "run").exists()
+
+
 def test_doctor_names_an_apex_that_is_not_nvidias(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
@@ -66,4 +89,21 @@ def test_doctor_names_an_apex_that_is_not_nvidias(tmp_path, monkeypatch):
     message = refusal("doctor")
     assert "the installed `apex` is not NVIDIA's" in message
     monkeypatch.delenv("PYTHONPATH")
-    assert run_command("doctor").returncode == 0
+    healthy = run_command("doctor")
+    assert healthy.returncode == 0
+    assert re.search(r"^bubblewrap +works", healthy.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "broken"])
+def test_doctor_says_what_to_do_without_a_working_bubblewrap(tmp_path, monkeypatch, there):
+    if there:
+        broken = tmp_path / "bwrap"
+        broken.write_text("#!/bin/sh\necho no namespaces here >&2\nexit 1\n")
+        broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = refusal("doctor")
+    if there:
+        assert "bubblewrap does not run here" in message
+        assert "no namespaces here" in message
+    else:
+        assert "apt-get install bubblewrap" in message

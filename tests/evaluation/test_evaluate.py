@@ -279,6 +279,9 @@ def test_a_model_that_changed_is_refused(config, killed_and_resumed):
 def test_what_is_no_finished_evaluation_cannot_be_graded(config, killed_and_resumed, tmp_path):
     with pytest.raises(UserError, match="give the run_dir of `klear-megatron eval`"):
         regrade(tmp_path)
+    (tmp_path / "config.yaml").write_text("policy: {path: base}\nsteps: 2\n")  # of a training run
+    with pytest.raises(UserError, match=f"{tmp_path}: no evaluation there"):
+        compare_runs(config.run_dir, tmp_path)
     shutil.copytree(config.run_dir, tmp_path / "run")
     lines = read_lines(responses_of(tmp_path / "run", CODE))
     responses_of(tmp_path / "run", CODE).write_text("".join(lines[:-1]))
@@ -292,9 +295,13 @@ def test_a_budget_that_no_server_takes_is_refused_before_one_is_started(config, 
     fits = EvalConfig.model_validate(values | {"sampling": {"max_response_length": longest}})
     with pytest.raises(UserError, match="/nowhere is not there"):
         evaluate(fits)
-    too_long = {"sampling": {"max_response_length": longest + 1}, "run_dir": tmp_path / "other"}
+    too_long = {"sampling": {"max_response_length": longest + 1}}
     with pytest.raises(UserError, match="make 257, but the servers take 256"):
         evaluate(EvalConfig.model_validate(values | too_long))
+    # Nor one that the servers which run already say they do not take.
+    urls = {"rollout": config.rollout, "sampling": {"max_response_length": longest + 257}}
+    with pytest.raises(UserError, match="make 513, but the servers take 512"):
+        evaluate(EvalConfig.model_validate(values | urls))
 
 
 def longest_prompt(config: EvalConfig) -> int:

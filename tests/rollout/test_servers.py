@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -84,6 +85,8 @@ def test_servers_end_when_the_process_that_started_them_is_killed(servers, tmp_p
         text=True,
     ) as trainer:
         assert trainer.stdout is not None
+        said = f"starting 1 SGLang server of {model}; logs in {tmp_path / 'logs'}\n"
+        assert trainer.stdout.readline() == said
         assert trainer.stdout.readline() == "ready\n"
         started = psutil.Process(trainer.pid).children(recursive=True)
         assert any("sglang" in " ".join(process.cmdline()) for process in started)
@@ -104,19 +107,20 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_guard_ends_even_what_hides_and_ignores_signals(number, tmp_path, monkeypatch):
+@pytest.fixture
+def stubborn(tmp_path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """Who had the stubborn command started, in a process group of its own; and the guards, the
+    outer one first, the command, and its orphan."""
     marker = str(tmp_path / "stubborn.py")
     Path(marker).write_text(STUBBORN)
     script = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job\n"
-        "command = [sys.executable, *sys.argv[1:]]\n"
-        "with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):\n"
+        "with subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True):\n"
         "    time.sleep(600)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script, guard.__file__, sys.executable, marker],
+        [sys.executable, "-c", script, *guard.guarded([sys.executable, marker])],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -125,7 +129,25 @@ def test_guard_ends_even_what_hides_and_ignores_signals(number, tmp_path, monkey
         assert parent.stdout.readline() == "ready\n"
         time.sleep(0.5)
         processes = [p for p in alive_with(marker) if p.pid != parent.pid]
-        assert len(processes) == 3  # the guard, the command, the orphan
-        os.killpg(parent.pid, number)  # as a terminal does with Ctrl-C
-        parent.wait(30)
-        assert gone_within(30, processes)
+        assert len(processes) == 4
+        yield parent, sorted(processes, key=lambda process: process.create_time())
+        parent.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_guards_end_even_what_hides_and_ignores_signals(number, stubborn):
+    parent, processes = stubborn
+    os.killpg(parent.pid, number)  # as a terminal does with Ctrl-C
+    parent.wait(30)
+    assert gone_within(30, processes)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["outer", "inner"])
+def test_nothing_is_left_when_a_guard_is_killed(stubborn, index):
+    parent, processes = stubborn
+    assert guard.__file__ in processes[index].cmdline()
+    processes[index].kill()
+    assert gone_within(30, processes[index + 1 :])
+    parent.kill()  # which does not ask after the outer guard
+    parent.wait(30)
+    assert gone_within(5, processes)

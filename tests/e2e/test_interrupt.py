@@ -1,0 +1,44 @@
+"""Ctrl-C while servers start ends all ranks within seconds, and all that they started."""
+
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests.commands import ROOT, command_line, environment
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_ctrl_c_while_servers_start(make_config, quickstart, tmp_path, ranks):
+    # In place of SGLang, what never answers.
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 600\n")
+    silent.chmod(0o755)
+    overrides = ["--policy.path", str(quickstart / "base"), "--rollout.python", str(silent)]
+    with subprocess.Popen(
+        command_line("rl", str(make_config("rl")), *overrides, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as command:
+        log = tmp_path / "rl" / "logs" / "sglang_0.log"
+        deadline = time.monotonic() + 120
+        while not log.exists():
+            assert command.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+        started = psutil.Process(command.pid).children(recursive=True)
+        assert any("600" in process.cmdline() for process in started)
+        os.killpg(command.pid, signal.SIGINT)
+        # A rank that hears nothing is killed by torchrun after 30 s.
+        _, errors = command.communicate(timeout=15)
+    assert errors.count("interrupted\n") == (ranks or 1)
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
