@@ -26,7 +26,7 @@ from transformers import Qwen3Config
 from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
 from klear_megatron.conversion.hf_writer import shard_names, write_index, write_shard
 from klear_megatron.conversion.plan import SHARD_BYTES, Move, in_shards
-from klear_megatron.conversion.verify import differences
+from klear_megatron.conversion.verify import compare_weights
 from klear_megatron.models import get_architecture
 
 # hidden, intermediate, layers, heads, tied
@@ -131,7 +131,7 @@ def main() -> None:
             cells = [f"{ours.seconds:.1f}", *speeds, ratio, f"{ours.cpu_seconds:.1f}"]
             table.append(f"| {name} | {' | '.join(cells)} | {ours.peak:.2f} |")
         print("\n".join(table), flush=True)
-        different = list(differences(folder / "hf", folder / "back"))
+        different = compare_weights(folder / "hf", folder / "back").differing
         print(f"{len(different)} tensors differ after both" if different else "bit-identical")
 
 

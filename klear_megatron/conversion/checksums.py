@@ -5,6 +5,7 @@ Those of a Megatron checkpoint leave out its .distcp files, whose records have c
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from klear_megatron.errors import UserError
 
 _NAME = "SHA256SUMS"
+_LINE = re.compile(r"[0-9a-f]{64} [ *].+")
 
 
 def sha256(path: Path) -> str:
@@ -68,6 +70,12 @@ def _listed(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     lines = path.read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not _LINE.fullmatch(line):
+            raise UserError(
+                f"{path}: line {number} is no checksum and file name; the file is corrupt. Without "
+                "it, nothing is compared"
+            )
     return {line[66:]: line[:64] for line in lines}
 
 

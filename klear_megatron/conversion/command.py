@@ -1,6 +1,9 @@
 """`klear-megatron convert IN OUT`: the direction follows from what IN is."""
 
 import argparse
+import os
+import signal
+import sys
 from pathlib import Path
 
 from klear_megatron.errors import UserError
@@ -21,8 +24,23 @@ def checkpoint_in(path: Path) -> Path:
     latest = latest_checkpoint(path)
     if latest is None:
         raise UserError(f"{path}: no complete checkpoint under checkpoints/")
-    print(f"{path}: its latest checkpoint is {latest.name}")
+    if _rank() == 0:
+        print(f"{path}: its latest checkpoint is {latest.name}")
     return latest
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _check_output(source: Path, out: Path) -> None:
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out}: is inside {source}, which is read; choose another output")
+
+
+def _check_alone(verb: str) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"{verb}: runs in one process; start it without torchrun")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-size",
-        type=float,
+        type=_positive,
         default=5.0,
         metavar="GB",
         help="largest output file (default: %(default)s)",
@@ -48,16 +66,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to Megatron only: store tensors in N pieces, one per tensor-parallel rank that will "
         "load them; every layout loads every checkpoint, this saves reading (default: 1)",
     )
+    parser.add_argument(
+        "--to",
+        choices=["hf", "megatron"],
+        help="refuse to convert in the other direction (default: what the input is not)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise ValueError
+    return number
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Converts.
+    """Converts. Ctrl-C ends the process.
 
     Raises:
-        UserError: `--tp` to Hugging Face; see also `megatron_to_hf` and `hf_to_megatron`.
+        UserError: `--tp` to Hugging Face, another direction than `--to`, or an output inside the
+            input; see also `megatron_to_hf` and `hf_to_megatron`.
     """
+    # An exception out of nowhere, while torch writes, is lost or becomes another. What has been
+    # written survives this as it does a kill.
+    signal.signal(signal.SIGINT, _end)
     from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
     from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
 
@@ -68,7 +102,12 @@ def run(arguments: argparse.Namespace) -> None:
         "resume": arguments.resume,
     }
     source = checkpoint_in(arguments.checkpoint)
-    if not is_megatron_checkpoint(source):
+    _check_output(source, arguments.out)
+    direction = "hf" if is_megatron_checkpoint(source) else "megatron"
+    if arguments.to not in (None, direction):
+        kind = "a Megatron checkpoint" if direction == "hf" else "no Megatron checkpoint"
+        raise UserError(f"--to {arguments.to}: {source} is {kind}; give one of the other kind")
+    if direction == "megatron":
         tp = 1 if arguments.tp is None else arguments.tp
         hf_to_megatron(source, arguments.out, tensor_parallel_size=tp, **options)
     elif arguments.tp is None:
@@ -76,8 +115,14 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         raise UserError(
             f"--tp {arguments.tp}: {source} becomes a Hugging Face folder, which is not cut for "
-            "tensor parallelism; leave --tp away"
+            "tensor parallelism; leave --tp out"
         )
+
+
+def _end(*_: object) -> None:
+    if _rank() == 0:
+        print("interrupted; the same command with --resume goes on", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,22 +151,28 @@ def verify(arguments: argparse.Namespace) -> None:
         SystemExit: with status 1 after a table of what differs.
         UserError: one of them cannot be read, or `--prompt` without `--logits`.
     """
-    from klear_megatron.conversion.verify import differences
+    from klear_megatron.conversion.verify import compare_weights
 
+    _check_alone("verify")
     if arguments.prompt and not arguments.logits:
         raise UserError("--prompt: is for --logits; give both")
     a, b = checkpoint_in(arguments.a), checkpoint_in(arguments.b)
-    rows = list(differences(a, b))
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, what in rows:
+    count, differing = compare_weights(a, b)
+    width = max(map(len, differing), default=0)
+    for name, what in differing.items():
         print(f"{name:{width}}  {what}")
-    print(f"{len(rows)} tensors differ" if rows else "all tensors are the same in every bit")
-    same = not rows
+    same = not differing
+    found = f"all {count} tensors are the same in every bit"
+    print(found if same else f"{len(differing)} of {count} tensors differ")
     if arguments.logits:
         from klear_megatron.conversion.logits import TOLERANCE, logits_difference
 
-        difference = logits_difference(a, b, arguments.prompt)
-        print(f"logits: relative difference {difference:.2g}, at most {TOLERANCE} is the same")
+        print("computing logits of both models")
+        difference, prompts, tokens = logits_difference(a, b, arguments.prompt)
+        print(
+            f"logits: relative difference {difference:.2g}, at most {TOLERANCE} is the same; after "
+            f"{tokens} tokens of {prompts} prompts"
+        )
         same &= difference <= TOLERANCE
     if not same:
         raise SystemExit(1)
@@ -148,8 +199,11 @@ def release(arguments: argparse.Namespace) -> None:
     """
     from klear_megatron.conversion.release import release
 
+    _check_alone("release")
+    checkpoint = checkpoint_in(arguments.checkpoint)
+    _check_output(checkpoint, arguments.out)
     release(
-        checkpoint_in(arguments.checkpoint),
+        checkpoint,
         arguments.out,
         licence=arguments.licence,
         dtype=arguments.dtype,

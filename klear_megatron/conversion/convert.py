@@ -136,6 +136,12 @@ def hf_to_megatron(
         raise UserError(f"{tensor_parallel_size} tensor-parallel ranks: at least 1 is needed")
     check_companions(hf_dir)
     hf = read_config(hf_dir)
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(hf, field) % tensor_parallel_size:
+            raise UserError(
+                f"{hf_dir}: {field} {getattr(hf, field)} cannot be divided between "
+                f"{tensor_parallel_size} tensor-parallel ranks"
+            )
     padded = padded_vocab_size(hf.vocab_size, tensor_parallel_size)
     table = list(get_architecture(hf).weights(hf, padded))
     source = HFCheckpoint(hf_dir)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,9 +32,17 @@ Logits = Callable[[Tensor], Tensor]
 """Tokens [n] -> logits [n, vocabulary], float32 on the CPU."""
 
 
+class LogitsDifference(NamedTuple):
+    """Largest difference over the largest logit, and how many prompts and tokens it is of."""
+
+    relative: float
+    prompts: int
+    tokens: int
+
+
 @torch.no_grad()
-def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> float:
-    """Largest difference over the largest logit; both models in float32, each by its own config.
+def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> LogitsDifference:
+    """Both models in float32, each by its own config, after every token of the prompts.
 
     In one process, with whole models in memory, one after the other.
 
@@ -51,7 +60,8 @@ def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> float:
     prompts = _encode(texts, hf) if texts else _random_prompts(read_config(hf).vocab_size)
     ours = _on(prompts, megatron_logits(megatron, megatron / "hf", "float32"))
     theirs = _on(prompts, transformers_logits(hf, "float32"))
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    relative = float((ours - theirs).abs().max() / theirs.abs().max())
+    return LogitsDifference(relative, len(prompts), sum(map(len, prompts)))
 
 
 def _random_prompts(vocab_size: int) -> list[Tensor]:
@@ -64,7 +74,7 @@ def _encode(texts: Sequence[str], hf: Path) -> list[Tensor]:
     prompts = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts]
     for text, prompt in zip(texts, prompts, strict=True):
         if not len(prompt):
-            raise UserError(f"prompt {text!r}: no tokens; leave it away")
+            raise UserError(f"prompt {text!r}: no tokens; leave it out")
     return prompts
 
 

@@ -9,6 +9,7 @@ from klear_megatron.conversion.convert import megatron_to_hf
 from klear_megatron.conversion.model_card import model_card
 from klear_megatron.conversion.trial import try_out
 from klear_megatron.errors import UserError
+from klear_megatron.observability import say
 
 _YARN = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 32768}
 _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # the paper's evaluations
@@ -46,12 +47,21 @@ def release(
     _update_json(untried / "generation_config.json", **_SAMPLING)
     (untried / "README.md").write_text(model_card(checkpoint, untried, out.name, licence))
     write_checksums(untried, {})
-    try_out(untried, checkpoint, log_dir=out.with_name(out.name + ".logs"))
+    logs = out.with_name(out.name + ".logs")
+    try_out(untried, checkpoint, log_dir=logs)
     untried.rename(out)
+    shutil.rmtree(logs)
+    say(f"{out}: ready to publish; transformers and SGLang answer from it as the policy does")
 
 
 def _extend_context(path: Path) -> None:
     config = json.loads(path.read_text())
+    trained, found = _YARN["original_max_position_embeddings"], config["max_position_embeddings"]
+    if found < trained:
+        raise UserError(
+            f"--yarn: extends a model of {trained} tokens, and this one's max_position_embeddings "
+            f"is {found}; leave --yarn out"
+        )
     length = int(_YARN["factor"] * _YARN["original_max_position_embeddings"])  # type: ignore[operator]
     if "rope_parameters" in config:
         rope = {"rope_theta": config["rope_parameters"]["rope_theta"], **_YARN}

@@ -1,7 +1,8 @@
 """Comparing two checkpoints, of Hugging Face or of Megatron, tensor by tensor."""
 
-from collections.abc import Iterator, KeysView
+from collections.abc import KeysView
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from klear_megatron.conversion.dtypes import dtype_name
 from klear_megatron.conversion.megatron_reader import MegatronCheckpoint, is_megatron_checkpoint
 from klear_megatron.models import Weight, get_architecture
 from klear_megatron.models.hf_checkpoint import HFCheckpoint, read_config
+from klear_megatron.observability import Progress
 
 
 class Weights:
@@ -48,21 +50,34 @@ class Weights:
         return self._last[1][name]
 
 
-def differences(a: Path, b: Path) -> Iterator[tuple[str, str]]:
-    """Hugging Face name and what differs, for each tensor that is not the same in every bit.
+class Comparison(NamedTuple):
+    """Of two checkpoints."""
+
+    tensors: int
+    """Of all tensors that either has."""
+    differing: dict[str, str]
+    """Hugging Face name -> what differs, of each that is not the same in every bit."""
+
+
+def compare_weights(a: Path, b: Path) -> Comparison:
+    """Reads both, tensor by tensor.
 
     Raises:
         UserError: one of them cannot be read.
     """
     ours, theirs = Weights(a), Weights(b)
-    for name in ours.names:
-        if name not in theirs.names:
-            yield name, f"only in {a}"
-        elif difference := _difference(ours.tensor(name), theirs.tensor(name)):
-            yield name, difference
-    for name in theirs.names:
-        if name not in ours.names:
-            yield name, f"only in {b}"
+    names = list(dict.fromkeys([*ours.names, *theirs.names]))
+    differing: dict[str, str] = {}
+    with Progress("compare", len(names), keep=False) as progress:
+        for name in names:
+            if name not in theirs.names:
+                differing[name] = f"only in {a}"
+            elif name not in ours.names:
+                differing[name] = f"only in {b}"
+            elif difference := _difference(ours.tensor(name), theirs.tensor(name)):
+                differing[name] = difference
+            progress.advance()
+    return Comparison(len(names), differing)
 
 
 def _difference(a: Tensor, b: Tensor) -> str | None:

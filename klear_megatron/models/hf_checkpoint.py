@@ -33,9 +33,14 @@ def read_config(path: Path) -> PretrainedConfig:
     Raises:
         UserError: no such folder, or no readable config.json in it.
     """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; a Hugging Face checkpoint is expected")
     if not (path / "config.json").is_file():
+        hint = ""
+        if (path / "metadata.json").is_file() or (path / "checkpoints").is_dir():
+            hint = f"; `klear-megatron convert {path} OUT` makes one of what is there"
         raise UserError(
-            f"{path}: no config.json there; a Hugging Face checkpoint folder is expected"
+            f"{path}: no config.json there; a Hugging Face checkpoint is expected{hint}"
         )
     try:
         return AutoConfig.from_pretrained(path)

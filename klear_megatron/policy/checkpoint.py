@@ -18,6 +18,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from klear_megatron.conversion.checksums import write_checksums
+from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
 from klear_megatron.models.hf_checkpoint import copy_companions
 from klear_megatron.models.language_model import LanguageModel
@@ -46,7 +47,11 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix != _PARTIAL)
+    return sorted(
+        path
+        for path in folder.glob("step_*")
+        if path.suffix != _PARTIAL and is_megatron_checkpoint(path)
+    )
 
 
 class CheckpointWriter:

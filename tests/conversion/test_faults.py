@@ -114,6 +114,10 @@ HF_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         _edit_weights(lambda weights: weights.update({EMBEDDING: weights[EMBEDDING].int()})),
         rf"not of a floating-point dtype: {EMBEDDING}",
     ),
+    "garbage for checksums": (
+        lambda f: (f / "SHA256SUMS").write_text("garbage\n"),
+        r"SHA256SUMS: line 1 is no checksum",
+    ),
     "only pickled weights": (_only_pickle, r"pickled \.bin weights are not loaded"),
 }
 
@@ -213,14 +217,15 @@ def test_killed_conversion_is_resumed(to_hf: bool, sound: Path, tmp_path: Path) 
     source = sound / ("megatron" if to_hf else "hf")
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     context = ranks._context
-    process = context.Process(target=_convert_and_die, args=(to_hf, source, out, 12))
+    process = context.Process(target=_convert_and_die, args=(to_hf, source, out, 24))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert not out.exists()
 
     complete = {file.name: file.stat().st_ino for file in partial.iterdir() if file.is_file()}
-    assert complete
+    assert len(complete) > 1
+    _truncate(partial / complete.popitem()[0])  # by somebody; it is written again
     _convert(to_hf, source, out, resume=True)
     assert not partial.exists()
     assert complete.items() <= {f.name: f.stat().st_ino for f in out.iterdir()}.items()

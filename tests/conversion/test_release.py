@@ -25,17 +25,18 @@ from tests.models import tiny
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run, with its config and metrics."""
     folder = tmp_path_factory.mktemp("release")
-    hf = tiny.write(folder / "base", tiny.qwen3(num_hidden_layers=2))
+    config = tiny.qwen3(num_hidden_layers=2, max_position_embeddings=32768)
+    hf = tiny.write(folder / "base", config)
     tiny.write_tokenizer(hf)
     (hf / "LICENSE").write_text("Do as you like.\n")
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)
-    config = {
+    run_config = {
         "run_dir": "/home/somebody/run",
         "policy": {"path": "/home/somebody/base", "optimizer": {"lr": 3e-5}},
         "rollout": {"python": "/home/somebody/python"},
     }
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "config.yaml").write_text(yaml.safe_dump(run_config))
     rows = [{"step": step, "reward/mean": step / 8} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     hf_to_megatron(hf, run / "checkpoints" / "step_00000002")
@@ -69,6 +70,8 @@ def test_release_is_complete_and_answers(
     assert "Licence: apache-2.0; the base model's text is in LICENSE." in card
     assert (out / "LICENSE").read_text() == "Do as you like.\n"
 
+    assert not out.with_name("Klear-Tiny.logs").exists()
+
     # What SGLang answered, token by token, is what transformers generates.
     tokenizer = read_tokenizer(out)
     answers = [
@@ -78,6 +81,13 @@ def test_release_is_complete_and_answers(
     prompt = tokenizer("12 + 30 =", return_tensors="pt").input_ids
     tokens = model.generate(prompt, do_sample=False, max_new_tokens=32, eos_token_id=1)
     assert answers[0] == repr(tokenizer.decode(tokens[0, prompt.shape[1] :]))
+
+
+def test_yarn_is_refused_for_a_model_of_shorter_texts(tmp_path: Path) -> None:
+    tiny.write(tmp_path / "base", tiny.qwen3(max_position_embeddings=256))
+    hf_to_megatron(tmp_path / "base", tmp_path / "checkpoint")
+    with pytest.raises(UserError, match=r"--yarn: .* 32768 tokens, .* is 256"):
+        release(tmp_path / "checkpoint", tmp_path / "out", licence="mit", yarn=True)
 
 
 @pytest.fixture(scope="module")

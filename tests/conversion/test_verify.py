@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
 from klear_megatron.conversion.logits import logits_difference
-from klear_megatron.conversion.verify import differences
+from klear_megatron.conversion.verify import compare_weights
 from klear_megatron.errors import UserError
 from tests.models import tiny
 
@@ -38,13 +38,13 @@ def _run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_same_weights_have_no_differences(folder: Path) -> None:
-    assert not list(differences(folder / "hf", folder / "megatron"))
-    assert not list(differences(folder / "megatron", folder / "hf"))
+    assert not compare_weights(folder / "hf", folder / "megatron").differing
+    assert not compare_weights(folder / "megatron", folder / "hf").differing
 
 
 def test_changed_dtype_and_missing_tensors_are_found(folder: Path, tmp_path: Path) -> None:
     hf_to_megatron(folder / "hf", tmp_path / "bf16", dtype="bfloat16")
-    found = dict(differences(folder / "hf", tmp_path / "bf16"))
+    found = compare_weights(folder / "hf", tmp_path / "bf16").differing
     weights = load_file(folder / "hf" / "model.safetensors")
     assert found.keys() == weights.keys()
     norm = weights["model.norm.weight"]
@@ -54,10 +54,10 @@ def test_changed_dtype_and_missing_tensors_are_found(folder: Path, tmp_path: Pat
     )
 
     tiny.write(tmp_path / "tied", tiny.qwen3(tie_word_embeddings=True))
-    assert dict(differences(folder / "hf", tmp_path / "tied"))["lm_head.weight"] == (
+    assert compare_weights(folder / "hf", tmp_path / "tied").differing["lm_head.weight"] == (
         f"only in {folder / 'hf'}"
     )
-    assert dict(differences(tmp_path / "tied", folder / "hf"))["lm_head.weight"] == (
+    assert compare_weights(tmp_path / "tied", folder / "hf").differing["lm_head.weight"] == (
         f"only in {folder / 'hf'}"
     )
 
@@ -68,21 +68,23 @@ def test_zero_and_minus_zero_differ(folder: Path, tmp_path: Path) -> None:
         weights = load_file(tmp_path / name / "model.safetensors")
         weights["model.norm.weight"][0] = zero
         save_file(weights, tmp_path / name / "model.safetensors")
-    found = list(differences(tmp_path / "plus", tmp_path / "minus"))
-    assert found == [("model.norm.weight", "float32, largest difference 0")]
+    found = compare_weights(tmp_path / "plus", tmp_path / "minus").differing
+    assert found == {"model.norm.weight": "float32, largest difference 0"}
 
 
 def test_command_compares_logits_and_exits_with_one_where_they_differ(folder: Path) -> None:
     same = _run("verify", folder / "megatron", folder / "hf", "--logits")
     assert same.returncode == 0, same.stderr
-    assert "same in every bit" in same.stdout
+    count = len(load_file(folder / "hf" / "model.safetensors"))
+    assert f"all {count} tensors are the same in every bit" in same.stdout
     assert "logits: relative difference" in same.stdout
+    assert "after 140 tokens of 4 prompts" in same.stdout
 
     other = _run("verify", folder / "megatron", folder / "changed", "--logits")
     assert other.returncode == 1, other.stderr
-    table, count, logits = other.stdout.splitlines()
+    table, differing, _, logits = other.stdout.splitlines()
     assert table.startswith("model.layers.2.mlp.up_proj.weight  float32, largest difference ")
-    assert count == "1 tensors differ"
+    assert differing == f"1 of {count} tensors differ"
     assert float(logits.split()[3].rstrip(",")) > 1e-5
 
 
@@ -91,8 +93,8 @@ def test_logits_tell_of_a_config_that_is_another(folder: Path, tmp_path: Path) -
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 77.0
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    assert not list(differences(folder / "megatron", tmp_path / "hf"))
-    assert logits_difference(folder / "megatron", tmp_path / "hf") > 1e-3
+    assert not compare_weights(folder / "megatron", tmp_path / "hf").differing
+    assert logits_difference(folder / "megatron", tmp_path / "hf").relative > 1e-3
 
 
 def test_command_compares_logits_of_given_prompts(folder: Path, tmp_path: Path) -> None:
@@ -118,8 +120,8 @@ def test_command_compares_logits_of_given_prompts(folder: Path, tmp_path: Path) 
 
 
 def test_unreadable_checkpoint_is_no_difference(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
-        list(differences(folder / "hf", folder / "nowhere"))
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        compare_weights(folder / "hf", folder / "nowhere")
 
 
 def test_dry_run_prints_every_tensor_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
