@@ -20,6 +20,8 @@ from klear_megatron.errors import UserError
 
 _RECEIPTS = ".receipts"
 _PLAN, _LOCK = "plan.json", "lock"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+"""Of file systems that know none, as those of clusters may be mounted: there nobody is told."""
 
 
 class Staging:
@@ -90,6 +92,9 @@ class Staging:
                 f"{self.partial}: another process is writing there; wait for it or choose another "
                 "output"
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
 
     def receipt(self, name: str) -> Any | None:
         """What `write` returned for this file, if that is complete and still as long."""

@@ -54,7 +54,7 @@ class Comparison(NamedTuple):
     """Of two checkpoints."""
 
     tensors: int
-    """Of all tensors that either has."""
+    """How many there are in either."""
     differing: dict[str, str]
     """Hugging Face name -> what differs, of each that is not the same in every bit."""
 
