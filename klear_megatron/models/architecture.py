@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from klear_megatron.errors import UserError
 from klear_megatron.models.layouts import Layout
@@ -51,7 +52,8 @@ def get_architecture(hf: PretrainedConfig) -> Architecture:
     """The architecture a Hugging Face config names.
 
     Raises:
-        UserError: it names none, or one that is not registered.
+        UserError: it names none, one that is not registered, or one of another `model_type`, by
+            which transformers and SGLang choose the model.
     """
     name = (hf.architectures or ["(none)"])[0]
     if name not in _ARCHITECTURES:
@@ -59,6 +61,13 @@ def get_architecture(hf: PretrainedConfig) -> Architecture:
             f"{hf.name_or_path or 'config.json'}: unknown architecture {name!r}; known: "
             f"{', '.join(sorted(_ARCHITECTURES))}. Register your own with "
             "klear_megatron.models.register_architecture, in a module that policy.imports names."
+        )
+    by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf.model_type)
+    # One of the user's own may be of a type that transformers knows.
+    if by_type != name and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UserError(
+            f"{hf.name_or_path or 'config.json'}: architectures says {name}, but model_type "
+            f"{hf.model_type!r} stands for {by_type}; correct the wrong one"
         )
     return _ARCHITECTURES[name]
 

@@ -101,6 +101,7 @@ HF_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a layer too many": (_set_layers(3), r"not in the model.*model\.layers\.3\."),
     "wrong head count": (_set_config(num_attention_heads=4), r"another shape.*q_proj.*\(128, 64\)"),
     "wrong group count": (_set_config(num_key_value_heads=2), r"another shape.*k_proj.*\(64, 64\)"),
+    "model of another type": (_set_config(model_type="llama"), "Qwen3ForCausalLM, .* 'llama'"),
     "wrong vocabulary": (_set_config(vocab_size=330), r"another shape.*embed_tokens.*\(331, 64\)"),
     "NaN": (
         _edit_weights(lambda weights: weights[EMBEDDING][-1, -1].fill_(torch.nan)),

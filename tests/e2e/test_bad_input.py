@@ -24,7 +24,7 @@ def refusal(*arguments: str) -> str:
         (["--policy.parallel.tensor_model_parallel_size", "3"], "num_attention_heads = 4 is not"),
         (["--policy.parallel.tensor_model_parallel_size", "2"], "world size 1 is not divisible by"),
         (["--data.path", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
-        (["--policy.path", "nowhere"], "nowhere: no config.json there"),
+        (["--policy.path", "nowhere"], "nowhere: no such folder"),
         (["--sampling.max_response_length", "5000"], "but the servers take 256"),
         (
             [

@@ -61,7 +61,7 @@ def test_checkpoints(checkpoint, tmp_path):
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
 
     expected = {
-        tmp_path / "nowhere": ["nowhere: no config.json there"],
+        tmp_path / "nowhere": ["nowhere: no such folder"],
         _copy(checkpoint, tmp_path / "spoilt", spoil): [
             "2 missing from the weights: model.layers.1.self_attn.k_norm.weight, model.norm.weight",
             "1 not in the model: model.layers.0.self_attn.q_proj.bias",
