@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from klear_megatron.config import load_config
-from klear_megatron.conversion import command
+from klear_megatron.conversion import command as conversion
 from klear_megatron.errors import UserError
+from klear_megatron.release import command as release
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -60,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for run, package, config in (
-        (_sft, "trainers", "SFTConfig"),
-        (_rl, "trainers", "RLConfig"),
+        (_sft, "sft", "SFTConfig"),
+        (_rl, "rl", "RLConfig"),
         (_eval, "evaluation", "EvalConfig"),
         (_serve, "rollout", "ServeConfig"),
         (_curate, "curation", "CurateConfig"),
@@ -78,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = _add_verb(verbs, _compare)
     compare.add_argument("run_a", type=Path, help="of `klear-megatron eval`")
     compare.add_argument("run_b", type=Path, help="another, of the same problems")
-    command.add_arguments(_add_verb(verbs, _convert))
-    command.add_verify_arguments(_add_verb(verbs, _verify))
-    command.add_release_arguments(_add_verb(verbs, _release))
+    conversion.add_arguments(_add_verb(verbs, _convert))
+    conversion.add_verify_arguments(_add_verb(verbs, _verify))
+    release.add_arguments(_add_verb(verbs, _release))
     _add_verb(verbs, _doctor)
     return parser
 
@@ -98,20 +99,20 @@ def _add_verb(
 
 def _sft(arguments: argparse.Namespace) -> None:
     """Supervised fine-tuning; start it with torchrun for several ranks."""
-    from klear_megatron.trainers.config import SFTConfig
+    from klear_megatron.sft.config import SFTConfig
 
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
-    from klear_megatron.trainers.sft import train_sft
+    from klear_megatron.sft.loop import train_sft
 
     train_sft(config)
 
 
 def _rl(arguments: argparse.Namespace) -> None:
     """Reinforcement learning; start it with torchrun for several ranks."""
-    from klear_megatron.trainers.config import RLConfig
+    from klear_megatron.rl.config import RLConfig
 
     config = load_config(RLConfig, arguments.config, arguments.overrides)
-    from klear_megatron.trainers.rl import train_rl
+    from klear_megatron.rl.loop import train_rl
 
     train_rl(config)
 
@@ -148,7 +149,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Serve a Hugging Face checkpoint with SGLang until Ctrl-C."""
-    from klear_megatron.models.hf_checkpoint import read_config
+    from klear_megatron.checkpoints.hf_reader import read_config
     from klear_megatron.rollout import ServeConfig, serving
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
@@ -170,17 +171,17 @@ def _curate(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     """Between Hugging Face and Megatron checkpoints."""
-    command.run(arguments)
+    conversion.run(arguments)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     """Whether two checkpoints, of Hugging Face or Megatron, have the same weights."""
-    command.verify(arguments)
+    conversion.verify(arguments)
 
 
 def _release(arguments: argparse.Namespace) -> None:
     """A folder to publish from a training checkpoint, checked with transformers and SGLang."""
-    command.release(arguments)
+    release.run(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from transformers import Qwen3Config
 
+from klear_megatron.checkpoints.hf_writer import shard_names, write_index, write_shard
+from klear_megatron.checkpoints.plan import SHARD_BYTES, Move, in_shards
 from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
-from klear_megatron.conversion.hf_writer import shard_names, write_index, write_shard
-from klear_megatron.conversion.plan import SHARD_BYTES, Move, in_shards
 from klear_megatron.conversion.verify import compare_weights
 from klear_megatron.models import get_architecture
 

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from klear_megatron import platform
 from klear_megatron.models.log_probs import vocab_parallel_log_probs
+from klear_megatron.platform.device import init_distributed
 
 
 def whole(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def measure(
     way: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: int, hidden: int, vocab: int
 ) -> tuple[float, float]:
     """Seconds and MiB of one forward and backward."""
-    platform.init_distributed()
+    init_distributed()
     torch.manual_seed(0)
     states = torch.randn(tokens, hidden, requires_grad=True)
     weight = torch.randn(vocab, hidden, requires_grad=True)

@@ -20,8 +20,8 @@ import torch
 from megatron.core import parallel_state
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from klear_megatron import platform
 from klear_megatron.losses import SFTObjective
+from klear_megatron.platform.device import HAS_GPU
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import OptimizerConfig, PolicyConfig
 from klear_megatron.policy.kernels import Installed, choose_kernels
@@ -47,7 +47,7 @@ def train(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of training on one random sequence, and the first layer's weights after it; prints
     what it cost."""
-    if platform.HAS_GPU:
+    if HAS_GPU:
         torch.cuda.reset_peak_memory_stats()
     policy = Policy(config, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
@@ -57,12 +57,12 @@ def train(
     for _ in range(steps):
         start = time.perf_counter()
         losses.append(policy.train_step(batch, SFTObjective())["loss"])
-        if platform.HAS_GPU:
+        if HAS_GPU:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     rate = tokens / min(seconds)
     mfu = training_flops(policy.hf, tokens) / min(seconds) / _H100_BF16_FLOPS
-    memory = torch.cuda.max_memory_allocated() / 2**30 if platform.HAS_GPU else math.nan
+    memory = torch.cuda.max_memory_allocated() / 2**30 if HAS_GPU else math.nan
     name = (config.fp8 or config.dtype) + (" weights too" if config.fp8_param_gather else "")
     print(
         f"{name}: {rate:,.0f} tokens/s, MFU {mfu:.1%} (H100, BF16), "

@@ -33,12 +33,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _check_output(source: Path, out: Path) -> None:
+def check_output(source: Path, out: Path) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out}: is inside {source}, which is read; choose another output")
 
 
-def _check_alone(verb: str) -> None:
+def check_alone(verb: str) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"{verb}: runs in one process; start it without torchrun")
 
@@ -92,8 +92,8 @@ def run(arguments: argparse.Namespace) -> None:
     # An exception out of nowhere, while torch writes, is lost or becomes another. What has been
     # written survives this as it does a kill.
     signal.signal(signal.SIGINT, _end)
+    from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
     from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
-    from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
 
     options = {
         "dtype": arguments.dtype,
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         "resume": arguments.resume,
     }
     source = checkpoint_in(arguments.checkpoint)
-    _check_output(source, arguments.out)
+    check_output(source, arguments.out)
     direction = "hf" if is_megatron_checkpoint(source) else "megatron"
     if arguments.to not in (None, direction):
         kind = "a Megatron checkpoint" if direction == "hf" else "no Megatron checkpoint"
@@ -153,7 +153,7 @@ def verify(arguments: argparse.Namespace) -> None:
     """
     from klear_megatron.conversion.verify import compare_weights
 
-    _check_alone("verify")
+    check_alone("verify")
     if arguments.prompt and not arguments.logits:
         raise UserError("--prompt: is for --logits; give both")
     a, b = checkpoint_in(arguments.a), checkpoint_in(arguments.b)
@@ -176,36 +176,3 @@ def verify(arguments: argparse.Namespace) -> None:
         same &= difference <= TOLERANCE
     if not same:
         raise SystemExit(1)
-
-
-def add_release_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `release`."""
-    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="folder to publish")
-    parser.add_argument("--licence", required=True, help="its identifier, such as apache-2.0")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="as trained by default")
-    parser.add_argument(
-        "--yarn",
-        action="store_true",
-        help="extend the context with YaRN: factor 2.5 over 32768 tokens",
-    )
-
-
-def release(arguments: argparse.Namespace) -> None:
-    """Makes a folder to publish.
-
-    Raises:
-        UserError: see `klear_megatron.conversion.release.release`.
-    """
-    from klear_megatron.conversion.release import release
-
-    _check_alone("release")
-    checkpoint = checkpoint_in(arguments.checkpoint)
-    _check_output(checkpoint, arguments.out)
-    release(
-        checkpoint,
-        arguments.out,
-        licence=arguments.licence,
-        dtype=arguments.dtype,
-        yarn=arguments.yarn,
-    )

@@ -12,27 +12,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from klear_megatron.conversion.checksums import (
+from klear_megatron.checkpoints.checksums import (
     check_companions,
     weights_being_checked,
     write_checksums,
 )
-from klear_megatron.conversion.dtypes import DTYPES
-from klear_megatron.conversion.hf_writer import (
+from klear_megatron.checkpoints.dtypes import DTYPES
+from klear_megatron.checkpoints.hf_reader import HFCheckpoint, copy_companions, read_config
+from klear_megatron.checkpoints.hf_writer import (
     set_config_dtype,
     shard_names,
     write_index,
     write_shard,
 )
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
+from klear_megatron.checkpoints.megatron_writer import WrittenChunk, write_metadata, write_row
+from klear_megatron.checkpoints.plan import SHARD_BYTES, Move, describe, in_shards
 from klear_megatron.conversion.job import carry_out
-from klear_megatron.conversion.megatron_reader import MegatronCheckpoint
-from klear_megatron.conversion.megatron_writer import Chunk, write_metadata, write_row
-from klear_megatron.conversion.plan import SHARD_BYTES, Move, describe, in_shards
 from klear_megatron.conversion.processes import Processes
 from klear_megatron.conversion.read_ahead import read_ahead
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, get_architecture, padded_vocab_size
-from klear_megatron.models.hf_checkpoint import HFCheckpoint, copy_companions, read_config
 from klear_megatron.observability import Progress
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def megatron_to_hf(
     moves = [Move(row, DTYPES[dtype] if dtype else source.dtype(row)) for row in table]
 
     def tensors(move: Move) -> list[Tensor]:
-        return move.row.layout.split(move.checked(source.tensor(move.row), checkpoint))
+        return move.row.mapping.split(move.checked(source.tensor(move.row), checkpoint))
 
     processes = Processes.join()
     files = _hf_files(moves, shard_bytes)
@@ -149,11 +149,11 @@ def hf_to_megatron(
     moves = [Move(row, DTYPES[dtype] if dtype else _common_dtype(source, row)) for row in table]
 
     def tensor(move: Move) -> Tensor:
-        full = move.row.layout.merge([source.tensor(name) for name in move.row.sources])
+        full = move.row.mapping.merge([source.tensor(name) for name in move.row.sources])
         return move.checked(full, hf_dir)
 
     def write(shard: Sequence[Move], progress: Progress, file: BinaryIO) -> list[dict[str, Any]]:
-        chunks: list[Chunk] = []
+        chunks: list[WrittenChunk] = []
         for move, full in zip(shard, read_ahead(map(tensor, shard)), strict=True):
             chunks += write_row(file, move.row, full, tensor_parallel_size)
             progress.advance(move.nbytes)
@@ -164,7 +164,7 @@ def hf_to_megatron(
         (folder / "hf").mkdir(exist_ok=True)
         copy_companions(hf_dir, folder / "hf")
         set_config_dtype(folder / "hf", (move.dtype for move in moves))
-        chunks = {name: [Chunk(**chunk) for chunk in receipts[name]] for name in receipts}
+        chunks = {name: [WrittenChunk(**chunk) for chunk in receipts[name]] for name in receipts}
         write_metadata(folder, {move.row.name: move.dtype for move in moves}, table, chunks)
 
     processes = Processes.join()

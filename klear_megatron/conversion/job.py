@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from klear_megatron.conversion.dtypes import dtype_name
-from klear_megatron.conversion.plan import Move
+from klear_megatron.checkpoints.dtypes import dtype_name
+from klear_megatron.checkpoints.plan import Move
 from klear_megatron.conversion.processes import Processes
 from klear_megatron.conversion.staging import Staging
 from klear_megatron.observability import Progress, say

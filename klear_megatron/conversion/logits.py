@@ -11,13 +11,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from klear_megatron import platform
-from klear_megatron.conversion.dtypes import DTYPES
-from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
+from klear_megatron.checkpoints.dtypes import DTYPES
+from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.models.tokenizer import read_tokenizer
+from klear_megatron.platform.device import this_device
 from klear_megatron.policy.build import build_model_chunks
 from klear_megatron.policy.checkpoint import load_weights
 from klear_megatron.policy.config import PolicyConfig
@@ -87,7 +87,7 @@ def _on(prompts: Sequence[Tensor], model: contextlib.AbstractContextManager[Logi
 def transformers_logits(folder: Path, dtype: str) -> Iterator[Logits]:
     """By transformers' model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
-    torch.nn.Module.to(model, platform.device())
+    torch.nn.Module.to(model, this_device())
     yield lambda tokens: model(tokens[None].to(model.device)).logits[0].float().cpu()
 
 
@@ -110,7 +110,7 @@ def megatron_logits(checkpoint: Path, hf: Path, dtype: str) -> Iterator[Logits]:
     model.eval()
 
     def logits(prompt: Tensor) -> Tensor:
-        tokens = prompt.to(platform.device())
+        tokens = prompt.to(this_device())
         ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
         packed = packed_sequences(ends, len(tokens))
         positions = torch.arange(len(tokens), device=tokens.device)

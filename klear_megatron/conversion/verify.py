@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klear_megatron.conversion.dtypes import dtype_name
-from klear_megatron.conversion.megatron_reader import MegatronCheckpoint, is_megatron_checkpoint
+from klear_megatron.checkpoints.dtypes import dtype_name
+from klear_megatron.checkpoints.hf_reader import HFCheckpoint, read_config
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint, is_megatron_checkpoint
 from klear_megatron.models import Weight, get_architecture
-from klear_megatron.models.hf_checkpoint import HFCheckpoint, read_config
 from klear_megatron.observability import Progress
 
 
@@ -45,7 +45,7 @@ class Weights:
         # Tensors of one row follow one another, and are read together.
         row = self._rows[name]
         if self._last is None or self._last[0] is not row:
-            parts = row.layout.split(self._source.tensor(row))
+            parts = row.mapping.split(self._source.tensor(row))
             self._last = row, dict(zip(row.sources, parts, strict=True))
         return self._last[1][name]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.curation.config import TeacherConfig
 from klear_megatron.curation.text import digest, query_of
 from klear_megatron.data import Prompt
@@ -14,16 +15,15 @@ from klear_megatron.data.encoding import encode_prompt
 from klear_megatron.data.files import stamps
 from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.evaluation.benchmark import add_rewards
+from klear_megatron.evaluation.responses import response_row, write_rows
 from klear_megatron.evaluation.scores import Row
 from klear_megatron.evaluation.stored import RESPONSES, append_row, claim, stored_rows
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import decode_response, read_tokenizer
 from klear_megatron.observability import Progress, say
-from klear_megatron.observability.responses import response_row, write_rows
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
 from klear_megatron.rollout import Response
+from klear_megatron.rollout.external_servers import check_lengths
 from klear_megatron.rollout.model import generating
-from klear_megatron.rollout.running import check_lengths
 
 _GRADED_AT_ONCE = 1024
 

@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.data import LoadedPrompts, load_prompts
 from klear_megatron.evaluation.config import BenchmarkConfig
+from klear_megatron.evaluation.responses import response_row
 from klear_megatron.evaluation.scores import Row, is_math
 from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.observability import Progress
-from klear_megatron.observability.responses import response_row
 from klear_megatron.rewards import (
     RewardConfig,
     RewardPool,

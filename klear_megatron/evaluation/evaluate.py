@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.config import write_config
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation.benchmark import Asked, Benchmark, draw, grade, load_benchmarks
@@ -25,12 +26,11 @@ from klear_megatron.evaluation.stored import (
     write_problems,
 )
 from klear_megatron.evaluation.yarn import extend_context
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
+from klear_megatron.rollout.external_servers import check_lengths
 from klear_megatron.rollout.model import generating
-from klear_megatron.rollout.running import check_lengths
 
 
 def evaluate(config: EvalConfig) -> dict[str, Scores]:

@@ -14,8 +14,8 @@ from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError, make_folder
 from klear_megatron.evaluation.benchmark import Benchmark
 from klear_megatron.evaluation.config import EvalConfig
+from klear_megatron.evaluation.responses import write_rows
 from klear_megatron.evaluation.scores import Problems, Row, by_problem
-from klear_megatron.observability.responses import write_rows
 
 RESPONSES, _SETTINGS, _BENCHMARKS = "responses.jsonl", "settings.json", "benchmarks"
 

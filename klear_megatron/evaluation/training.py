@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.evaluation.benchmark import Benchmark, draw, grade
+from klear_megatron.evaluation.responses import write_rows
 from klear_megatron.evaluation.scores import Row, Scores, by_problem, score
 from klear_megatron.observability import Progress
-from klear_megatron.observability.responses import write_rows
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout import Generator, SamplingConfig
 

@@ -10,19 +10,19 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from klear_megatron.errors import UserError
-from klear_megatron.models.layouts import Layout
+from klear_megatron.models.mapping import ParamMapping
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of an architecture's table: Megatron name <-> Hugging Face tensors <-> layout."""
+    """One row of an architecture's table: Megatron name <-> Hugging Face tensors <-> mapping."""
 
     name: str
     """Name in Megatron's distributed checkpoints (Transformer Engine's spelling), except that
     layers and experts, which are stacked there, have their numbers in it."""
     sources: dict[str, tuple[int, ...]]
-    """Hugging Face name -> shape, in the order in which `layout.merge` takes them."""
-    layout: Layout
+    """Hugging Face name -> shape, in the order in which `mapping.merge` takes them."""
+    mapping: ParamMapping
     expert: bool = False
     """An expert's: on one expert-parallel rank only, and cut over expert-tensor-parallel ranks."""
 

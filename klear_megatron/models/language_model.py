@@ -16,10 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from klear_megatron import platform
 from klear_megatron.models.architecture import get_architecture, padded_vocab_size
 from klear_megatron.models.log_probs import vocab_parallel_log_probs
 from klear_megatron.models.spec import layer_spec
+from klear_megatron.platform.device import this_device
 
 
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
@@ -72,7 +72,7 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         self.temperature = temperature
         # Hugging Face's own frequencies, so every kind of RoPE scaling means the same here.
         inv_freq, _ = get_architecture(hf).rotary(hf)
-        self.rotary_pos_emb.inv_freq = inv_freq.to(platform.device())
+        self.rotary_pos_emb.inv_freq = inv_freq.to(this_device())
 
         if self.post_process:
             # Megatron-Core has made the layer already; ours has another forward and nothing else.

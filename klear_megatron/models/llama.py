@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from klear_megatron.models import decoder
+from klear_megatron.models import llama_family
 from klear_megatron.models.architecture import Weight, register_architecture
 
 
@@ -14,13 +14,13 @@ class Llama:
     """`LlamaForCausalLM`."""
 
     def transformer_config(self, hf: PretrainedConfig) -> dict[str, Any]:
-        return decoder.decoder_config(hf, refuse=("attention_bias", "mlp_bias"))
+        return llama_family.transformer_config(hf, refuse=("attention_bias", "mlp_bias"))
 
     def rotary(self, hf: PretrainedConfig) -> tuple[Tensor, float]:
-        return decoder.rotary(hf)
+        return llama_family.rotary(hf)
 
     def weights(self, hf: PretrainedConfig, padded_vocab_size: int) -> Iterator[Weight]:
-        return decoder.decoder_weights(hf, padded_vocab_size)
+        return llama_family.weights(hf, padded_vocab_size)
 
 
 register_architecture("LlamaForCausalLM", Llama())

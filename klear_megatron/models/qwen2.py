@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from klear_megatron.models import decoder
+from klear_megatron.models import llama_family
 from klear_megatron.models.architecture import Weight, register_architecture
 
 
@@ -14,14 +14,14 @@ class Qwen2:
     """`Qwen2ForCausalLM`."""
 
     def transformer_config(self, hf: PretrainedConfig) -> dict[str, Any]:
-        common = decoder.decoder_config(hf, refuse=("use_sliding_window",))
+        common = llama_family.transformer_config(hf, refuse=("use_sliding_window",))
         return {**common, "add_qkv_bias": True}
 
     def rotary(self, hf: PretrainedConfig) -> tuple[Tensor, float]:
-        return decoder.rotary(hf)
+        return llama_family.rotary(hf)
 
     def weights(self, hf: PretrainedConfig, padded_vocab_size: int) -> Iterator[Weight]:
-        return decoder.decoder_weights(hf, padded_vocab_size, qkv_bias=True)
+        return llama_family.weights(hf, padded_vocab_size, qkv_bias=True)
 
 
 register_architecture("Qwen2ForCausalLM", Qwen2())

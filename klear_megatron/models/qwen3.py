@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from klear_megatron.models import decoder
+from klear_megatron.models import llama_family
 from klear_megatron.models.architecture import Weight, register_architecture
 
 
@@ -14,14 +14,16 @@ class Qwen3:
     """`Qwen3ForCausalLM`."""
 
     def transformer_config(self, hf: PretrainedConfig) -> dict[str, Any]:
-        common = decoder.decoder_config(hf, refuse=("attention_bias", "use_sliding_window"))
+        common = llama_family.transformer_config(
+            hf, refuse=("attention_bias", "use_sliding_window")
+        )
         return {**common, "qk_layernorm": True}
 
     def rotary(self, hf: PretrainedConfig) -> tuple[Tensor, float]:
-        return decoder.rotary(hf)
+        return llama_family.rotary(hf)
 
     def weights(self, hf: PretrainedConfig, padded_vocab_size: int) -> Iterator[Weight]:
-        return decoder.decoder_weights(hf, padded_vocab_size, qk_norm=True)
+        return llama_family.weights(hf, padded_vocab_size, qk_norm=True)
 
 
 register_architecture("Qwen3ForCausalLM", Qwen3())

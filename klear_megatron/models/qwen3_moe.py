@@ -7,16 +7,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from klear_megatron.errors import UserError
-from klear_megatron.models import decoder
+from klear_megatron.models import llama_family
 from klear_megatron.models.architecture import Weight, register_architecture
-from klear_megatron.models.layouts import Replicated
+from klear_megatron.models.mapping import Replicated
 
 
 class Qwen3Moe:
     """`Qwen3MoeForCausalLM`."""
 
     def transformer_config(self, hf: PretrainedConfig) -> dict[str, Any]:
-        common = decoder.decoder_config(
+        common = llama_family.transformer_config(
             hf, refuse=("attention_bias", "use_sliding_window", "mlp_only_layers")
         )
         if hf.decoder_sparse_step != 1 or not hf.norm_topk_prob:
@@ -36,10 +36,10 @@ class Qwen3Moe:
         }
 
     def rotary(self, hf: PretrainedConfig) -> tuple[Tensor, float]:
-        return decoder.rotary(hf)
+        return llama_family.rotary(hf)
 
     def weights(self, hf: PretrainedConfig, padded_vocab_size: int) -> Iterator[Weight]:
-        return decoder.decoder_weights(
+        return llama_family.weights(
             hf,
             padded_vocab_size,
             qk_norm=True,
@@ -56,7 +56,7 @@ def _experts(hf: PretrainedConfig, megatron: str, source: str) -> Iterator[Weigh
         Replicated(),
     )
     for expert in range(hf.num_experts):
-        yield from decoder.gated_mlp_rows(
+        yield from llama_family.gated_mlp_rows(
             hidden,
             ffn,
             megatron + f"experts.experts.{expert}.",

@@ -17,9 +17,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
-from klear_megatron import platform
 from klear_megatron.models import get_architecture
 from klear_megatron.models.language_model import LanguageModel
+from klear_megatron.platform.device import this_device
 from klear_megatron.policy.config import OptimizerConfig, ParallelConfig, PolicyConfig
 from klear_megatron.policy.kernels import Kernels
 
@@ -85,7 +85,7 @@ def build_model_chunks(
     megatron = transformer_config(config, hf, kernels)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     return [
-        LanguageModel(megatron, hf, temperature=temperature, vp_stage=stage).to(platform.device())
+        LanguageModel(megatron, hf, temperature=temperature, vp_stage=stage).to(this_device())
         for stage in (range(virtual) if virtual else [None])
     ]
 

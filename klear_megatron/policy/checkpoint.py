@@ -17,13 +17,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from klear_megatron.conversion.checksums import write_checksums
-from klear_megatron.conversion.megatron_reader import is_megatron_checkpoint
+from klear_megatron.checkpoints.checksums import write_checksums
+from klear_megatron.checkpoints.hf_reader import copy_companions
+from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
-from klear_megatron.models.hf_checkpoint import copy_companions
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.policy.config import CheckpointConfig
-from klear_megatron.policy.parallel import layout
+from klear_megatron.policy.parallel import parallel_sizes
 from klear_megatron.policy.random_states import random_states, restore_random_states
 from klear_megatron.policy.write_queue import prepare_write_queue
 
@@ -93,7 +93,7 @@ class CheckpointWriter:
                 "optimizer": optimizer.sharded_state_dict(sharded, metadata=_METADATA),
                 "scheduler": scheduler.state_dict(),
                 "random_states": random_states(),
-                "layout": layout(),
+                "parallel_sizes": parallel_sizes(),
                 "trainer": state,
             },
             str(partial),
@@ -144,32 +144,32 @@ def load(
     """
     _check(path)
     sharded = _model_state(chunks)
-    saved_layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
-    same_layout = saved_layout == layout()
+    saved_sizes = dist_checkpointing.load_common_state_dict(str(path))["parallel_sizes"]
+    same_sizes = saved_sizes == parallel_sizes()
     loaded = dist_checkpointing.load(
         {
             **sharded,
             "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA),
-            **({"random_states": random_states()} if same_layout else {}),
+            **({"random_states": random_states()} if same_sizes else {}),
         },
         str(path),
     )
     _load_model_state(chunks, loaded)
     _load_optimizer(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
-    if same_layout:
+    if same_sizes:
         restore_random_states(loaded["random_states"])
     elif dist.get_rank() == 0:
         _logger.warning(
-            f"{path}: written with {_sizes(saved_layout)}, this run has {_sizes(layout())}: random "
-            "states are seeded afresh"
+            f"{path}: written with {_describe(saved_sizes)}, this run has "
+            f"{_describe(parallel_sizes())}: random states are seeded afresh"
         )
     state: dict[str, Any] = loaded["trainer"]
     return state
 
 
-def _sizes(layout: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in layout.items())
+def _describe(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from klear_megatron import platform
+from klear_megatron.platform.device import HAS_GPU
 from klear_megatron.policy.config import PolicyConfig
 
 _FP8_CAPABILITY = {
@@ -38,7 +38,7 @@ class Installed:
     def here(cls) -> "Installed":
         """In this process."""
         return cls(
-            torch.cuda.get_device_capability() if platform.HAS_GPU else None,
+            torch.cuda.get_device_capability() if HAS_GPU else None,
             importlib.util.find_spec("transformer_engine") is not None,
             importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         )

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from klear_megatron import platform
+from klear_megatron.platform.device import init_distributed
 from klear_megatron.policy.config import ParallelConfig
 from klear_megatron.policy.random_states import seed_random_states
 
@@ -14,7 +14,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
     Raises:
         UserError: the world size is not divisible by TP x PP x CP.
     """
-    platform.init_distributed()
+    init_distributed()
     config.data_parallel_size(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -42,7 +42,7 @@ def leader_rank() -> tuple[int | None, int]:
     return rank if leads else None, parallel_state.get_data_parallel_world_size()
 
 
-def layout() -> dict[str, int]:
+def parallel_sizes() -> dict[str, int]:
     """The sizes that decide which part of the model and of the work each rank has."""
     return {
         "TP": parallel_state.get_tensor_model_parallel_world_size(),

@@ -15,12 +15,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch import Tensor
 
-from klear_megatron import platform
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.losses import Objective
 from klear_megatron.models import get_architecture, padded_vocab_size
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.platform import objects
+from klear_megatron.platform.device import this_device
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.build import (
@@ -146,7 +146,7 @@ class Policy:
         """
         for chunk in self._model:
             chunk.eval()
-        result = torch.zeros(2, len(batch.tokens), device=platform.device())
+        result = torch.zeros(2, len(batch.tokens), device=this_device())
 
         def collect(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             if is_logging_rank():
@@ -218,7 +218,7 @@ class Policy:
             cp_rank=parallel_state.get_context_parallel_rank(),
             cp_size=cp,
         )
-        micro_batches = (build(sequences).to(platform.device()) for sequences in plan)
+        micro_batches = (build(sequences).to(this_device()) for sequences in plan)
         iterators = list(itertools.tee(micro_batches, len(self._model)))
         get_forward_backward_func()(
             forward_step_func=partial(_forward_step, loss),

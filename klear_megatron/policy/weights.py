@@ -11,11 +11,11 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from klear_megatron import platform
+from klear_megatron.checkpoints.hf_reader import HFCheckpoint
 from klear_megatron.models import Weight
-from klear_megatron.models.hf_checkpoint import HFCheckpoint
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.platform import objects
+from klear_megatron.platform.device import this_device
 
 _TORCH_EXPERT = re.compile(
     r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<linear>linear_fc[12])\.weight"
@@ -88,8 +88,8 @@ def load_hf_weights(chunks: Sequence[LanguageModel], table: Sequence[Weight], pa
     parameters = local_parameters(chunks)
     for row in table:
         if (parameter := parameters.pop(row.name, None)) is not None:
-            full = row.layout.merge([checkpoint.tensor(name) for name in row.sources])
-            shard = row.layout.shard(full, *_shard_position(row))
+            full = row.mapping.merge([checkpoint.tensor(name) for name in row.sources])
+            shard = row.mapping.shard(full, *_shard_position(row))
             parameter.copy_(shard)
             # Beside a weight in FP8, Transformer Engine has the value before rounding, which the
             # optimizer starts from.
@@ -132,13 +132,13 @@ def gather_hf_tensors(
                     pieces.append(shards[row.name].detach())
                 else:
                     dtype = everyone[owner][row.name][1]
-                    pieces.append(torch.empty(shape, dtype=dtype, device=platform.device()))
+                    pieces.append(torch.empty(shape, dtype=dtype, device=this_device()))
                     dist.recv(pieces[-1], src=owner)
-            yield from zip(row.sources, row.layout.split(row.layout.unshard(pieces)), strict=True)
+            yield from zip(row.sources, row.mapping.split(row.mapping.unshard(pieces)), strict=True)
         elif rank in owner_of:
             dist.send(shards[row.name].detach().contiguous(), dst=0)
 
 
 def _shard_shape(row: Weight) -> torch.Size:
     parts = [torch.empty(shape, device="meta") for shape in row.sources.values()]
-    return row.layout.shard(row.layout.merge(parts), *_shard_position(row)).shape
+    return row.mapping.shard(row.mapping.merge(parts), *_shard_position(row)).shape

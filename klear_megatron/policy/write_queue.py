@@ -9,7 +9,7 @@ from multiprocessing.managers import SyncManager
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from klear_megatron.orphans import end_with_parent
+from klear_megatron.platform.orphans import end_with_parent
 
 
 def prepare_write_queue() -> None:

@@ -11,8 +11,8 @@ import httpx
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
+from klear_megatron.rollout.prompt_queue import Item, Work
 from klear_megatron.rollout.servers import FRESH_CONNECTIONS, Servers
-from klear_megatron.rollout.work import Item, Work
 
 
 @dataclass(frozen=True)

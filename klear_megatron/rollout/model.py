@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.models.hf_checkpoint import read_config
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.models.tokenizer import read_stop_token_ids
 from klear_megatron.rollout.config import RolloutConfig
 from klear_megatron.rollout.generation import Generator

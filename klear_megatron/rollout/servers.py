@@ -13,10 +13,10 @@ from pathlib import Path
 
 import httpx
 
-from klear_megatron import platform
 from klear_megatron.errors import UserError, make_folder
 from klear_megatron.observability import say
-from klear_megatron.rollout import guard, running
+from klear_megatron.platform.device import HAS_GPU
+from klear_megatron.rollout import external_servers, guard
 from klear_megatron.rollout.config import RolloutConfig
 
 _CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
@@ -58,9 +58,9 @@ def serving(
     if config.urls:
         for url in config.urls:
             if own_weights:
-                running.check_takes(url, model_path)
+                external_servers.check_takes(url, model_path)
             else:
-                running.check_serves(url, model_path)
+                external_servers.check_serves(url, model_path)
         yield Servers(config, config.urls, {})
         return
     if not config.python.is_file():
@@ -212,7 +212,7 @@ def server_command(
     if config.context_length is not None:
         options["context-length"] = str(config.context_length)
     flags = []
-    if platform.HAS_GPU:
+    if HAS_GPU:
         gpus = config.tensor_parallel_size
         options["base-gpu-id"] = str(config.base_gpu_id + index * gpus)
     else:
@@ -234,7 +234,7 @@ def server_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in ours and not name.startswith(("TORCHELASTIC_", "PYTHONPATH"))
     }
-    if not platform.HAS_GPU:
+    if not HAS_GPU:
         environment |= {
             "SGLANG_USE_CPU_ENGINE": "1",
             "PYTHONPATH": str(_CPU_STAND_INS),

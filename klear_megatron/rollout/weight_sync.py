@@ -21,8 +21,8 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from klear_megatron import platform
 from klear_megatron.errors import UserError
+from klear_megatron.platform.device import BACKEND
 from klear_megatron.rollout.config import RolloutConfig
 from klear_megatron.rollout.servers import FRESH_CONNECTIONS
 
@@ -127,7 +127,7 @@ class WeightSync:
                 "rank_offset": 1 + index * ranks,
                 "world_size": world_size,
                 "group_name": self._group_name,
-                "backend": platform.BACKEND,
+                "backend": BACKEND,
             }
             for index in range(len(self._urls))
         ]
@@ -231,7 +231,7 @@ def _join_group(store: Store, world_size: int, name: str, timeout: timedelta) ->
         world_size,
         0,
         [],
-        Backend(platform.BACKEND),
+        Backend(BACKEND),
         PrefixStore(name, store),
         group_name=name,  # type: ignore[arg-type]
         timeout=timeout,

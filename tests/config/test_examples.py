@@ -10,9 +10,11 @@ from klear_megatron.config import load_config
 from klear_megatron.curation import CurateConfig
 from klear_megatron.evaluation import EvalConfig
 from klear_megatron.evaluation.yarn import extend_context
+from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import ServeConfig
-from klear_megatron.rollout.running import check_lengths
-from klear_megatron.trainers.config import RLConfig, RunConfig, SFTConfig
+from klear_megatron.rollout.external_servers import check_lengths
+from klear_megatron.sft.config import SFTConfig
+from klear_megatron.training.config import RunConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "klear_reasoner_8b"
 QWEN3_8B = Qwen3Config(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.cli import main
 from klear_megatron.conversion import hf_to_megatron
 from klear_megatron.conversion.staging import Staging
 from klear_megatron.conversion.verify import compare_weights
 from klear_megatron.errors import UserError
-from klear_megatron.models.hf_checkpoint import read_config
 from tests.conversion.folders import same_weights, weights_of
 from tests.models import tiny
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from klear_megatron.checkpoints.hf_reader import HFCheckpoint
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
-from klear_megatron.conversion.megatron_reader import MegatronCheckpoint
 from klear_megatron.errors import UserError
-from klear_megatron.models.hf_checkpoint import HFCheckpoint
 from tests.conversion.folders import same_weights, weights_of
 from tests.distributed import ranks
 from tests.models import tiny

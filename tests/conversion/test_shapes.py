@@ -10,10 +10,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
-from klear_megatron.conversion.megatron_reader import MegatronCheckpoint
 from klear_megatron.models import padded_vocab_size
-from klear_megatron.models.hf_checkpoint import read_config
 from tests.conversion.folders import same_weights, weights_of
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from klear_megatron.data import ConversationsConfig, encode_conversation
 from klear_megatron.data.encoded import EncodedConversations, encode_part
 from klear_megatron.errors import UserError
-from klear_megatron.trainers.config import SFTConfig
-from klear_megatron.trainers.examples import read_examples
+from klear_megatron.sft.config import SFTConfig
+from klear_megatron.sft.data import read_examples
 from tests.data.test_encoding import CHATML, make_tokenizer, random_conversation
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny

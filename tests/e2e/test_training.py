@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from klear_megatron.config import load_config
-from klear_megatron.trainers.config import RLConfig
+from klear_megatron.rl.config import RLConfig
 from tests.commands import ROOT, command_line, environment, run_command
 from tests.files import read_rows
 from tests.servers import servers_among

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import yaml
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation import EvalConfig, YarnConfig
 from klear_megatron.evaluation.benchmark import load_benchmarks
@@ -20,7 +21,6 @@ from klear_megatron.evaluation.evaluate import evaluate, regrade
 from klear_megatron.evaluation.scores import Scores
 from klear_megatron.evaluation.training import evaluate_policy
 from klear_megatron.evaluation.yarn import extend_context
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout import serving

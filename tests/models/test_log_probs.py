@@ -52,14 +52,17 @@ def test_values_and_gradients(world_size, chunk_logits, kept, temperature):
     hidden, weight, labels = (x.double() if x.is_floating_point() else x for x in _inputs())
     hidden.requires_grad_()
     weight.requires_grad_()
-    log_softmax = (hidden @ weight.T / temperature).log_softmax(-1)
+    logits = hidden @ weight.T / temperature
+    log_softmax = logits.log_softmax(-1)
+    # A logit's rounding error is the relative error of its probability.
+    rounding = torch.finfo(torch.float32).eps * float(logits.abs().max())
     expected = log_softmax.gather(1, labels[:, None])[:, 0]
     (expected * torch.arange(TOKENS)).sum().backward()
     for ours, entropy, hidden_grad, _ in ranks:
         assert tiny.relative_error(ours, expected.detach()) < 1e-6
         expected_entropy = -(log_softmax.exp() * log_softmax).sum(-1).detach()
         assert tiny.relative_error(entropy, expected_entropy) < 1e-5
-        assert tiny.relative_error(hidden_grad, hidden.grad) < 1e-6
+        assert tiny.relative_error(hidden_grad, hidden.grad) < rounding
     weight_grad = torch.cat([grad for *_, grad in ranks])
-    assert tiny.relative_error(weight_grad[:VOCAB], weight.grad) < 1e-6
+    assert tiny.relative_error(weight_grad[:VOCAB], weight.grad) < rounding
     assert not weight_grad[VOCAB:].any()

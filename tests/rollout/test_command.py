@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from klear_megatron import platform
 from klear_megatron.rollout import RolloutConfig
 from klear_megatron.rollout.servers import server_command, server_environment
 
@@ -19,7 +18,7 @@ def options(config: RolloutConfig, **arguments) -> dict[str, str]:
 
 
 def test_on_gpus_each_server_has_its_own(monkeypatch):
-    monkeypatch.setattr(platform, "HAS_GPU", True)
+    monkeypatch.setattr("klear_megatron.rollout.servers.HAS_GPU", True)
     config = RolloutConfig(num_servers=3, tensor_parallel_size=2, base_gpu_id=1)
     servers = [options(config, index=index, seed=5) for index in range(3)]
     assert [server["base-gpu-id"] for server in servers] == ["1", "3", "5"]

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from klear_megatron.rollout.work import Work
+from klear_megatron.rollout.prompt_queue import Work
 
 
 def test_prompts_are_made_only_as_they_are_taken_and_come_in_order():

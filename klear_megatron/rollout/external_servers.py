@@ -6,9 +6,9 @@ from typing import Any
 import httpx
 from transformers import PretrainedConfig
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.errors import UserError
 from klear_megatron.models import get_architecture, padded_vocab_size
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 
 _FIRST_VERSION = "default"

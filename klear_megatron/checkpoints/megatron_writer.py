@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from klear_megatron.conversion.checksums import write_checksums
-from klear_megatron.conversion.megatron_reader import full_shape, stacked
+from klear_megatron.checkpoints.checksums import write_checksums
+from klear_megatron.checkpoints.megatron_reader import full_shape, stacked
 from klear_megatron.models import Weight
-from klear_megatron.models.layouts import GatedMLP, Sharded
+from klear_megatron.models.mapping import GatedMLP, Sharded
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -34,7 +34,7 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Chunk:
+class WrittenChunk:
     """A part of a row's full tensor, and where it was written."""
 
     name: str
@@ -44,10 +44,12 @@ class Chunk:
     length: int
 
 
-def write_row(file: BinaryIO, row: Weight, full: Tensor, tensor_parallel_size: int) -> list[Chunk]:
+def write_row(
+    file: BinaryIO, row: Weight, full: Tensor, tensor_parallel_size: int
+) -> list[WrittenChunk]:
     """Appends the row's full Megatron tensor, in the pieces that tensor-parallel ranks load."""
     dim, count = _cut(row, tensor_parallel_size)
-    chunks: list[Chunk] = []
+    chunks: list[WrittenChunk] = []
     start = 0
     _, index = stacked(row.name)
     for piece in full.chunk(count, dim):
@@ -58,17 +60,19 @@ def write_row(file: BinaryIO, row: Weight, full: Tensor, tensor_parallel_size: i
         position = file.tell()
         torch.save(alone.contiguous()[(None,) * len(index)], file)
         offsets = [start if d == dim else 0 for d in range(full.dim())]
-        chunks.append(Chunk(row.name, offsets, list(piece.shape), position, file.tell() - position))
+        chunks.append(
+            WrittenChunk(row.name, offsets, list(piece.shape), position, file.tell() - position)
+        )
         start += piece.shape[dim]
     return chunks
 
 
 def _cut(row: Weight, tensor_parallel_size: int) -> tuple[int, int]:
     """Along which dimension the ranks' pieces lie, and how many there are."""
-    if isinstance(row.layout, GatedMLP):  # each rank has one of the gate's and one of up's
+    if isinstance(row.mapping, GatedMLP):  # each rank has one of the gate's and one of up's
         return 0, 2 * tensor_parallel_size if tensor_parallel_size > 1 else 1
-    if isinstance(row.layout, Sharded):
-        return row.layout.dim, tensor_parallel_size
+    if isinstance(row.mapping, Sharded):
+        return row.mapping.dim, tensor_parallel_size
     return 0, 1
 
 
@@ -76,7 +80,7 @@ def write_metadata(
     folder: Path,
     dtypes: Mapping[str, torch.dtype],
     table: Sequence[Weight],
-    chunks: Mapping[str, Sequence[Chunk]],
+    chunks: Mapping[str, Sequence[WrittenChunk]],
 ) -> None:
     """Writes what makes the files in `folder` a checkpoint, once all of them are complete.
 

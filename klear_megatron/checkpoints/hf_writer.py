@@ -11,8 +11,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from klear_megatron.conversion.dtypes import SAFETENSORS_NAMES, dtype_name
-from klear_megatron.conversion.plan import Spec
+from klear_megatron.checkpoints.dtypes import SAFETENSORS_NAMES, dtype_name
+from klear_megatron.checkpoints.plan import Spec
 
 
 def write_shard(file: BinaryIO, specs: Sequence[Spec], tensors: Iterable[Tensor]) -> str:

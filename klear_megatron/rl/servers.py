@@ -10,14 +10,14 @@ from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
 from klear_megatron.policy.policy import Policy
+from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, ServersLostError, serving
 from klear_megatron.rollout.model import generator_of
 from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
-from klear_megatron.trainers import run
-from klear_megatron.trainers.config import RLConfig
+from klear_megatron.training import run
 
-_LOSSES = 3
-"""Of all servers, one after the other: more are no accident."""
+_MAX_LOSSES_IN_A_ROW = 3
+"""Give up after losing all servers this many times in a row."""
 
 
 class PolicyServers:
@@ -90,7 +90,7 @@ class PolicyServers:
             UserError: on all ranks, where `draw` raises another on one of them, or the servers are
                 lost again and again.
         """
-        for attempt in range(1, _LOSSES + 1):
+        for attempt in range(1, _MAX_LOSSES_IN_A_ROW + 1):
             failure: UserError | None = None
             if self.generator is not None:
                 try:
@@ -101,7 +101,7 @@ class PolicyServers:
             if not failures:
                 return
             final = [one for one in failures if not isinstance(one, ServersLostError)]
-            if final or attempt == _LOSSES:
+            if final or attempt == _MAX_LOSSES_IN_A_ROW:
                 raise (final or failures)[0]
             self.sync(self._version)
 

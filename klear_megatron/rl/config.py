@@ -1,40 +1,15 @@
-"""Settings of a training run."""
+"""Settings of reinforcement learning."""
 
 import math
-from pathlib import Path
 
 from pydantic import PositiveInt, model_validator
 
-from klear_megatron.config import Section
-from klear_megatron.data import ConversationsConfig, DataConfig
+from klear_megatron.data import DataConfig
 from klear_megatron.evaluation import TrainingEvalConfig
 from klear_megatron.losses import LossConfig
-from klear_megatron.policy.config import PolicyConfig
 from klear_megatron.rewards import RewardConfig
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
-
-
-class RunConfig(Section):
-    """What every training run has."""
-
-    run_dir: Path
-    """Everything the run writes: config, metrics, logs, rollouts, checkpoints. A run that finds a
-    checkpoint there goes on from it."""
-    seed: int = 0
-    save_every: PositiveInt | None = None
-    """Steps between checkpoints; one is always written at the end."""
-    export_every: PositiveInt | None = None
-    """Steps between Hugging Face checkpoints, written to `hf/` under the run directory."""
-    policy: PolicyConfig
-
-
-class SFTConfig(RunConfig):
-    """Supervised fine-tuning: `klear-megatron sft`."""
-
-    data: ConversationsConfig
-    epochs: PositiveInt = 1
-    batch_size: PositiveInt
-    """Conversations per optimizer step."""
+from klear_megatron.training.config import RunConfig
 
 
 class RLConfig(RunConfig):

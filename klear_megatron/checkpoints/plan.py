@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from klear_megatron.conversion.dtypes import dtype_name
+from klear_megatron.checkpoints.dtypes import dtype_name
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.data import LoadedPrompts, Prompt, PromptSampler
+from klear_megatron.evaluation.responses import response_row, write_rows
 from klear_megatron.losses import group_advantages
 from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.observability import Phases, Progress
-from klear_megatron.observability.responses import response_row, write_rows
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rewards import Reward, RewardPool
+from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import Generator, Response
-from klear_megatron.trainers.config import RLConfig
-from klear_megatron.trainers.policy_servers import PolicyServers
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Phases, Progress, Recorder
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.policy import Policy
-from klear_megatron.trainers import run
-from klear_megatron.trainers.config import SFTConfig
-from klear_megatron.trainers.examples import read_examples
+from klear_megatron.sft.config import SFTConfig
+from klear_megatron.sft.data import read_examples
+from klear_megatron.training import run
 
 
 def train_sft(config: SFTConfig) -> None:

@@ -1,6 +1,6 @@
 """How one Megatron parameter relates to Hugging Face tensors and to its tensor-parallel shards.
 
-A layout is two pairs of inverse functions on full (unsharded) tensors:
+A mapping is two pairs of inverse functions on full (unsharded) tensors:
 `merge`/`split` between the Hugging Face tensors and the full Megatron tensor, and
 `shard`/`unshard` between the full Megatron tensor and its tensor-parallel pieces.
 All of them move numbers and never compute with them, so every round trip is bit-identical.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Layout:
+class ParamMapping:
     """One Hugging Face tensor, kept as it is and replicated over tensor-parallel ranks."""
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
@@ -34,11 +34,11 @@ class Layout:
         return shards[0]
 
 
-Replicated = Layout
+Replicated = ParamMapping
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharded(Layout):
+class Sharded(ParamMapping):
     """One Hugging Face tensor cut along `dim`: 0 is column-parallel, 1 row-parallel."""
 
     dim: int = 0
@@ -93,7 +93,7 @@ class QKV(Sharded):
 
 
 @dataclass(frozen=True)
-class GatedMLP(Layout):
+class GatedMLP(ParamMapping):
     """gate and up projections stacked; each rank holds its piece of both, again stacked."""
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PretrainedConfig
 
-from klear_megatron.conversion.checksums import check_companions
-from klear_megatron.conversion.metadata import read_metadata
-from klear_megatron.conversion.records import read_record
+from klear_megatron.checkpoints.checksums import check_companions
+from klear_megatron.checkpoints.metadata import read_metadata
+from klear_megatron.checkpoints.records import read_record
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, get_architecture
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredChunk:
     """A hyper-rectangle of a stored tensor, and where its record lies."""
 
     offsets: tuple[int, ...]
@@ -41,7 +41,7 @@ class _Stored:
 
     size: tuple[int, ...]
     dtype: torch.dtype
-    chunks: list[Chunk]
+    chunks: list[StoredChunk]
 
 
 def stacked(name: str) -> tuple[str, tuple[int, ...]]:
@@ -53,7 +53,7 @@ def stacked(name: str) -> tuple[str, tuple[int, ...]]:
 
 def full_shape(row: Weight) -> torch.Size:
     """Shape of the row's full Megatron tensor."""
-    return row.layout.merge([torch.empty(s, device="meta") for s in row.sources.values()]).shape
+    return row.mapping.merge([torch.empty(s, device="meta") for s in row.sources.values()]).shape
 
 
 class MegatronCheckpoint:
@@ -170,10 +170,10 @@ class MegatronCheckpoint:
         return (name, ()) if name in self._tensors else stacked(name)
 
     @staticmethod
-    def _inside(chunk: Chunk, index: tuple[int, ...]) -> tuple[int, ...]:
+    def _inside(chunk: StoredChunk, index: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(i - start for i, start in zip(index, chunk.offsets, strict=False))
 
-    def _read(self, key: str, chunk: Chunk) -> Tensor:
+    def _read(self, key: str, chunk: StoredChunk) -> Tensor:
         path = self.path / chunk.file
         where = f"{path}: {key} at byte {chunk.position}"
         try:
@@ -209,7 +209,7 @@ def _read_metadata(path: Path) -> dict[str, _Stored]:
             tensors[key] = _Stored((), torch.uint8, [])
     for index, info in metadata.storage_data.items():
         if (index.fqn, index.offset) in sizes:
-            chunk = Chunk(
+            chunk = StoredChunk(
                 tuple(index.offset),
                 sizes[index.fqn, index.offset],
                 info.relative_path,
@@ -220,7 +220,7 @@ def _read_metadata(path: Path) -> dict[str, _Stored]:
     return tensors
 
 
-def _make_up(chunks: Sequence[Chunk], size: Sequence[int]) -> bool:
+def _make_up(chunks: Sequence[StoredChunk], size: Sequence[int]) -> bool:
     """Whether the chunks, no two of which begin at the same place, are all the cells of a grid."""
     cells = 1
     for dim, end in enumerate(size):
@@ -232,7 +232,7 @@ def _make_up(chunks: Sequence[Chunk], size: Sequence[int]) -> bool:
     return cells == len(chunks)
 
 
-def _covers(chunk: Chunk, index: tuple[int, ...]) -> bool:
+def _covers(chunk: StoredChunk, index: tuple[int, ...]) -> bool:
     """Whether the chunk has a part of the row at `index` of the leading, stacked dimensions."""
     return all(
         start <= i < start + size

@@ -2,15 +2,15 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.evaluation.benchmark import Benchmark, load_benchmarks
 from klear_megatron.evaluation.training import evaluate_policy
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import Phases, say
+from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.groups import RolloutWorker
 from klear_megatron.rollout import Generator
-from klear_megatron.rollout.running import check_lengths
-from klear_megatron.trainers import run
-from klear_megatron.trainers.config import RLConfig
-from klear_megatron.trainers.rollouts import RolloutWorker
+from klear_megatron.rollout.external_servers import check_lengths
+from klear_megatron.training import run
 
 
 class Evaluations:

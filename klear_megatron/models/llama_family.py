@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from klear_megatron.errors import UserError
 from klear_megatron.models.architecture import Weight
-from klear_megatron.models.layouts import QKV, GatedMLP, Replicated, Row, Vocabulary
+from klear_megatron.models.mapping import QKV, GatedMLP, Replicated, Row, Vocabulary
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose frequencies do not depend on how long the sequence at hand is."""
@@ -22,7 +22,7 @@ FeedForward = Callable[[PretrainedConfig, str, str], Iterator[Weight]]
 """(config, Megatron's prefix, Hugging Face's prefix) -> rows of one layer's feed-forward part."""
 
 
-def decoder_config(hf: PretrainedConfig, *, refuse: tuple[str, ...] = ()) -> dict[str, Any]:
+def transformer_config(hf: PretrainedConfig, *, refuse: tuple[str, ...] = ()) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig that all of them take from the same fields.
 
     Args:
@@ -101,7 +101,7 @@ def gated_mlp_rows(
     )
 
 
-def decoder_weights(
+def weights(
     hf: PretrainedConfig,
     padded_vocab_size: int,
     *,

@@ -2,7 +2,7 @@
 
 import torch
 
-from klear_megatron.models.hf_checkpoint import SAFETENSORS_DTYPES
+from klear_megatron.checkpoints.hf_reader import SAFETENSORS_DTYPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Those a conversion can be asked to write."""

@@ -9,14 +9,14 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encode_part
 from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
-from klear_megatron.trainers import run
-from klear_megatron.trainers.config import SFTConfig
+from klear_megatron.sft.config import SFTConfig
+from klear_megatron.training import run
 
 
 def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedConversations:

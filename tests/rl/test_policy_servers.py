@@ -12,9 +12,9 @@ from torch import Tensor
 from klear_megatron.losses import SFTObjective
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.policy.batch import Batch
+from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import SamplingConfig
-from klear_megatron.trainers.config import RLConfig
-from klear_megatron.trainers.policy_servers import PolicyServers
 from tests.distributed.laboratory import make_policy, weights
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny

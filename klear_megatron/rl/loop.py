@@ -6,21 +6,21 @@ from collections.abc import Iterator
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
 from klear_megatron.losses import PolicyObjective
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.policy.policy import Policy
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
-from klear_megatron.rollout.running import check_lengths
-from klear_megatron.trainers import run
-from klear_megatron.trainers.config import RLConfig
-from klear_megatron.trainers.evaluations import Evaluations
-from klear_megatron.trainers.policy_servers import PolicyServers
-from klear_megatron.trainers.rollouts import RolloutWorker
+from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.evaluation import Evaluations
+from klear_megatron.rl.groups import RolloutWorker
+from klear_megatron.rl.servers import PolicyServers
+from klear_megatron.rollout.external_servers import check_lengths
+from klear_megatron.training import run
 
 
 def train_rl(config: RLConfig) -> None:

@@ -4,12 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-from klear_megatron.conversion.checksums import write_checksums
+from klear_megatron.checkpoints.checksums import write_checksums
 from klear_megatron.conversion.convert import megatron_to_hf
-from klear_megatron.conversion.model_card import model_card
-from klear_megatron.conversion.trial import try_out
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
+from klear_megatron.release.model_card import model_card
+from klear_megatron.release.trial import try_out
 
 _YARN = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 32768}
 _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # the paper's evaluations

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from klear_megatron.errors import UserError
 from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig, serving
-from klear_megatron.rollout.running import check_lengths
+from klear_megatron.rollout.external_servers import check_lengths
 from tests.models import tiny
 from tests.rollout.conftest import CONFIG, SharedServers
 

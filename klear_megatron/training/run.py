@@ -6,17 +6,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from klear_megatron import platform
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.config import write_config
 from klear_megatron.conversion import export_hf
 from klear_megatron.errors import make_folder
-from klear_megatron.models.hf_checkpoint import read_config
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
+from klear_megatron.platform.device import init_distributed
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
 from klear_megatron.policy.config import import_extensions
 from klear_megatron.policy.policy import Policy
-from klear_megatron.trainers.config import RunConfig
+from klear_megatron.training.config import RunConfig
 
 
 def start(config: RunConfig) -> None:
@@ -27,7 +27,7 @@ def start(config: RunConfig) -> None:
     """
     import_extensions(config.policy)
     config.policy.parallel.check_model(read_config(config.policy.path))
-    platform.init_distributed()
+    init_distributed()
     # Before one rank starts servers while the others wait: Ctrl-C in between is to end them, too.
     objects.connect()
     config.policy.parallel.data_parallel_size(dist.get_world_size())

@@ -1,0 +1,1 @@
+"""The formats on disk: Hugging Face folders and Megatron's distributed checkpoints."""

@@ -1,0 +1,43 @@
+"""Where this process runs: its device, its collective backend, and how Megatron-Core gets there.
+
+The only package that knows CPU from GPU. Where there is no GPU, `init_distributed` first puts the
+stand-ins in place that Megatron-Core needs (`klear_megatron.platform.cpu`).
+"""
+
+import os
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from klear_megatron.platform import cpu
+
+HAS_GPU = torch.cuda.is_available()
+BACKEND: Literal["gloo", "nccl"] = "nccl" if HAS_GPU else "gloo"
+_TIMEOUT = timedelta(minutes=30)
+
+
+def this_device() -> torch.device:
+    """The device of this rank: `cuda:LOCAL_RANK`, or the CPU."""
+    if HAS_GPU:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_distributed() -> None:
+    """Joins the process group that torchrun describes; without torchrun, makes a world of one.
+
+    Call it before any model, optimizer or process group of Megatron-Core's is made.
+    """
+    if not HAS_GPU:
+        cpu.install()
+    if dist.is_initialized():
+        return
+    if HAS_GPU:
+        torch.cuda.set_device(this_device())
+    if "RANK" in os.environ:
+        dist.init_process_group(BACKEND, timeout=_TIMEOUT)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(BACKEND, store=store, rank=0, world_size=1)

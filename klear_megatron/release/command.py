@@ -1,0 +1,39 @@
+"""`klear-megatron release CHECKPOINT OUT`."""
+
+import argparse
+from pathlib import Path
+
+from klear_megatron.conversion.command import check_alone, check_output, checkpoint_in
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
+    parser.add_argument("out", type=Path, help="folder to publish")
+    parser.add_argument("--licence", required=True, help="its identifier, such as apache-2.0")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="as trained by default")
+    parser.add_argument(
+        "--yarn",
+        action="store_true",
+        help="extend the context with YaRN: factor 2.5 over 32768 tokens",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Makes a folder to publish.
+
+    Raises:
+        UserError: see `klear_megatron.release.release.release`.
+    """
+    from klear_megatron.release.release import release
+
+    check_alone("release")
+    checkpoint = checkpoint_in(arguments.checkpoint)
+    check_output(checkpoint, arguments.out)
+    release(
+        checkpoint,
+        arguments.out,
+        licence=arguments.licence,
+        dtype=arguments.dtype,
+        yarn=arguments.yarn,
+    )

@@ -1,0 +1,1 @@
+"""What training runs share: the run directory, checkpoints to resume from, settings."""

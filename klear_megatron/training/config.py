@@ -1,0 +1,22 @@
+"""Settings that every training run has."""
+
+from pathlib import Path
+
+from pydantic import PositiveInt
+
+from klear_megatron.config import Section
+from klear_megatron.policy.config import PolicyConfig
+
+
+class RunConfig(Section):
+    """What every training run has."""
+
+    run_dir: Path
+    """Everything the run writes: config, metrics, logs, rollouts, checkpoints. A run that finds a
+    checkpoint there goes on from it."""
+    seed: int = 0
+    save_every: PositiveInt | None = None
+    """Steps between checkpoints; one is always written at the end."""
+    export_every: PositiveInt | None = None
+    """Steps between Hugging Face checkpoints, written to `hf/` under the run directory."""
+    policy: PolicyConfig
