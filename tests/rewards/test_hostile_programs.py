@@ -384,6 +384,14 @@ SYSTEM_CALL = """
         SYSTEM_CALL.format("syscall(56, 0x10000011, 0, 0, 0, 0)"),
         SYSTEM_CALL.format("syscall(435, 0, 0)"),
         SYSTEM_CALL.format("syscall(425, 1, 0)"),
+        "socket.socket(socket.AF_VSOCK)",
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+        "socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
+        "socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)",
+        "socket.socket(socket.AF_TIPC, socket.SOCK_RDM)",
+        "socket.socketpair(socket.AF_TIPC, socket.SOCK_SEQPACKET)",
+        # Only the low half of the register is the family: the kernel does not look at the other.
+        SYSTEM_CALL.format("syscall(41, ctypes.c_ulong((1 << 32) + 16), 3, 0)"),
         "socket.create_connection(('1.1.1.1', 53), timeout=1)",
         "socket.create_connection(('example.com', 80), timeout=1)",
     ],
@@ -391,6 +399,25 @@ SYSTEM_CALL = """
 def test_attempt_on_the_host_is_blocked(attempt):
     ground_truth = json.dumps({"inputs": [""], "outputs": ["blocked"]})
     assert outcomes(grade(blocked(attempt), ground_truth)) == {"passed": 1}
+
+
+def test_only_sockets_of_the_sandboxs_own_network_can_be_made():
+    """Of all the families a kernel may know: AF_UNIX, AF_INET and, where it has it, AF_INET6."""
+    program = """
+        import errno, socket
+        made = set()
+        for family in range(64):
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW):
+                try:
+                    socket.socket(family, kind).close()
+                    made.add(family)
+                except OSError as error:
+                    if error.errno != errno.EAFNOSUPPORT:
+                        made.add(family)
+        socket.socketpair()
+        print({1, 2} <= made <= {1, 2, 10})
+    """
+    assert grade(program, json.dumps({"inputs": [""], "outputs": ["True"]})).correct
 
 
 def test_host_and_other_sandboxes_are_out_of_reach():
