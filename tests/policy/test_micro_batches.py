@@ -1,5 +1,7 @@
 import math
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,9 @@ def test_a_plan_has_every_sequence_once_and_no_pack_over_budget(lengths, ranks, 
     assert len({len(packs) for packs in plan}) == 1
     assert len(plan[0]) % multiple == 0
     assert len(plan[0]) < math.ceil(len(lengths) / ranks) + multiple  # never more than one each
-    for pack in (pack for rank in plan for pack in rank):
+    packs = [pack for rank in plan for pack in rank]
+    assert all(packs) or len(lengths) < len(packs)
+    for pack in packs:
         assert len(pack) <= 1 or sum(lengths[i] for i in pack) <= budget
 
 
@@ -27,6 +31,28 @@ def test_ranks_have_about_the_same_number_of_tokens(lengths, budget):
     plan = plan_micro_batches(lengths, 2, budget)
     first, second = (sum(lengths[i] for pack in rank for i in pack) for rank in plan)
     assert abs(first - second) <= 2 * max(lengths)
+
+
+@pytest.mark.parametrize(("sequences", "bound"), [(128, 1.03), (64, 1.08)])
+@pytest.mark.parametrize(
+    ("median", "sigma"),
+    [(4000, 1.0), (6000, 0.8), (8000, 0.8), (8000, 1.0), (12000, 0.6), (16000, 0.8)],
+)
+def test_the_heaviest_rank_has_little_more_work_than_the_mean(sequences, bound, median, sigma):
+    def work(length: int) -> float:
+        return length + length**2 / 8192
+
+    for seed in range(30):
+        # Log-normal lengths, cut at the recipe's context of 32K.
+        drawn = np.random.default_rng(seed).lognormal(math.log(median), sigma, sequences)
+        lengths = [int(n) for n in drawn.clip(1, 32768)]
+        plan = plan_micro_batches(lengths, 8, 32768)
+        ranks = [sum(work(lengths[i]) for pack in rank for i in pack) for rank in plan]
+        # Where one sequence has more work than the mean, its rank has as much at least.
+        least = max(sum(ranks) / 8, work(max(lengths)))
+        assert max(ranks) <= bound * least, f"seed {seed}: {max(ranks) / least}"
+        tokens = [sum(lengths[i] for i in pack) for rank in plan for pack in rank]
+        assert max(tokens) <= 32768
 
 
 def test_the_same_plan_everywhere_and_a_long_sequence_alone():
