@@ -90,11 +90,11 @@ def extract_program(answer: str) -> str | None:
 def run_tests(program: str, tests: Sequence[Test], config: CodeRewardConfig) -> Iterator[str]:
     """The outcome of each test, in order; the tests are all of one kind."""
     with contextlib.ExitStack() as stack:
-        sandbox = stack.enter_context(Sandbox(config, config.timeout_s))
+        sandbox = stack.enter_context(Sandbox(config, config.wall_limit_s))
         sandbox.load("script" if isinstance(tests[0], ScriptTest) else "module", program)
         if isinstance(tests[0], CheckTest):
             # Of its own: a test's code may be hostile as well, and the program must not see it.
-            checker = stack.enter_context(Sandbox(config, config.timeout_s))
+            checker = stack.enter_context(Sandbox(config, config.wall_limit_s))
         for test in tests:
             if isinstance(test, ScriptTest):
                 yield _run_script(sandbox, test, config)
@@ -106,7 +106,7 @@ def run_tests(program: str, tests: Sequence[Test], config: CodeRewardConfig) -> 
 
 def _run_script(sandbox: Sandbox, test: ScriptTest, config: CodeRewardConfig) -> str:
     with memory_file(test.stdin.encode(errors="replace")) as stdin, memory_file() as stdout:
-        sandbox.start_test(config.test_timeout_s, [stdin, stdout])
+        sandbox.start_test([stdin, stdout])
         ending = sandbox.wait()
         limit = config.output_mb << 20
         output = os.pread(stdout, limit, 0)
@@ -122,7 +122,7 @@ def _run_call(sandbox: Sandbox, test: CallTest, config: CodeRewardConfig) -> str
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            sandbox.start_test(config.test_timeout_s, [theirs.fileno()])
+            sandbox.start_test([theirs.fileno()])
         try:
             value = _call(Names(Connection(ours)), test)
         except Exception:  # whatever the program raises, or sends instead of an answer
@@ -151,9 +151,9 @@ def _run_check(
 ) -> str:
     program_side, test_side = socket.socketpair()
     with program_side, test_side:
-        sandbox.start_test(config.test_timeout_s, [program_side.fileno()])
+        sandbox.start_test([program_side.fileno()])
         checker.load("check", test.code)
-        checker.start_test(config.test_timeout_s, [test_side.fileno()])
+        checker.start_test([test_side.fileno()])
     verdict, ending = checker.wait(), sandbox.wait()
     return _verdict(verdict == "exit 0") if ending == "exit 0" else _failure(ending)
 

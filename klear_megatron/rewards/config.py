@@ -15,8 +15,11 @@ class MathRewardConfig(Section):
     format_penalty: float = Field(default=0.5, ge=0)
     """Subtracted where the reasoning is not inside exactly one well-formed <think>...</think>."""
 
-    timeout_s: float = Field(default=10.0, gt=0)
-    """Seconds the verification of one answer may take; then it is ended and counts as wrong."""
+    cpu_limit_s: float = Field(default=10.0, gt=0)
+    """Seconds of CPU time for verifying one answer. One that takes longer counts as wrong."""
+
+    wall_limit_s: float = Field(default=50.0, gt=0)
+    """The same in seconds by the clock: wider, since other processes may keep the host busy."""
 
 
 class CodeRewardConfig(Section):
@@ -35,9 +38,17 @@ class CodeRewardConfig(Section):
     """Relative and absolute, for numbers that are not both written as whole ones; 0 is
     LiveCodeBench's rule."""
 
-    test_timeout_s: float = Field(default=6.0, gt=0)
-    timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds for all tests of a program; those it has not passed by then count as failed."""
+    test_cpu_limit_s: float = Field(default=6.0, gt=0)
+    """Seconds of CPU time for one test, of all the program's processes together."""
+
+    test_wall_limit_s: float = Field(default=30.0, gt=0)
+    """The same in seconds by the clock: wider, since other processes may keep the host busy."""
+
+    cpu_limit_s: float = Field(default=60.0, gt=0)
+    """Seconds of CPU time for all tests of a program; those it has not passed by then fail."""
+
+    wall_limit_s: float = Field(default=300.0, gt=0)
+    """The same in seconds by the clock."""
 
     memory_mb: int = Field(default=1024, ge=64)
     """For all processes of a program together."""
@@ -70,7 +81,7 @@ class CustomRewardConfig(Section):
     """Which it grades; all, where none is named. A data source without a verifier needs one."""
 
     timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds for one response; then it is ended and its score is 0."""
+    """Seconds by the clock for one response; then it is ended and its score is 0."""
 
 
 class RewardConfig(Section):
@@ -83,7 +94,7 @@ class RewardConfig(Section):
     """Of the verifier's score, beside those of `custom`."""
 
     max_concurrent: int = Field(default=64, ge=1)
-    """Calls of an async custom function under way at a time."""
+    """Calls of an async custom function under way at a time, on one host."""
 
     workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
-    """Processes that grade at the same time; all cores of this process by default."""
+    """Processes that grade at the same time on one host; by default, as many as it has cores."""

@@ -15,6 +15,7 @@ from klear_megatron.rewards.config import (
     RewardConfig,
 )
 from klear_megatron.rewards.custom import as_reward, import_function, is_async
+from klear_megatron.rewards.limits import Limits
 from klear_megatron.rewards.math import math_reward, score_answer
 from klear_megatron.rewards.reward import Reward
 from klear_megatron.rewards.sandbox import check_sandbox
@@ -30,8 +31,8 @@ class Grader(Protocol):
     @property
     def weight(self) -> float: ...
     @property
-    def limit_s(self) -> float:
-        """Seconds after which its process is ended."""
+    def limits(self) -> Limits:
+        """Those of grading one response; its process is ended when it reaches one."""
 
     def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward: ...
 
@@ -49,8 +50,8 @@ class MathGrader:
     name: str = "math"
 
     @property
-    def limit_s(self) -> float:
-        return self.config.timeout_s
+    def limits(self) -> Limits:
+        return Limits(self.config.cpu_limit_s, self.config.wall_limit_s)
 
     def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
         return math_reward(response, ground_truth, self.config)
@@ -69,9 +70,9 @@ class CodeGrader:
     name: str = "code"
 
     @property
-    def limit_s(self) -> float:
-        # The sandbox keeps to its own limit; this is for the comparison of what it has printed.
-        return self.config.timeout_s + 10
+    def limits(self) -> Limits:
+        # The sandbox keeps to limits of its own. These are for comparing what it has printed.
+        return Limits(self.config.cpu_limit_s, self.config.wall_limit_s + 10)
 
     def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
         return code_reward(response, ground_truth, self.config)
@@ -96,8 +97,8 @@ class CustomGrader:
         return self.config.weight
 
     @property
-    def limit_s(self) -> float:
-        return self.config.timeout_s
+    def limits(self) -> Limits:
+        return Limits(None, self.config.timeout_s)
 
     @property
     def is_async(self) -> bool:

@@ -3,11 +3,10 @@
 import asyncio
 import multiprocessing
 import queue
-import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -21,6 +20,7 @@ from klear_megatron.rewards.graders import (
     combine,
     graders_of,
 )
+from klear_megatron.rewards.limits import Limits, prepare_process, reached, run_within
 from klear_megatron.rewards.math import math_reward
 from klear_megatron.rewards.reward import Reward
 
@@ -39,17 +39,23 @@ class RewardPool:
     functions of the user's run in a thread of this process, many at a time.
 
     `grade` may be called from any thread, and from several at once.
+
+    Args:
+        sharers: the pools on this host, this one included, among which the config's `workers` and
+            `max_concurrent` are divided; each gets at least one.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, sharers: int = 1) -> None:
         self._config = config
-        self._restart = threading.Lock()
+        self._workers = max(1, config.workers // sharers)
+        self._max_concurrent = max(1, config.max_concurrent // sharers)
+        self._lock = threading.Lock()
         self.crashes = 0
 
     def __enter__(self) -> "RewardPool":
         self._pool = self._start()
         self._loop = asyncio.new_event_loop()
-        self._calls = asyncio.Semaphore(self._config.max_concurrent)
+        self._calls = asyncio.Semaphore(self._max_concurrent)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         return self
@@ -75,17 +81,14 @@ class RewardPool:
         """
         check_data_sources((data_source for data_source, _, _ in jobs), self._config)
         pool = self._running_pool()
-        finished: queue.SimpleQueue[Future[Reward]] = queue.SimpleQueue()
         graders = [graders_of(data_source, self._config) for data_source, _, _ in jobs]
-        job_of_future: dict[Future[Reward], tuple[int, int]] = {}
-        for i, job in enumerate(jobs):
-            for j, grader in enumerate(graders[i]):
-                future = self._schedule(pool, grader, job)
-                job_of_future[future] = i, j
-                future.add_done_callback(finished.put)
+        job_of_future = {
+            self._schedule(pool, grader, job): (i, j)
+            for i, job in enumerate(jobs)
+            for j, grader in enumerate(graders[i])
+        }
         grades: list[dict[int, Reward]] = [{} for _ in jobs]
-        for _ in range(len(job_of_future)):
-            future = _next_finished(finished, pool)
+        for future in _as_finished(job_of_future, pool):
             i, j = job_of_future[future]
             grades[i][j] = self._result(future, graders[i][j], response=jobs[i][1])
             if on_done is not None and len(grades[i]) == len(graders[i]):
@@ -98,22 +101,19 @@ class RewardPool:
     def read_answers(self, responses: Sequence[str]) -> list[str | None]:
         """What each response to a mathematical problem answers, to compare them with each other.
 
-        None where it gives no answer, or none that can be read within `math.timeout_s`.
+        None where it gives no answer, or none that can be read within the limits of `math`.
 
         Raises:
             RuntimeError: the processes cannot be started, or were all killed.
         """
         pool = self._running_pool()
-        finished: queue.SimpleQueue[Future[str | None]] = queue.SimpleQueue()
-        limit_s = self._config.math.timeout_s
+        limits = Limits(self._config.math.cpu_limit_s, self._config.math.wall_limit_s)
         futures: list[Future[str | None]] = [
-            pool.schedule(_within_limit, args=(limit_s, math_answer, response))
+            pool.schedule(run_within, args=(limits, math_answer, response))
             for response in responses
         ]
-        for future in futures:
-            future.add_done_callback(finished.put)
-        for _ in futures:
-            _next_finished(finished, pool)
+        for _ in _as_finished(futures, pool):
+            pass
         return [
             None if isinstance(future.exception(), ProcessExpired) else future.result()
             for future in futures
@@ -121,7 +121,7 @@ class RewardPool:
 
     def _start(self) -> ProcessPool:
         pool = ProcessPool(
-            max_workers=self._config.workers,
+            max_workers=self._workers,
             initializer=_prepare_worker,
             # A forked copy of a process that has threads or a CUDA context may hang.
             context=multiprocessing.get_context("spawn"),
@@ -130,7 +130,7 @@ class RewardPool:
         return pool
 
     def _running_pool(self) -> ProcessPool:
-        with self._restart:
+        with self._lock:
             # A worker killed while none has work, by the kernel for want of memory for instance,
             # is the end of a pebble pool.
             if not self._pool.active:
@@ -146,7 +146,7 @@ class RewardPool:
             call = self._call_within_limit(grader, *arguments)
             return asyncio.run_coroutine_threadsafe(call, self._loop)
         future: Future[Reward] = pool.schedule(
-            _within_limit, args=(grader.limit_s, grader.grade, *arguments)
+            run_within, args=(grader.limits, grader.grade, *arguments)
         )
         return future
 
@@ -155,23 +155,29 @@ class RewardPool:
     ) -> Reward:
         async with self._calls:
             call = grader.grade_async(response, ground_truth, data_source)
-            return await asyncio.wait_for(call, grader.limit_s)
+            return await asyncio.wait_for(call, grader.limits.wall_s)
 
     def _result(self, future: "Future[Reward]", grader: Grader, response: str) -> Reward:
         try:
             return future.result()
         except ProcessExpired as death:
-            timed_out = death.exitcode == -signal.SIGALRM
-            self.crashes += not timed_out
+            timed_out = reached(death.exitcode)
+            with self._lock:
+                self.crashes += not timed_out
             return grader.failed(response, timed_out=timed_out)
         except TimeoutError:
             return grader.failed(response, timed_out=True)
 
 
-def _next_finished(finished: "queue.SimpleQueue[Future[T]]", pool: ProcessPool) -> "Future[T]":
-    while True:
+def _as_finished(futures: Collection["Future[T]"], pool: ProcessPool) -> Iterator["Future[T]"]:
+    finished: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+    for future in futures:
+        future.add_done_callback(finished.put)
+    left = len(futures)
+    while left:
         try:
-            return finished.get(timeout=1.0)
+            yield finished.get(timeout=1.0)
+            left -= 1
         except queue.Empty:
             # A pool that broke forgets the jobs it had not yet handed out.
             if not pool.active:
@@ -182,16 +188,5 @@ def _next_finished(finished: "queue.SimpleQueue[Future[T]]", pool: ProcessPool) 
 
 
 def _prepare_worker() -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    prepare_process()
     math_reward("<think></think>\\boxed{1}", "1")  # imports the rest of sympy
-
-
-def _within_limit(limit_s: float, function: Callable[..., T], *arguments: Any) -> T:
-    # The kernel ends this process at the limit: nothing running in it could be relied on to do so,
-    # as a long integer operation lets no other thread or signal handler run, and the process that
-    # started it may be gone by then.
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
-    try:
-        return function(*arguments)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)

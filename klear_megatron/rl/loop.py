@@ -1,6 +1,7 @@
 """Reinforcement learning with verifiable rewards: generate, grade, train, sync, repeat."""
 
 import contextlib
+import socket
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,10 +12,11 @@ from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
 from klear_megatron.losses import PolicyObjective
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Phases, Progress, Recorder, say
+from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.policy.policy import Policy
-from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
+from klear_megatron.rewards import RewardConfig, RewardPool, check_data_sources, check_ground_truths
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.evaluation import Evaluations
 from klear_megatron.rl.groups import RolloutWorker
@@ -50,7 +52,8 @@ def train_rl(config: RLConfig) -> None:
         leader, leaders = leader_rank()
         leads = leader is not None
         servers = PolicyServers(policy, config, tokenizer, stack, leads=leads)
-        rewards = stack.enter_context(RewardPool(config.rewards)) if leads else None
+        pool = make_reward_pool(config.rewards, leads=leads)
+        rewards = stack.enter_context(pool) if pool is not None else None
         worker = RolloutWorker(
             config, tokenizer, prompts, sampler, servers, rewards, leader=leader, leaders=leaders
         )
@@ -89,6 +92,13 @@ def train_rl(config: RLConfig) -> None:
                 f"{metrics['reward/accuracy']:.3f} length {metrics['response/length_mean']:.0f}"
             )
             run.save(policy, config, step, config.steps, {"sampler": sampler.state_dict()})
+
+
+def make_reward_pool(config: RewardConfig, *, leads: bool) -> RewardPool | None:
+    """Collective. A leader's share of the processes that grade on its host; None for others."""
+    host = socket.gethostname()
+    leaders_here = objects.all_gather(host if leads else None).count(host)
+    return RewardPool(config, sharers=leaders_here) if leads else None
 
 
 def read_training_prompts(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:

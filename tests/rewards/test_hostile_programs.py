@@ -26,7 +26,14 @@ from klear_megatron.rewards.sandbox import bubblewrap, check_sandbox
 from tests.rewards.test_pool import meet
 
 CONFIG = CodeRewardConfig(
-    test_timeout_s=5, timeout_s=10, memory_mb=256, processes=16, output_mb=1, format_penalty=0
+    test_cpu_limit_s=5,
+    test_wall_limit_s=5,
+    cpu_limit_s=10,
+    wall_limit_s=10,
+    memory_mb=256,
+    processes=16,
+    output_mb=1,
+    format_penalty=0,
 )
 SUM = json.dumps({"inputs": ["2 3", "3 4"], "outputs": ["5", "7"]})
 SUM_CALLS = json.dumps({"inputs": [[2, 3], [3, 4]], "outputs": [5, 7], "fn_name": "add"})
@@ -176,11 +183,11 @@ IGNORE_SIGNALS = """
     ],
 )
 def test_hostile_script_passes_nothing_and_ends_in_time(program, outcome):
-    seconds = 0.7 if outcome in ("time", None) else CONFIG.test_timeout_s
-    config = CONFIG.model_copy(update={"test_timeout_s": seconds})
+    seconds = 0.7 if outcome in ("time", None) else CONFIG.test_wall_limit_s
+    config = CONFIG.model_copy(update={"test_wall_limit_s": seconds})
     start = time.monotonic()
     reward = grade(program, config=config)
-    assert time.monotonic() - start < CONFIG.timeout_s + 2
+    assert time.monotonic() - start < CONFIG.wall_limit_s + 2
     assert not reward.correct
     assert reward.score == 0
     assert reward.timed_out == (outcomes(reward).get("time", 0) > 0)
@@ -275,7 +282,7 @@ ALWAYS_EQUAL = """
     ],
 )
 def test_hostile_module_passes_nothing(program, ground_truth):
-    reward = grade(program, ground_truth, CONFIG.model_copy(update={"test_timeout_s": 1.5}))
+    reward = grade(program, ground_truth, CONFIG.model_copy(update={"test_wall_limit_s": 1.5}))
     assert not reward.correct
     assert reward.parts["tests/passed"] == 0
 
@@ -480,7 +487,7 @@ SLEEPER = respond("import os, time\nos.setsid()\ntime.sleep(1e6)")
 
 def test_bad_programs_do_not_keep_the_pool_from_good_ones(tmp_path):
     config = RewardConfig(
-        code=CONFIG.model_copy(update={"timeout_s": 5.0}),
+        code=CONFIG.model_copy(update={"wall_limit_s": 5.0}),
         custom=[CustomRewardConfig(function=f"{meet.__module__}:meet", data_sources=["meeting"])],
         workers=2,
     )
@@ -512,7 +519,7 @@ def test_programs_end_when_their_grader_is_killed():
 def test_all_of_a_programs_time_is_limited():
     tests = json.dumps({"inputs": [""] * 50, "outputs": ["x"] * 50})
     start = time.monotonic()
-    config = CONFIG.model_copy(update={"test_timeout_s": 1.0, "timeout_s": 3.0})
+    config = CONFIG.model_copy(update={"test_wall_limit_s": 1.0, "wall_limit_s": 3.0})
     reward = grade("import time\ntime.sleep(1e6)", tests, config)
     assert time.monotonic() - start < 3 + 2
     assert outcomes(reward) == {"time": 1}
@@ -537,7 +544,7 @@ def test_without_bubblewrap_no_program_is_run(monkeypatch, tmp_path):
 
 
 def test_unsafe_still_ends_what_does_not_end():
-    config = CONFIG.model_copy(update={"sandbox": "unsafe", "test_timeout_s": 0.5})
+    config = CONFIG.model_copy(update={"sandbox": "unsafe", "test_wall_limit_s": 0.5})
     program = "import os\nos.fork()\nos.fork()\nwhile True: pass"
     assert outcomes(grade(program, config=config)) == {"time": 1}
 
@@ -548,7 +555,7 @@ from klear_megatron.rewards.code import run_tests
 from klear_megatron.rewards.code_tests import ScriptTest
 from klear_megatron.rewards.config import CodeRewardConfig
 
-config = CodeRewardConfig(test_timeout_s=4, memory_mb=256, processes=16)
+config = CodeRewardConfig(test_wall_limit_s=4, memory_mb=256, processes=16)
 for program, expected in json.load(sys.stdin):
     print(*run_tests(program, [ScriptTest("", expected)], config))
 """

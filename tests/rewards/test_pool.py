@@ -21,7 +21,7 @@ from klear_megatron.rewards import (
 
 SOURCE = "math_longcot_math_verify"
 HANGING = r"<think>big</think>\boxed{9^{9^{9^{9}}}}"
-TIMEOUT_S = 3.0
+LIMIT_S = 3.0
 
 
 def job(response: str, ground_truth: str = "4") -> tuple[str, str, str]:
@@ -39,7 +39,7 @@ def workers_of(pid: int) -> set[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def pool():
-    config = RewardConfig(math=MathRewardConfig(timeout_s=TIMEOUT_S), workers=2)
+    config = RewardConfig(math=MathRewardConfig(cpu_limit_s=LIMIT_S), workers=2)
     with RewardPool(config) as pool:
         pool.grade([job(""), job("")])  # so that no test pays for the start
         yield pool
@@ -94,7 +94,7 @@ def test_hanging_answer_ends_at_its_limit_while_others_are_graded(call, tmp_path
         )
 
     config = RewardConfig(
-        math=MathRewardConfig(timeout_s=TIMEOUT_S),
+        math=MathRewardConfig(cpu_limit_s=LIMIT_S),
         custom=[CustomRewardConfig(function=f"{__name__}:meet", data_sources=["meeting"])],
         workers=2,
     )
@@ -106,8 +106,17 @@ def test_hanging_answer_ends_at_its_limit_while_others_are_graded(call, tmp_path
     assert hanging.formatted
     assert hanging.score == -1.0
     assert all(reward.correct and not reward.timed_out for reward in others)
-    assert TIMEOUT_S <= done_at[0] < 4 * TIMEOUT_S
+    assert LIMIT_S <= done_at[0] < 4 * LIMIT_S
     assert max(done_at[i] for i in range(1, 21)) < done_at[0]
+
+
+def test_pools_of_one_host_share_its_processes():
+    before = workers_of(os.getpid())
+    with RewardPool(RewardConfig(workers=4), sharers=2) as pool:
+        pool.grade([job("")] * 8)
+        assert len(workers_of(os.getpid()) - before) == 2
+    with RewardPool(RewardConfig(workers=1), sharers=2) as pool:
+        assert pool.grade([job(r"<think></think>\boxed{4}")])[0].correct
 
 
 def test_ended_workers_are_replaced(pool):
@@ -118,7 +127,7 @@ def test_ended_workers_are_replaced(pool):
 
 def test_crashed_worker_makes_its_answer_wrong_and_is_counted():
     before = workers_of(os.getpid())
-    config = RewardConfig(math=MathRewardConfig(timeout_s=30), workers=1)
+    config = RewardConfig(math=MathRewardConfig(cpu_limit_s=30), workers=1)
     with RewardPool(config) as pool:
         pool.grade([job("")])
         (worker,) = workers_of(os.getpid()) - before
@@ -147,7 +156,7 @@ def grade_until_the_pool_ends(pool, jobs):
 
 def test_leaving_the_context_leaves_no_process_even_with_work_under_way():
     before = workers_of(os.getpid())
-    config = RewardConfig(math=MathRewardConfig(timeout_s=60), workers=2)
+    config = RewardConfig(math=MathRewardConfig(cpu_limit_s=60), workers=2)
     with RewardPool(config) as pool:
         pool.grade([job("")])
         threading.Thread(target=grade_until_the_pool_ends, args=[pool, [job(HANGING)]]).start()
@@ -164,7 +173,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
 from klear_megatron.rewards import MathRewardConfig, RewardConfig, RewardPool
 
 if __name__ == "__main__":
-    config = RewardConfig(math=MathRewardConfig(timeout_s=5), workers=2)
+    config = RewardConfig(math=MathRewardConfig(cpu_limit_s=5), workers=2)
     with RewardPool(config) as pool:
         pool.grade([{job("")!r}])
         print("ready", flush=True)

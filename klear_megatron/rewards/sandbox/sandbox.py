@@ -31,16 +31,17 @@ class Sandbox:
 
     A text is a "script", which is run once for each test; a "module", whose names are served to
     each test; or a "check", which tests a module. Nothing of one test is left when the next one
-    starts. `seconds` after its start the sandbox and all in it are ended, whatever goes on there.
+    starts. `wall_limit_s` after its start the sandbox and all in it are ended, whatever goes on
+    there. The config's other limits are kept by the first process inside.
 
     Raises:
         SandboxError: it does not start.
         UserError: bubblewrap is not installed.
     """
 
-    def __init__(self, config: CodeRewardConfig, seconds: float) -> None:
+    def __init__(self, config: CodeRewardConfig, wall_limit_s: float) -> None:
         self._config = config
-        self._seconds = seconds
+        self._wall_limit_s = wall_limit_s
         self._expired = False
 
     def __enter__(self) -> "Sandbox":
@@ -48,7 +49,7 @@ class Sandbox:
         with memory_file() as messages:
             with inner_control:
                 self._process = self._start(inner_control.fileno(), messages)
-            self._watch = threading.Timer(self._seconds, self._end)
+            self._watch = threading.Timer(self._wall_limit_s, self._end)
             self._watch.start()
             if self._receive() != "ready":
                 self.__exit__()
@@ -67,9 +68,9 @@ class Sandbox:
         with memory_file(text.encode(errors="surrogatepass")) as source:
             self._send(f"load {kind}", [source])
 
-    def start_test(self, seconds: float, fds: list[int]) -> None:
+    def start_test(self, fds: list[int]) -> None:
         """Starts a test: with [stdin, stdout] for a script, else with [stream socket]."""
-        self._send(f"test {seconds:.3f}", fds)
+        self._send("test", fds)
 
     def wait(self) -> str:
         """How the test ended: `exit STATUS`, `time`, `memory`, or "" where it ended the sandbox."""
@@ -96,8 +97,9 @@ class Sandbox:
         limits = [
             # An ID that no other process on this host is likely to have, so that the limit on
             # processes counts those of this sandbox only.
-            *(str(20_000 + os.getpid() % 40_000), str(config.memory_mb << 20)),
-            *(str(config.processes), str(config.output_mb << 20)),
+            *(20_000 + os.getpid() % 40_000, config.memory_mb << 20),
+            *(config.processes, config.output_mb << 20),
+            *(config.test_cpu_limit_s, config.test_wall_limit_s, config.cpu_limit_s),
         ]
         with memory_file(seccomp_filter()) as seccomp:
             if config.sandbox == "unsafe":
@@ -107,7 +109,7 @@ class Sandbox:
                 folder, fds = "/inside", [control, seccomp]
             # No environment, no site-packages by themselves, no compiled files written.
             command += [interpreter.executable, "-I", "-S", "-B", "-X", "utf8"]
-            command += [f"{folder}/main.py", str(control), *limits]
+            command += [f"{folder}/main.py", str(control), *map(str, limits)]
             return subprocess.Popen(
                 [*command, ":".join(interpreter.search_path)],
                 stdin=subprocess.DEVNULL,
@@ -137,7 +139,7 @@ def memory_file(content: bytes = b"") -> Iterator[int]:
 def check_sandbox(config: CodeRewardConfig) -> None:
     """Raises UserError where programs cannot be run as the config asks; tried once per process."""
     try:
-        with Sandbox(config, seconds=60):
+        with Sandbox(config, wall_limit_s=60):
             pass
     except SandboxError as error:
         raise UserError(

@@ -1,11 +1,11 @@
 """The first process of a sandbox: runs each test of a program in a process of its own.
 
-`main.py CONTROL_FD USER MEMORY_BYTES PROCESSES FILE_BYTES SEARCH_PATH` is told what to do over the
-SOCK_SEQPACKET socket CONTROL_FD, one packet and its file descriptors at a time:
+`main.py CONTROL_FD LIMITS SEARCH_PATH`, with the fields of `Limits` in their order, is told what to
+do over the SOCK_SEQPACKET socket CONTROL_FD, one packet and its file descriptors at a time:
 
-    load KIND       [source]          compile a Python text, for the tests that follow
-    test SECONDS    [stdin, stdout]   run a "script"
-                    [connection]      serve the names of a "module"; run a "check" against them
+    load KIND   [source]          compile a Python text, for the tests that follow
+    test        [stdin, stdout]   run a "script"
+                [connection]      serve the names of a "module"; run a "check" against them
 
 Each test is answered by one packet: `exit STATUS`, `time` or `memory`. Nothing here is secret: no
 expected output ever enters the sandbox of a program, so that a program which takes over this
@@ -31,13 +31,30 @@ FIRST_PROCESS = os.getpid() == 1
 
 
 class Limits:
-    def __init__(self, user: str, memory: str, processes: str, file_size: str) -> None:
+    def __init__(
+        self,
+        user: str,
+        memory: str,
+        processes: str,
+        file_size: str,
+        test_cpu_s: str,
+        test_wall_s: str,
+        cpu_s: str,
+    ) -> None:
         self.user = int(user)
         self.memory = int(memory)
         self.processes = int(processes)
         self.file_size = int(file_size)
+        self.test_cpu_s = float(test_cpu_s)
+        self.test_wall_s = float(test_wall_s)
+        self.cpu_s = float(cpu_s)
 
-    def apply(self, seconds: float) -> None:
+    def next_test_cpu_s(self) -> float:
+        """CPU seconds for the next test: what the tests before it have left, at most one's."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return min(self.test_cpu_s, self.cpu_s - used.ru_utime - used.ru_stime)
+
+    def apply(self, cpu_s: float) -> None:
         """Applies to the calling process and its children, for good."""
         if os.getuid() == 0 and FIRST_PROCESS:
             os.setgroups([])
@@ -45,7 +62,7 @@ class Limits:
             os.setresuid(self.user, self.user, self.user)
         limits = {
             resource.RLIMIT_AS: self.memory,
-            resource.RLIMIT_CPU: int(seconds) + 1,
+            resource.RLIMIT_CPU: int(cpu_s) + 1,  # `wait` is first, unless it does not get to run
             resource.RLIMIT_FSIZE: self.file_size,
             resource.RLIMIT_NOFILE: 64,
             resource.RLIMIT_CORE: 0,
@@ -61,26 +78,30 @@ def main(control_fd: str, *arguments: str) -> None:
     limits = Limits(*limit_arguments)
     sys.path[:] = [os.path.dirname(__file__), *search_path.split(":")]
     control = _socket.socket(fileno=int(control_fd))
+    # For compiling, which happens in this process.
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limits.cpu_s) + 1,) * 2)
     control.send(b"ready")
     _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGCHLD})
     runner = None
     while True:
-        (command, argument), fds = receive(control)
-        if command == "load":
-            runner = load(argument, read_file(fds[0]))
+        command, fds = receive(control)
+        if command[0] == "load":
+            runner = load(command[1], read_file(fds[0]))
             gc.freeze()
         elif runner is None:
             control.send(b"exit 1")
+        elif (cpu_s := limits.next_test_cpu_s()) <= 0:
+            control.send(b"time")
         else:
             child = os.fork()
             if child == 0:
                 control.close()
-                prepare_test(limits, float(argument))
+                prepare_test(limits, cpu_s)
                 try:
                     return runner(fds)  # what else it raises is the interpreter's to deal with
                 except MemoryError:
                     os._exit(MEMORY_EXHAUSTED)
-            control.send(wait(child, float(argument), limits.memory).encode())
+            control.send(wait(child, limits, cpu_s).encode())
         for fd in fds:
             os.close(fd)
 
@@ -122,7 +143,7 @@ def load(kind: str, source: str) -> "Callable[[list[int]], None] | None":
     return lambda fds: serve(code, names, _socket.socket(fileno=fds[0]))
 
 
-def prepare_test(limits: Limits, seconds: float) -> None:
+def prepare_test(limits: Limits, cpu_s: float) -> None:
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {_signal.SIGCHLD})
     _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)  # too much output is the end, not an OSError
     del sys.path[0]
@@ -132,12 +153,12 @@ def prepare_test(limits: Limits, seconds: float) -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
-    limits.apply(seconds)
+    limits.apply(cpu_s)
 
 
-def wait(child: int, seconds: float, memory: int) -> str:
+def wait(child: int, limits: Limits, cpu_limit_s: float) -> str:
     """Waits for the end of a test, or makes one; nothing that it started is left afterwards."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + limits.test_wall_s
     verdict = ""
     while not verdict:
         left = deadline - time.monotonic()
@@ -146,25 +167,32 @@ def wait(child: int, seconds: float, memory: int) -> str:
         if pid:
             code = os.waitstatus_to_exitcode(status)
             verdict = "memory" if code == MEMORY_EXHAUSTED else f"exit {code}"
-        elif left <= 0:
-            verdict = "time"
-        elif FIRST_PROCESS and resident_bytes() > memory:
-            verdict = "memory"
+        else:
+            cpu_s, resident_bytes = usage(child)
+            if left <= 0 or cpu_s > cpu_limit_s:
+                verdict = "time"
+            elif resident_bytes > limits.memory:
+                verdict = "memory"
     kill_all(child)
     return verdict
 
 
-def resident_bytes() -> int:
-    """The memory of all processes of the sandbox but this one."""
-    pages = 0
-    for pid in os.listdir("/proc"):
+def usage(child: int) -> tuple[float, int]:
+    """CPU seconds and resident bytes of a test: of all processes in the sandbox but this one.
+
+    Without a sandbox, of the test's first process and the children that it has waited for.
+    """
+    ticks = pages = 0
+    for pid in os.listdir("/proc") if FIRST_PROCESS else [str(child)]:
         if pid.isdigit() and pid != "1":
             try:
-                with open(f"/proc/{pid}/statm", "rb") as file:
-                    pages += int(file.read().split()[1])
+                with open(f"/proc/{pid}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()  # all after pid and name
             except OSError:
-                pass  # it has just ended
-    return pages * resource.getpagesize()
+                continue  # it has just ended
+            ticks += sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
+            pages += int(fields[21])  # rss
+    return ticks / os.sysconf("SC_CLK_TCK"), pages * resource.getpagesize()
 
 
 def kill_all(child: int) -> None:
