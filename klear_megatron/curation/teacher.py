@@ -23,7 +23,7 @@ from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
 from klear_megatron.rollout import Response
 from klear_megatron.rollout.external_servers import check_lengths
-from klear_megatron.rollout.model import generating
+from klear_megatron.rollout.generation import generating
 
 _GRADED_AT_ONCE = 1024
 

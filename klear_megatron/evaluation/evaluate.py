@@ -30,7 +30,7 @@ from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout.external_servers import check_lengths
-from klear_megatron.rollout.model import generating
+from klear_megatron.rollout.generation import generating
 
 
 def evaluate(config: EvalConfig) -> dict[str, Scores]:

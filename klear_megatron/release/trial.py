@@ -12,7 +12,7 @@ from klear_megatron.conversion.logits import Logits, megatron_logits, transforme
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rollout import RolloutConfig, SamplingConfig
-from klear_megatron.rollout.model import generating
+from klear_megatron.rollout.generation import generating
 
 _PROMPTS = ("12 + 30 =", "What is the derivative of x^3?", "def is_prime(n):")
 _LENGTH = 32

@@ -24,7 +24,7 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.rewards import Reward, RewardPool
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.servers import PolicyServers
-from klear_megatron.rollout import Generator, Response
+from klear_megatron.rollout import Generator, Response, Share
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ class RolloutWorker:
                 self._config.sampling,
                 keep,
                 responses_per_prompt=self._config.responses_per_prompt,
+                share=Share(self._leader or 0, self._leaders),
             )
 
         enabled = self._leader == 0

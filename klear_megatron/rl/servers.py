@@ -12,7 +12,6 @@ from klear_megatron.platform import objects
 from klear_megatron.policy.policy import Policy
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, ServersLostError, serving
-from klear_megatron.rollout.model import generator_of
 from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
 from klear_megatron.training import run
 
@@ -55,7 +54,7 @@ class PolicyServers:
             self._weights = stack.enter_context(WeightSync(urls, config.rollout))
         self._urls = objects.broadcast(urls)
         self.generator = (
-            generator_of(config.policy.path, tokenizer, self._urls, config.rollout)
+            Generator.for_model(config.policy.path, tokenizer, self._urls, config.rollout)
             if leads
             else None
         )

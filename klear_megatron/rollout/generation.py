@@ -1,72 +1,49 @@
-"""Drawing responses from SGLang servers: token ids in, token ids and log-probabilities out."""
+"""Drawing responses to many prompts from several SGLang servers that share the work."""
 
 import asyncio
 import collections
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import httpx
+from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.errors import UserError
+from klear_megatron.models.tokenizer import read_stop_token_ids
 from klear_megatron.observability import say
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
-from klear_megatron.rollout.prompt_queue import Item, Work
-from klear_megatron.rollout.servers import FRESH_CONNECTIONS, Servers
-
-
-@dataclass(frozen=True)
-class Response:
-    """One drawn response of T tokens."""
-
-    token_ids: list[int]
-    """[T], the stop token included where the model produced it."""
-    log_probs: list[float]
-    """[T], of each token under the distribution it was drawn from, by the server's reckoning."""
-    finish_reason: Literal["stop", "length"]
-    weight_version: str
-    """Version of the weights that the last token was drawn from."""
-
-    @property
-    def truncated(self) -> bool:
-        return self.finish_reason == "length"
-
+from klear_megatron.rollout.dispatch import Dispatch, Share
+from klear_megatron.rollout.prompt_queue import Item, PromptQueue
+from klear_megatron.rollout.requests import (
+    GenerationError,
+    NoAnswerError,
+    Response,
+    ServerLostError,
+    ServersLostError,
+    draw_responses,
+    generates,
+)
+from klear_megatron.rollout.servers import FRESH_CONNECTIONS, Servers, serving
 
 OnDone = Callable[[int, list[Response]], None]
-"""Is given a prompt's position and the responses to it."""
+"""Gets a prompt's position and the responses to it."""
 
 _ATTEMPTS = 3
-"""Requests that a prompt is given: it may be what ends the servers."""
-
-
-class GenerationError(UserError):
-    """A server refused a request, or there was no answer to it."""
-
-
-class ServersLostError(GenerationError):
-    """No server is left that answers."""
-
-
-class _NoAnswerError(Exception):
-    """To one request; the server may be well."""
-
-
-class _ServerLostError(Exception):
-    """It answers no more, or not with the weights it should have."""
+"""A prompt that got no answer this often ends the run: the prompt itself may end the servers."""
 
 
 class Generator:
-    """Draws responses from a set of servers that share the work.
+    """Draws responses from a set of servers; `Dispatch` says which server gets which prompt.
 
-    Each server is given as many prompts at a time as keep `max_running_requests` sequences going;
-    whichever has room takes the next prompt. A prompt without an answer is given to a server again,
-    to another where the first one is lost.
+    A prompt without an answer is asked again, from another server if the first one is lost.
 
     Args:
-        vocab_size: ids at or above it are refused here, because one of them ends a server.
+        vocab_size: token ids at or above it are refused here, because one of them ends a server.
         stop_token_ids: a response ends with the first of them.
-        servers: start a lost server again, with the weights it had. Without them a lost server is
-            not used until it is taken out of `lost`.
+        servers: starts a lost server again, with the weights it had. Without them a lost server is
+            not used until it is removed from `lost`.
     """
 
     def __init__(
@@ -78,15 +55,33 @@ class Generator:
         stop_token_ids: Sequence[int],
         servers: Servers | None = None,
     ) -> None:
-        self._urls = urls
-        self._config = config
+        self.urls = urls
+        self.config = config
+        self.servers = servers
         self._vocab_size = vocab_size
-        self._stop_token_ids = list(stop_token_ids)
-        self._servers = servers
+        self._stop_token_ids = stop_token_ids
         self.lost: set[str] = set()
         """Servers that do not answer, or answered with other weights than `weight_version`."""
         self.weight_version: str | None = None
-        """Of the weights that responses have to be drawn from, if that matters."""
+        """The version that all responses must be drawn with; None if any will do."""
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        urls: Sequence[str],
+        config: RolloutConfig,
+        servers: Servers | None = None,
+    ) -> "Generator":
+        """With the vocabulary and the stop tokens of a Hugging Face checkpoint."""
+        return cls(
+            urls,
+            config,
+            vocab_size=read_config(model).vocab_size,
+            stop_token_ids=read_stop_token_ids(model, tokenizer),
+            servers=servers,
+        )
 
     def generate(
         self,
@@ -102,8 +97,8 @@ class Generator:
 
         Raises:
             UserError: a prompt is empty or has a token id outside the vocabulary.
-            ServersLostError: no server is left; what is done has been given to `on_done`.
-            GenerationError: a server refused a request, or none of several was answered.
+            ServersLostError: no server is left; `on_done` has had what is finished.
+            GenerationError: a server refused a request, or several requests got no answer.
         """
         results: dict[int, list[Response]] = {}
 
@@ -122,87 +117,30 @@ class Generator:
         on_done: OnDone,
         *,
         responses_per_prompt: int = 1,
+        share: Share = Share(),
     ) -> None:
-        """Like `generate`, but nothing is kept: prompts are taken as servers have room for them,
-        and responses are only handed to `on_done`."""
-        asyncio.run(self._stream(prompts, sampling, responses_per_prompt, on_done))
+        """Like `generate`, but keeps nothing: takes a prompt when a server has a place for it, and
+        hands the responses to `on_done`.
 
-    async def _stream(
-        self,
-        prompts: Iterable[Sequence[int]],
-        sampling: SamplingConfig,
-        responses_per_prompt: int,
-        on_done: OnDone,
-    ) -> None:
-        work = Work(prompts)
-        at_a_time = max(1, self._config.max_running_requests // responses_per_prompt)
-        timeout = httpx.Timeout(self._config.request_timeout_s, connect=30)
-        reason = "all have been lost before"
+        Args:
+            share: which of several leaders this is, each with a generator for the same servers.
+        """
 
-        async def ask(client: httpx.AsyncClient) -> None:
-            while (item := await work.take()) is not None:
-                self._check(item)
-                try:
-                    # Until it is known whether the server is lost: others of its tasks would take
-                    # the item, and try in vain.
-                    with work.in_hand(item):
-                        responses = await attempt(client, item)
-                except _NoAnswerError as error:
-                    say(f"{error}; it is asked again")
-                else:
-                    on_done(item.position, responses)
+        async def draw(client: httpx.AsyncClient, item: Item) -> list[Response]:
+            self._check(item)
+            responses = await draw_responses(
+                client,
+                item.prompt,
+                sampling,
+                count=responses_per_prompt,
+                stop_token_ids=self._stop_token_ids,
+            )
+            self._check_versions(client.base_url, responses)
+            return responses
 
-        async def attempt(client: httpx.AsyncClient, item: Item) -> list[Response]:
-            try:
-                return await self._request(client, item.prompt, sampling, responses_per_prompt)
-            except _NoAnswerError as error:
-                unanswered[item.position] += 1
-                if unanswered[item.position] == _ATTEMPTS:
-                    raise GenerationError(
-                        f"prompt {item.position}: no answer to {_ATTEMPTS} requests; {error}"
-                    ) from error
-                if not await _answers(client):
-                    raise _ServerLostError(str(error)) from error
-                raise
-
-        async def use(url: str) -> None:
-            nonlocal reason
-            limits = FRESH_CONNECTIONS
-            async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
-                while url not in self.lost:
-                    try:
-                        async with asyncio.TaskGroup() as tasks:
-                            for _ in range(at_a_time):
-                                tasks.create_task(ask(client))
-                        return
-                    except* _ServerLostError as failures:
-                        reason = str(failures.exceptions[0])
-                    say(f"{reason}; its prompts are asked again")
-                    try:
-                        await bring_back(url)
-                    except UserError as error:
-                        reason = str(error)
-                        self.lost.add(url)
-
-        async def bring_back(url: str) -> None:
-            if self._servers is None:
-                self.lost.add(url)
-                return
-            self._servers.start_again(url)
-            for _ in self._servers.coming(url):
-                if work.finished:
-                    return
-                await asyncio.sleep(0.5)
-
-        unanswered: collections.Counter[int] = collections.Counter()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for url in self._urls:
-                    tasks.create_task(use(url))
-        except ExceptionGroup as failures:
-            raise _first(failures) from None
-        if await work.take() is not None:
-            raise ServersLostError(f"no server is left: {reason}")
+        places = self.config.max_running_requests // responses_per_prompt
+        dispatch = Dispatch(self.urls, places, share)
+        asyncio.run(_Drawing(self, PromptQueue(prompts), dispatch, draw, on_done).run())
 
     def _check(self, item: Item) -> None:
         if not item.prompt or not all(0 <= token < self._vocab_size for token in item.prompt):
@@ -211,68 +149,156 @@ class Generator:
                 f"{self._vocab_size - 1} (vocab_size); is the tokenizer the model's own?"
             )
 
-    async def _request(
-        self, client: httpx.AsyncClient, prompt: Sequence[int], sampling: SamplingConfig, n: int
-    ) -> list[Response]:
-        body = {
-            "input_ids": list(prompt),
-            "sampling_params": {
-                "n": n,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": -1,  # a model's generation_config may say otherwise
-                "max_new_tokens": sampling.max_response_length,
-                "stop_token_ids": self._stop_token_ids,
-            },
-            "return_logprob": True,
-        }
-        try:
-            answer = await client.post("/generate", json=body)
-        except httpx.TransportError as error:
-            raise _NoAnswerError(
-                f"{client.base_url}: no answer to /generate: {str(error) or type(error).__name__}; "
-                "see the server's log"
-            ) from error
-        if answer.status_code != httpx.codes.OK:
-            kind = _NoAnswerError if answer.is_server_error else GenerationError
-            raise kind(
-                f"{client.base_url}: /generate answered {answer.status_code}: {answer.text[:500]}"
-            )
-        outputs = answer.json()
-        responses = []
-        for output in outputs if n > 1 else [outputs]:
-            reason = output["meta_info"]["finish_reason"]
-            if reason["type"] not in ("stop", "length"):
-                # A server that is being stopped ends all responses.
-                raise _NoAnswerError(f"{client.base_url}: a response ended with {reason}")
-            responses.append(_response(output))
-            version = responses[-1].weight_version
+    def _check_versions(self, url: httpx.URL, responses: Sequence[Response]) -> None:
+        for version in {response.weight_version for response in responses}:
             if self.weight_version not in (None, version):
-                raise _ServerLostError(
-                    f"{client.base_url}: a response was drawn with weight version {version}, not "
-                    f"with {self.weight_version}; the server has been started anew"
+                raise ServerLostError(
+                    f"{url}: a response was drawn with weight version {version}, not with "
+                    f"{self.weight_version}; the server has restarted"
                 )
-        return responses
 
 
-async def _answers(client: httpx.AsyncClient) -> bool:
-    """Whether the server generates a token, or others, even now."""
-    try:
-        return (await client.get("/health_generate", timeout=60)).is_success
-    except httpx.TransportError:
-        return False
+class _Drawing:
+    """One call of `Generator.stream`."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        queue: PromptQueue,
+        dispatch: Dispatch,
+        draw: Callable[[httpx.AsyncClient, Item], collections.abc.Awaitable[list[Response]]],
+        on_done: OnDone,
+    ) -> None:
+        self._generator = generator
+        self._queue = queue
+        self._dispatch = dispatch
+        self._draw = draw
+        self._on_done = on_done
+        self._running: dict[str, tuple[asyncio.TaskGroup, httpx.AsyncClient]] = {}
+        self._place_free = asyncio.Event()
+        self._all_done = asyncio.Event()
+        self._unanswered: collections.Counter[int] = collections.Counter()
+        self._why_lost = "all have been lost before"
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                giving = tasks.create_task(self._give())
+                async with asyncio.TaskGroup() as servers:
+                    for url in self._generator.urls:
+                        servers.create_task(self._use(url))
+                giving.cancel()  # it waits for a server, if none is left
+        except ExceptionGroup as failures:
+            raise _first(failures) from None
+        if not self._all_done.is_set():
+            raise ServersLostError(f"no server is left: {self._why_lost}")
+
+    async def _give(self) -> None:
+        """Gives the prompts to the servers, until all are done."""
+        while True:
+            while not self._dispatch.has_place:
+                self._place_free.clear()
+                await self._place_free.wait()
+            if (item := await self._queue.take()) is None:
+                self._all_done.set()
+                return
+            if self._dispatch.has_place:  # the server may have been lost while `take` waited
+                self._start(item)
+            else:
+                self._queue.give_back(item)
+
+    def _start(self, item: Item) -> None:
+        url = self._dispatch.enter(item.position)
+        tasks, client = self._running[url]
+
+        def settle(task: asyncio.Task[bool]) -> None:
+            failed = task.cancelled() or task.exception() is not None
+            if failed:
+                self._dispatch.close(url)
+            self._dispatch.leave(url)
+            self._place_free.set()
+            answered = not failed and task.result()
+            if answered:
+                self._queue.done()
+            else:
+                self._queue.give_back(item)
+
+        tasks.create_task(self._ask(url, client, item)).add_done_callback(settle)
+
+    async def _ask(self, url: str, client: httpx.AsyncClient, item: Item) -> bool:
+        """Whether the prompt was answered."""
+        try:
+            self._on_done(item.position, await self._draw(client, item))
+        except NoAnswerError as error:
+            self._unanswered[item.position] += 1
+            if self._unanswered[item.position] == _ATTEMPTS:
+                raise GenerationError(
+                    f"prompt {item.position}: no answer to {_ATTEMPTS} requests; {error}"
+                ) from error
+            # The prompt waits until this is known, and is not asked of a server in vain.
+            if not await generates(client):
+                raise ServerLostError(str(error)) from error
+            say(f"{error}; it is asked again")
+            return False
+        return True
+
+    async def _use(self, url: str) -> None:
+        """Has the server answer prompts until all are done, or it is lost for good."""
+        generator = self._generator
+        timeout = httpx.Timeout(generator.config.request_timeout_s, connect=30)
+        limits = FRESH_CONNECTIONS
+        async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
+            while url not in generator.lost and not self._all_done.is_set():
+                try:
+                    async with asyncio.TaskGroup() as tasks:
+                        self._running[url] = tasks, client
+                        self._dispatch.open(url)
+                        self._place_free.set()
+                        await self._all_done.wait()
+                except* ServerLostError as failures:
+                    self._why_lost = str(failures.exceptions[0])
+                    say(f"{self._why_lost}; its prompts are asked again")
+                    await self._bring_back(url)
+
+    async def _bring_back(self, url: str) -> None:
+        """Returns when the server answers again or is in `lost`, or nobody needs it."""
+        generator = self._generator
+        if generator.servers is None:
+            generator.lost.add(url)
+            return
+        try:
+            generator.servers.start_again(url)
+            for _ in generator.servers.coming(url):
+                if self._all_done.is_set():
+                    return
+                await asyncio.sleep(0.5)
+        except UserError as error:
+            self._why_lost = str(error)
+            generator.lost.add(url)
+
+
+@contextlib.contextmanager
+def generating(
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
+    log_dir: Path,
+    *,
+    seed: int = 0,
+    drawn_before: int = 0,
+) -> Iterator[Generator]:
+    """A generator with servers of its own, which run while it is used; see `serving`.
+
+    Args:
+        model: Hugging Face checkpoint.
+        drawn_before: responses that servers with this seed have drawn already. It changes the
+            servers' seeds; with the same ones they would draw the same responses again.
+    """
+    server_seed = seed + drawn_before * config.num_servers
+    with serving(config, model, log_dir, seed=server_seed) as servers:
+        yield Generator.for_model(model, tokenizer, servers.urls, config, servers)
 
 
 def _first(failures: ExceptionGroup[Exception]) -> Exception:
     error = failures.exceptions[0]
     return _first(error) if isinstance(error, ExceptionGroup) else error
-
-
-def _response(output: dict[str, Any]) -> Response:
-    meta = output["meta_info"]
-    log_probs, token_ids = [], []
-    for log_prob, token_id, *_ in meta["output_token_logprobs"]:
-        log_probs.append(log_prob)
-        token_ids.append(token_id)
-    reason = meta["finish_reason"]["type"]
-    return Response(token_ids, log_probs, reason, str(meta["weight_version"]))

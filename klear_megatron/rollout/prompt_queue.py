@@ -1,8 +1,7 @@
-"""Prompts that wait for an answer, and go to another server where one does not give it."""
+"""Prompts that wait for an answer, and wait again where the server that had them gives none."""
 
 import asyncio
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -13,46 +12,36 @@ class Item(NamedTuple):
     prompt: Sequence[int]
 
 
-class Work:
-    """Prompts for many tasks of one event loop to take from, as lazily as they are made."""
+class PromptQueue:
+    """The prompts of one event loop, made only as they are taken."""
 
     def __init__(self, prompts: Iterable[Sequence[int]]) -> None:
         self._new = (Item(i, prompt) for i, prompt in enumerate(prompts))
         self._again: list[Item] = []
         self._in_hand = 0
-        self._taken_all = False
         self._changed = asyncio.Event()
 
-    @property
-    def finished(self) -> bool:
-        """Whether all are done, and this has been found out by one who wanted to take another."""
-        return self._taken_all and not self._again and not self._in_hand
-
     async def take(self) -> Item | None:
-        """The next one; None when all are done.
+        """The next prompt, which is in hand until it is `done` or `give_back` returns it.
 
-        While others have the last ones in hand it waits, as they may come back.
+        Waits while the last prompts are in hand, as they may come back. None when all are done.
         """
         while True:
-            if self._again:
-                return self._again.pop()
-            if (item := next(self._new, None)) is not None:
+            item = self._again.pop() if self._again else next(self._new, None)
+            if item is not None:
+                self._in_hand += 1
                 return item
-            self._taken_all = True
             if not self._in_hand:
                 return None
             self._changed.clear()
             await self._changed.wait()
 
-    @contextlib.contextmanager
-    def in_hand(self, item: Item) -> Iterator[None]:
-        """It is done when this is left, or waits again if that is by an exception."""
-        self._in_hand += 1
-        try:
-            yield
-        except BaseException:
-            self._again.append(item)
-            raise
-        finally:
-            self._in_hand -= 1
-            self._changed.set()
+    def done(self) -> None:
+        """A prompt in hand has been answered."""
+        self._in_hand -= 1
+        self._changed.set()
+
+    def give_back(self, item: Item) -> None:
+        """The prompt in hand has not been answered and waits again, before all others."""
+        self._again.append(item)
+        self.done()

@@ -23,8 +23,7 @@ from klear_megatron.evaluation.training import evaluate_policy
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rewards import RewardPool
-from klear_megatron.rollout import serving
-from klear_megatron.rollout.model import generator_of
+from klear_megatron.rollout import Generator, serving
 from tests.commands import ROOT, kill_command, prepare_quickstart
 from tests.files import read_lines, read_rows
 
@@ -219,7 +218,7 @@ def test_only_what_both_runs_have_is_compared(config, killed_and_resumed, tmp_pa
 def test_a_policy_in_training_is_measured_as_its_dumped_responses_say(config, tmp_path):
     tokenizer = read_tokenizer(config.model)
     benchmarks = load_benchmarks(config.benchmarks, tokenizer, config.rewards)
-    generator = generator_of(config.model, tokenizer, config.rollout.urls, config.rollout)
+    generator = Generator.for_model(config.model, tokenizer, config.rollout.urls, config.rollout)
     with RewardPool(config.rewards) as rewards:
         scores = evaluate_policy(
             benchmarks, generator, rewards, tokenizer, config.sampling, tmp_path / "step_1"
