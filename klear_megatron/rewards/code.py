@@ -12,10 +12,11 @@ from klear_megatron.rewards.code_tests import (
     ScriptTest,
     Test,
     parse_tests,
+    sample_tests,
 )
 from klear_megatron.rewards.comparison import outputs_agree, values_agree
 from klear_megatron.rewards.config import CodeRewardConfig
-from klear_megatron.rewards.reward import Reward, answer_of, is_formatted
+from klear_megatron.rewards.reward import Reward, answer_of, is_formatted, score_with_format
 from klear_megatron.rewards.sandbox import Sandbox, check_sandbox, memory_file
 from klear_megatron.rewards.sandbox.inside.remote import Connection, Names
 
@@ -38,7 +39,7 @@ def code_reward(
     Raises:
         UserError: the ground truth has no tests, or there is no sandbox to run programs in.
     """
-    tests = parse_tests(ground_truth)
+    tests = sample_tests(parse_tests(ground_truth), config.max_tests, config.test_seed)
     program = extract_program(answer_of(response))
     outcomes: Counter[str] = Counter()
     if program is not None:
@@ -59,11 +60,10 @@ def score_program(
         score = outcomes["passed"] / num_tests
     else:
         score = config.correct if correct else config.wrong
-    formatted = is_formatted(response)
     return Reward(
-        score=score if formatted else score - config.format_penalty,
+        score=score_with_format(score, response, config),
         correct=correct,
-        formatted=formatted,
+        formatted=is_formatted(response),
         timed_out=outcomes["time"] > 0,
         parts={f"tests/{outcome}": outcomes[outcome] / num_tests for outcome in OUTCOMES},
     )

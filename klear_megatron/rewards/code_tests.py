@@ -5,6 +5,7 @@ import binascii
 import io
 import json
 import pickle
+import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ class CheckTest:
 Test = ScriptTest | CallTest | CheckTest
 
 
+def sample_tests(tests: list[Test], most: int | None, seed: int) -> list[Test]:
+    """At most `most` of the tests, in their order; the same ones for equal tests and seed."""
+    if most is None or len(tests) <= most:
+        return tests
+    chosen = random.Random(f"{seed} {tests}").sample(range(len(tests)), most)
+    return [tests[i] for i in sorted(chosen)]
+
+
 def parse_tests(ground_truth: str | Sequence[str]) -> list[Test]:
     """The tests of a ground truth, all of one kind.
 
@@ -53,7 +62,7 @@ def parse_tests(ground_truth: str | Sequence[str]) -> list[Test]:
       testtype "functional", the function is named in `metadata.func_name`.
     * `{"public_test_cases": ..., "private_test_cases": ..., "metadata": ...}`: LiveCodeBench's,
       each a list of the kind before as JSON, private ones perhaps compressed.
-    * `{"functional": code}`, or a list of assertions.
+    * `{"functional": code}`, `{"functional": [code, ...]}`, or a list of assertions.
 
     Raises:
         UserError: it is of no such form, or has no tests.
@@ -81,7 +90,7 @@ def _tests(parsed: Any) -> list[Test]:
     if not isinstance(parsed, dict):
         raise ValueError("neither a list nor an object")
     if "functional" in parsed:
-        return [CheckTest(parsed["functional"])]
+        return [CheckTest(code) for code in _strings(parsed["functional"])]
     if "private_test_cases" in parsed or "public_test_cases" in parsed:
         metadata = parsed.get("metadata") or {}
         metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
@@ -110,6 +119,14 @@ def _test_cases(cases: list[dict[str, Any]], function: str | None) -> list[Test]
     if len(types) > 1:
         raise ValueError("some tests call a function, others do not")
     return [ScriptTest(_text(case["input"]), _text(case["output"])) for case in cases]
+
+
+def _strings(value: Any) -> list[str]:
+    """A text alone, or a list of texts."""
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
+        raise ValueError("functional: neither a text nor a list of texts")
+    return strings
 
 
 def _text(lines: str | list[Any]) -> str:

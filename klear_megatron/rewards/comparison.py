@@ -6,21 +6,31 @@ from typing import Any
 
 
 def outputs_agree(printed: str, expected: str, tolerance: float) -> bool:
-    """Line by line and word by word.
+    """Compare line by line; white space around the text and around lines does not matter.
 
-    White space around the text, around lines and between words does not matter; line breaks within
-    the text do. Two words agree where they are the same text or the same number; numbers that are
-    not both written as whole ones also within `tolerance`, relative or absolute.
+    With a tolerance of 0 this is LiveCodeBench's rule: two lines agree if they are the same text,
+    or consist of the same decimal numbers. With a tolerance, lines are compared word by word: two
+    words agree if they are the same text or the same number. If the expected word is not written
+    as a whole number, a number within `tolerance` of it, relative or absolute, agrees as well.
     """
     lines, expected_lines = printed.strip().split("\n"), expected.strip().split("\n")
+    agree = _words_agree if tolerance else _decimals_agree
     return len(lines) == len(expected_lines) and all(
-        line == expected_line or _words_agree(line.split(), expected_line.split(), tolerance)
+        line.strip() == expected_line.strip()
+        or agree(line.split(), expected_line.split(), tolerance)
         for line, expected_line in zip(lines, expected_lines, strict=True)
     )
 
 
 def values_agree(value: Any, expected: Any, tolerance: float) -> bool:
-    """Of Python data: tuples are lists, as they are in JSON; floats agree within `tolerance`."""
+    """Compare Python data with what JSON has for it.
+
+    With a tolerance of 0 this is LiveCodeBench's rule: the two are equal, and a tuple counts as a
+    list, but not one inside it. With a tolerance, tuples are lists and keys of dicts are text
+    everywhere, and a number within `tolerance` of an expected float agrees.
+    """
+    if not tolerance:
+        return bool((list(value) if isinstance(value, tuple) else value) == expected)
     if isinstance(value, (list, tuple)) and isinstance(expected, (list, tuple)):
         return len(value) == len(expected) and all(
             values_agree(*pair, tolerance) for pair in zip(value, expected, strict=True)
@@ -31,10 +41,16 @@ def values_agree(value: Any, expected: Any, tolerance: float) -> bool:
         return value.keys() == expected.keys() and all(
             values_agree(value[key], expected[key], tolerance) for key in expected
         )
-    numbers = isinstance(value, (int, float)) and isinstance(expected, (int, float))
-    if numbers and (isinstance(value, float) or isinstance(expected, float)):
+    if isinstance(value, (int, float)) and isinstance(expected, float):
         return value == expected or _close(value, expected, tolerance)
     return bool(value == expected)
+
+
+def _decimals_agree(words: list[str], expected_words: list[str], tolerance: float) -> bool:
+    try:
+        return [*map(Decimal, words)] == [*map(Decimal, expected_words)]
+    except InvalidOperation:
+        return False
 
 
 def _words_agree(words: list[str], expected_words: list[str], tolerance: float) -> bool:
@@ -48,7 +64,7 @@ def _numbers_agree(word: str, expected: str, tolerance: float) -> bool:
     try:
         if Decimal(word) == Decimal(expected):
             return True
-        whole = word.lstrip("+-").isdigit() and expected.lstrip("+-").isdigit()
+        whole = expected.lstrip("+-").isdigit()
         return not whole and _close(float(word), float(expected), tolerance)
     except (InvalidOperation, ValueError):
         return False

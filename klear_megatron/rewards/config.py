@@ -7,13 +7,21 @@ from pydantic import Field
 from klear_megatron.config import Section
 
 
-class MathRewardConfig(Section):
-    """Scores of a mathematical answer: right, wrong, and what a broken format costs."""
+class ScoreConfig(Section):
+    """Scores of an answer: right, wrong, and what a broken format costs."""
 
     correct: float = 1.0
     wrong: float = -1.0
+    format: Literal["penalty", "authors"] = "penalty"
+    """penalty: `format_penalty` is subtracted unless the reasoning is inside exactly one
+    <think>...</think> at the start. authors: as in KlearReasoner's code, a response without
+    </think> scores -0.5 and one with it but without <think> scores -2, whatever the answer."""
+
     format_penalty: float = Field(default=0.5, ge=0)
-    """Subtracted where the reasoning is not inside exactly one well-formed <think>...</think>."""
+
+
+class MathRewardConfig(ScoreConfig):
+    """How a mathematical answer is graded."""
 
     cpu_limit_s: float = Field(default=10.0, gt=0)
     """Seconds of CPU time for verifying one answer. One that takes longer counts as wrong."""
@@ -22,21 +30,23 @@ class MathRewardConfig(Section):
     """The same in seconds by the clock: wider, since other processes may keep the host busy."""
 
 
-class CodeRewardConfig(Section):
-    """Scores of a program, and what it may use while it is tested."""
+class CodeRewardConfig(ScoreConfig):
+    """How a program is graded, and what it may use while it is tested."""
 
     mode: Literal["soft", "hard"] = "soft"
     """soft: the share of the tests that pass. hard: `correct` where all pass, else `wrong`; the
     tests after the first failure are not run."""
 
-    correct: float = 1.0
-    wrong: float = -1.0
-    format_penalty: float = Field(default=0.5, ge=0)
-    """Subtracted where the reasoning is not inside exactly one well-formed <think>...</think>."""
+    max_tests: int | None = Field(default=None, ge=1)
+    """Run this many tests of a problem at most, the same ones for every response; all by default.
+    KlearReasoner's code runs 16."""
+
+    test_seed: int = 0
+    """Chooses those tests."""
 
     float_tolerance: float = Field(default=1e-6, ge=0)
-    """Relative and absolute, for numbers that are not both written as whole ones; 0 is
-    LiveCodeBench's rule."""
+    """Relative and absolute, where the expected number is not a whole one; 0 is LiveCodeBench's
+    rule."""
 
     test_cpu_limit_s: float = Field(default=6.0, gt=0)
     """Seconds of CPU time for one test, of all the program's processes together."""

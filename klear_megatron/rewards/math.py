@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math_verify import parse, verify
 
 from klear_megatron.rewards.config import MathRewardConfig
-from klear_megatron.rewards.reward import Reward, answer_of, is_formatted
+from klear_megatron.rewards.reward import Reward, answer_of, is_formatted, score_with_format
 
 # math-verify warns once per process that its own time limits are off. They are off on purpose: they
 # are signals to the main thread, and cannot interrupt a long integer operation. RewardPool's can.
@@ -36,11 +36,12 @@ def score_answer(
     response: str, config: MathRewardConfig, *, correct: bool, timed_out: bool = False
 ) -> Reward:
     """The reward of a response whose answer has been judged."""
-    formatted = is_formatted(response)
-    score = config.correct if correct else config.wrong
-    if not formatted:
-        score -= config.format_penalty
-    return Reward(score=score, correct=correct, formatted=formatted, timed_out=timed_out)
+    return Reward(
+        score=score_with_format(config.correct if correct else config.wrong, response, config),
+        correct=correct,
+        formatted=is_formatted(response),
+        timed_out=timed_out,
+    )
 
 
 def _agrees(answer: str, ground_truth: str | Sequence[str]) -> bool:

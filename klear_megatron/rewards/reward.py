@@ -3,6 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from klear_megatron.rewards.config import ScoreConfig
+
+AUTHORS_SCORE_WITHOUT_END, AUTHORS_SCORE_WITHOUT_START = -0.5, -2.0
+"""What KlearReasoner gives a response without `</think>`, and one with it but without `<think>`."""
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -28,6 +33,15 @@ def is_formatted(response: str) -> bool:
         and response.count("<think>") == 1
         and response.count("</think>") == 1
     )
+
+
+def score_with_format(score: float, response: str, config: ScoreConfig) -> float:
+    """What `score` becomes for a response whose format may be broken."""
+    if config.format == "penalty":
+        return score if is_formatted(response) else score - config.format_penalty
+    if "</think>" not in response:
+        return AUTHORS_SCORE_WITHOUT_END
+    return score if "<think>" in response else AUTHORS_SCORE_WITHOUT_START
 
 
 def answer_of(response: str) -> str:

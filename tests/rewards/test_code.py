@@ -9,10 +9,12 @@ import pytest
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import (
     CodeRewardConfig,
+    MathRewardConfig,
     RewardConfig,
     RewardPool,
     check_ground_truths,
     code_reward,
+    math_reward,
 )
 from klear_megatron.rewards.code import extract_program
 from klear_megatron.rewards.code_tests import CallTest, CheckTest, ScriptTest, parse_tests
@@ -62,6 +64,7 @@ FORMATS = {
         {"functional": "def check(f):\n    assert all(f(i, 1) == i + 1 for i in (1,))\ncheck(add)"},
         ADD,
     ),
+    "functional list": ({"functional": ["assert add(2, 3) == 5", "assert add(3, 4) == 7"]}, ADD),
     "LiveCodeBench stdin": (
         {
             "public_test_cases": json.dumps(STDIN_CASES[:1]),
@@ -119,6 +122,41 @@ def test_soft_reward_is_the_share_of_passed_tests_and_hard_is_all_or_nothing():
     assert code_reward(four_of_16.removeprefix("<think>"), SIXTEEN, hard).score == -3.5
     all_right = respond("print('ok' if int(input()) < 4 else 'no')")
     assert code_reward(all_right, SIXTEEN, hard).score == 2
+
+
+def test_a_sample_of_the_tests_is_the_same_for_every_response():
+    numbers = [str(i) for i in range(64)]
+    tests = json.dumps({"inputs": numbers, "outputs": numbers})
+    even = respond("n = int(input())\nprint(n if n % 2 == 0 else -1)")
+    odd = respond("n = int(input())\nprint(n if n % 2 else -1)")
+    sampled = CodeRewardConfig(max_tests=16, test_seed=1)
+    scores = [code_reward(program, tests, sampled).score for program in (even, odd)]
+    assert sum(scores) == 1
+    assert all(score * 16 == int(score * 16) for score in scores)
+    by_seed = {
+        code_reward(even, tests, CodeRewardConfig(max_tests=16, test_seed=seed)).score
+        for seed in range(5)
+    }
+    assert len(by_seed) > 1
+    assert code_reward(even, tests, CodeRewardConfig(max_tests=100)).score == 0.5
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("<think></think>{}", 1.0),
+        ("Well. <think></think>{}", 1.0),
+        ("<think><think></think>{}", 1.0),
+        ("</think>{}", -2.0),
+        ("<think>{}", -0.5),
+        ("{}", -0.5),
+    ],
+)
+def test_format_can_be_scored_as_the_authors_do(response, score):
+    program = response.format("\n```python\nprint('ok' if int(input()) < 4 else 'no')\n```")
+    assert code_reward(program, SIXTEEN, CodeRewardConfig(format="authors")).score == score
+    answer = response.format(r"\boxed{4}")
+    assert math_reward(answer, "4", MathRewardConfig(format="authors")).score == score
 
 
 @pytest.mark.parametrize(
@@ -179,8 +217,14 @@ def test_last_fenced_program_is_extracted(answer, program):
         ("YES", "Yes", False),
         ("0.3333333", "0.33333333333", True),
         ("0.3334", "0.3333", False),
-        ("1e-7", "0", True),
+        ("1e-7", "0.0", True),
+        ("1e-7", "0", False),
         ("2.0", "2", True),
+        ("2.0000001", "2", False),
+        ("123456800.0", "123456789", False),
+        ("1.23456789e8", "123456789", True),
+        ("123456788.9", "123456789.0", True),
+        ("YES  NO", "YES NO", True),
         ("5", "5.0000000001", True),
         ("007", "7", True),
         ("1000000007", "1000000008", False),
@@ -198,9 +242,41 @@ def test_outputs_are_compared_by_lines_words_and_numbers(printed, expected, agre
     assert outputs_agree(printed, expected, 1e-6) is agree
 
 
-def test_without_tolerance_numbers_have_to_be_equal():
-    assert outputs_agree("2.50", "2.5", 0)
-    assert not outputs_agree("0.3333333", "0.33333333333", 0)
+@pytest.mark.parametrize(
+    ("printed", "expected", "agree"),
+    [
+        ("2.50", "2.5", True),
+        ("0.3333333", "0.33333333333", False),
+        ("2.0 3", "2 3.0", True),
+        (" 1  2 \n3", "1 2\n3 ", True),
+        ("YES  NO", "YES NO", False),
+        ("x 2.0", "x 2", False),
+        ("x 2", "x 2", True),
+        ("nan 1", "nan 1.0", False),
+        ("snan 1", "snan 1.0", False),
+        ("Infinity", "inf", True),
+        ("1_000", "1000", True),
+        ("1\n\n2", "1\n2", False),
+        ("", "0", False),
+    ],
+)
+def test_without_tolerance_lines_are_the_same_text_or_the_same_decimals(printed, expected, agree):
+    assert outputs_agree(printed, expected, 0) is agree
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "agree"),
+    [
+        ((1, 2), [1, 2], True),
+        ([(1, 2)], [[1, 2]], False),
+        (0.1 + 0.2, 0.3, False),
+        (2.0, 2, True),
+        (True, 1, True),
+        ({1: 2}, {"1": 2}, False),
+    ],
+)
+def test_without_tolerance_values_have_to_be_equal(value, expected, agree):
+    assert values_agree(value, expected, 0) is agree
 
 
 @pytest.mark.parametrize(
@@ -211,6 +287,10 @@ def test_without_tolerance_numbers_have_to_be_equal():
         ([0.1 + 0.2], [0.3], True),
         (10**9 + 7, 10**9 + 8, False),
         (10**400, 0.5, False),
+        (123456800.0, 123456789, False),
+        (2.0000001, 2.0, True),
+        (2.0000001, 2, False),
+        (2.0, 2, True),
         ("5", 5, False),
         ({1: 2.0}, {"1": 2}, True),
         ({1: 2}, {"1": 2, "3": 4}, False),
@@ -334,6 +414,8 @@ def lcb_private(payload):
         ('[{"input": "1"}]', "output"),
         ('[{"input": "1", "output": "1", "testtype": "functional"}]', "metadata"),
         (json.dumps([CALL_CASES[0], STDIN_CASES[0]]), "some tests call a function"),
+        ('{"functional": 4}', "neither a text nor a list"),
+        ('{"functional": [4]}', "neither a text nor a list"),
         ("[" * 100_000, "Recursion"),
         ('{"private_test_cases": "!"}', "private_test_cases"),
         (lcb_private(b"junk"), "private_test_cases"),
