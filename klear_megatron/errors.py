@@ -1,10 +1,7 @@
 """The one exception that is meant for the user rather than for a developer, and advice in it."""
 
 import difflib
-import errno
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 
 class UserError(Exception):
@@ -19,19 +16,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     meant = difflib.get_close_matches(name, names, 1)
     return f"did you mean {meant[0]}?" if meant else f"there are: {', '.join(names)}"
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder to write to, and those above it, where they are not there.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be made or written to: {error.strerror}; choose another folder"
-        ) from error

@@ -1,4 +1,4 @@
-"""Training throughput on this machine: our policy, packed, against Hugging Face with padding.
+"""Training throughput on this machine: our learner, packed, against Hugging Face with padding.
 
     python tools/benchmark_training.py [--steps 3] [--budget 4096]
 
@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import OptimizerConfig, PolicyConfig
-from klear_megatron.policy.policy import Policy
+from klear_megatron.policy.learner import Learner
 
 CONFIG = Qwen3Config(
     vocab_size=32_000,
@@ -84,11 +85,11 @@ def ours(path: Path, budget: int) -> Step:
         tokens_per_micro_batch=budget,
         optimizer=OptimizerConfig(lr=1e-4),
     )
-    policy = Policy(config, total_steps=100)
+    learner = Learner(config, ModelFolder(config.path), total_steps=100)
 
     def step(sequences: list[list[int]]) -> None:
         mask = [[1.0] * len(sequence) for sequence in sequences]
-        policy.train_step(Batch.from_sequences(sequences, loss_mask=mask), SFTObjective())
+        learner.train_step(Batch.from_sequences(sequences, loss_mask=mask), SFTObjective())
 
     return step
 

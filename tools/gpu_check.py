@@ -20,12 +20,13 @@ import torch
 from megatron.core import parallel_state
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.losses import SFTObjective
 from klear_megatron.platform.device import HAS_GPU
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import OptimizerConfig, PolicyConfig
 from klear_megatron.policy.kernels import Installed, choose_kernels
-from klear_megatron.policy.policy import Policy
+from klear_megatron.policy.learner import Learner
 
 _H100_BF16_FLOPS = 989e12
 _FP8_ROUNDING = 2**-4
@@ -49,19 +50,20 @@ def train(
     what it cost."""
     if HAS_GPU:
         torch.cuda.reset_peak_memory_stats()
-    policy = Policy(config, total_steps=steps)
+    learner = Learner(config, ModelFolder(config.path), total_steps=steps)
     generator = torch.Generator().manual_seed(0)
-    sequence = torch.randint(policy.hf.vocab_size, (tokens,), generator=generator).tolist()
+    vocab_size = learner.model.folder.config.vocab_size
+    sequence = torch.randint(vocab_size, (tokens,), generator=generator).tolist()
     batch = Batch.from_sequences([sequence], loss_mask=[[1.0] * tokens])
     losses, seconds = [], []
     for _ in range(steps):
         start = time.perf_counter()
-        losses.append(policy.train_step(batch, SFTObjective())["loss"])
+        losses.append(learner.train_step(batch, SFTObjective())["loss"])
         if HAS_GPU:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     rate = tokens / min(seconds)
-    mfu = training_flops(policy.hf, tokens) / min(seconds) / _H100_BF16_FLOPS
+    mfu = training_flops(learner.model.folder.config, tokens) / min(seconds) / _H100_BF16_FLOPS
     memory = torch.cuda.max_memory_allocated() / 2**30 if HAS_GPU else math.nan
     name = (config.fp8 or config.dtype) + (" weights too" if config.fp8_param_gather else "")
     print(
@@ -69,8 +71,8 @@ def train(
         f"peak memory {memory:.1f} GiB, losses {[round(loss, 4) for loss in losses]}",
         flush=True,
     )
-    weights = {n: t.float().cpu() for n, t in policy.named_hf_tensors() if "layers.0." in n}
-    del policy
+    weights = {n: t.float().cpu() for n, t in learner.model.named_hf_tensors() if "layers.0." in n}
+    del learner
     parallel_state.destroy_model_parallel()
     return losses, weights
 

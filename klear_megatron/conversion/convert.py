@@ -36,7 +36,7 @@ from klear_megatron.models import Weight, get_architecture, padded_vocab_size
 from klear_megatron.observability import Progress
 
 if TYPE_CHECKING:
-    from klear_megatron.policy.policy import Policy
+    from klear_megatron.policy.model import Model
 
 
 def megatron_to_hf(
@@ -54,7 +54,7 @@ def megatron_to_hf(
 
     Args:
         checkpoint: folder of a Megatron distributed checkpoint with the Hugging Face config and
-            tokenizer of its model under `hf/`, as `Policy.save` writes it.
+            tokenizer of its model under `hf/`, as `Learner.save` writes it.
         dtype: "float32", "bfloat16" or "float16"; that of the checkpoint by default.
         shard_bytes: largest safetensors file, except where one row alone is larger.
         dry_run: print the plan and write nothing.
@@ -82,29 +82,29 @@ def megatron_to_hf(
         _write_hf(files, rows, checkpoint, checkpoint / "hf", out, resume, processes)
 
 
-def export_hf(policy: "Policy", out: Path) -> None:
+def export_hf(model: "Model", out: Path) -> None:
     """Writes the weights of a policy in training as a Hugging Face folder. Collective.
 
     Raises:
         UserError: `out` exists, weights are not finite, or the disk is full.
     """
-    named_tensors = policy.named_hf_tensors()
+    named_tensors = model.named_hf_tensors()
     if dist.get_rank() > 0:
         for _ in named_tensors:
             pass
         return
-    model = policy.config.path
-    table = get_architecture(policy.hf).weights(policy.hf, policy.hf.vocab_size)
-    files = _hf_files([Move(row, DTYPES[policy.config.dtype]) for row in table], SHARD_BYTES)
+    source = model.folder.path
+    dtype = DTYPES[model.config.dtype]
+    files = _hf_files([Move(row, dtype) for row in model.folder.table()], SHARD_BYTES)
 
     def tensors(move: Move) -> list[Tensor]:
-        return [move.checked(next(named_tensors)[1].cpu(), model) for _ in move.row.sources]
+        return [move.checked(next(named_tensors)[1].cpu(), source) for _ in move.row.sources]
 
     def rows(moves: Sequence[Move]) -> Iterator[list[Tensor]]:
         # Not ahead: gathering is collective, and belongs to the thread that does all of it.
         return map(tensors, moves)
 
-    _write_hf(files, rows, model, model, out, resume=False, processes=Processes(0, 1))
+    _write_hf(files, rows, source, source, out, resume=False, processes=Processes(0, 1))
     for _ in named_tensors:
         pass
 

@@ -14,15 +14,13 @@ from transformers import AutoModelForCausalLM
 from klear_megatron.checkpoints.dtypes import DTYPES
 from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.platform.device import this_device
-from klear_megatron.policy.build import build_model_chunks
-from klear_megatron.policy.checkpoint import load_weights
-from klear_megatron.policy.config import PolicyConfig
-from klear_megatron.policy.kernels import Installed, choose_kernels
-from klear_megatron.policy.parallel import initialize_model_parallel
+from klear_megatron.policy.config import ModelConfig
+from klear_megatron.policy.model import Model
 
 TOLERANCE = 1e-5
 """On the relative difference in float32."""
@@ -99,23 +97,19 @@ def megatron_logits(checkpoint: Path, hf: Path, dtype: str) -> Iterator[Logits]:
         checkpoint: the weights.
         hf: folder with the model's config.
     """
-    config = PolicyConfig.model_validate(
-        {"path": hf, "dtype": dtype, "optimizer": {"lr": 1e-6}}  # never used
-    )
-    hf_config = read_config(hf)
-    initialize_model_parallel(config.parallel, seed=0)
-    kernels = choose_kernels(config, Installed.here(), experts=hasattr(hf_config, "num_experts"))
-    (model,) = chunks = build_model_chunks(config, hf_config, kernels, temperature=1.0)
-    load_weights(checkpoint, chunks)
-    model.eval()
+    config = ModelConfig.model_validate({"path": hf, "dtype": dtype})
+    model = Model(config, ModelFolder(hf))
+    model.load(checkpoint)
+    (chunk,) = model.chunks
+    chunk.eval()
 
     def logits(prompt: Tensor) -> Tensor:
         tokens = prompt.to(this_device())
         ends = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
         packed = packed_sequences(ends, len(tokens))
         positions = torch.arange(len(tokens), device=tokens.device)
-        padded = model(tokens[None], positions[None], None, packed_seq_params=packed)
-        return padded[0, :, : hf_config.vocab_size].float().cpu()
+        padded = chunk(tokens[None], positions[None], None, packed_seq_params=packed)
+        return padded[0, :, : model.folder.config.vocab_size].float().cpu()
 
     try:
         yield logits

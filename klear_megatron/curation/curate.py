@@ -19,7 +19,8 @@ from klear_megatron.curation.pass_rate import why_dropped
 from klear_megatron.curation.text import DIMENSIONS, hashed_vector
 from klear_megatron.data.files import Row
 from klear_megatron.data.rows import parse_prompt, parse_rows
-from klear_megatron.errors import UserError, make_folder
+from klear_megatron.errors import UserError
+from klear_megatron.platform.files import make_folder
 
 Drop = Callable[[int | None, str, str], None]
 """Of a row: its number, the reason in general, and in particular."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from klear_megatron.data import Prompt
+from klear_megatron.platform.files import write_atomically
 from klear_megatron.rewards import Reward
 from klear_megatron.rollout import Response
 
@@ -30,9 +31,7 @@ def response_row(
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON Lines; `path` appears once all rows are there."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    """Writes JSON Lines; `path` appears, or is replaced, once all rows are there."""
+    with write_atomically(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.rename(path)

@@ -11,11 +11,12 @@ from pydantic_core import from_json
 from klear_megatron.config import load_config
 from klear_megatron.data import Prompt
 from klear_megatron.data.files import stamps
-from klear_megatron.errors import UserError, make_folder
+from klear_megatron.errors import UserError
 from klear_megatron.evaluation.benchmark import Benchmark
 from klear_megatron.evaluation.config import EvalConfig
 from klear_megatron.evaluation.responses import write_rows
 from klear_megatron.evaluation.scores import Problems, Row, by_problem
+from klear_megatron.platform.files import make_folder
 
 RESPONSES, _SETTINGS, _BENCHMARKS = "responses.jsonl", "settings.json", "benchmarks"
 

@@ -33,7 +33,7 @@ class Result:
 
 
 class Objective(Protocol):
-    """What `Policy.train_step` minimises."""
+    """What `Learner.train_step` minimises."""
 
     def denominators(self, fields: Fields) -> dict[str, float]:
         """Counted on the fields of the whole mini-batch."""

@@ -23,17 +23,20 @@ from klear_megatron.platform.device import this_device
 
 
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """What tells attention where the sequences of a pack begin and end.
+    """Where the sequences of a pack begin and end, in the form that attention takes.
 
     Args:
         cu_seqlens: [sequences + 1] int32, starting with 0, over all context-parallel ranks.
+        max_seqlen: tokens of the longest sequence. It is rounded up to a power of two, because
+            Megatron-Core caches rotary embeddings by this length and would miss at every other one.
     """
+    bound = 1 << (max_seqlen - 1).bit_length()
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
+        max_seqlen_q=bound,
+        max_seqlen_kv=bound,
     )
 
 
@@ -78,11 +81,13 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
             # Megatron-Core has made the layer already; ours has another forward and nothing else.
             self.output_layer.__class__ = LogProbLayer
 
-    def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As GPTModel's; `padding_mask` [1, tokens] is true where there is no token."""
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             # Megatron-Core cuts it on the first pipeline stage only.
             padding_mask = scatter_to_sequence_parallel_region(padding_mask.T.contiguous()).T
-        return super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
+        output: Tensor = super().forward(*args, padding_mask=padding_mask, **kwargs)
+        return output
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any

@@ -41,7 +41,14 @@ def vocab_parallel_log_probs(
     first = group.rank() * weight_VH.shape[0]
     rows = max(0, min(weight_VH.shape[0], vocab_size - first))
     result: tuple[Tensor, Tensor] = _LogProbs.apply(
-        hidden_TH, weight_VH, labels - first, rows, temperature, group
+        hidden_TH,
+        weight_VH,
+        labels - first,
+        rows,
+        temperature,
+        group,
+        # Within the function itself gradients are always off.
+        _KEPT_PROBABILITIES if torch.is_grad_enabled() else 0,
     )
     return result
 
@@ -56,11 +63,12 @@ class _LogProbs(torch.autograd.Function):
         rows: int,
         temperature: float,
         group: dist.ProcessGroup,
+        kept_probabilities: int,
     ) -> tuple[Tensor, Tensor]:
         chunk = min(max(1, _CHUNK_LOGITS // weight_VH.shape[0]), len(labels_T))
         buffer_CV = _buffer(weight_VH, chunk, rows)
         log_probs, entropies, normalizers = [], [], []
-        keep = _KEPT_PROBABILITIES // (chunk * weight_VH.shape[0])
+        keep = kept_probabilities // (chunk * weight_VH.shape[0])
         kept: list[Tensor] = []
         for hidden_CH, labels_C in zip(hidden_TH.split(chunk), labels_T.split(chunk), strict=True):
             logits_CV = _logits(hidden_CH, weight_VH, temperature, buffer_CV)
@@ -79,7 +87,7 @@ class _LogProbs(torch.autograd.Function):
             log_probs.append(label_C - total_C.log())
             entropies.append(total_C.log() - weighted_C / total_C)
             normalizers.append(maximum_C + total_C.log())
-            if any(ctx.needs_input_grad) and len(kept) < keep:
+            if len(kept) < keep:
                 kept.append(exp_CV.div_(total_C[:, None]))
             del exp_CV  # or it would be alive together with the next one
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, torch.cat(normalizers), *kept)
@@ -114,7 +122,7 @@ class _LogProbs(torch.autograd.Function):
                 grad_weight_VH[:rows].addmm_(grad_logits_CV.T, hidden_TH[here])
             else:
                 grad_weight_VH[:rows] += grad_logits_CV.T @ hidden_TH[here]
-        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
+        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
 
 
 def _buffer(weight_VH: Tensor, chunk: int, rows: int) -> Tensor:

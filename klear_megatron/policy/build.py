@@ -15,22 +15,20 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import PretrainedConfig
 
-from klear_megatron.models import get_architecture
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.platform.device import this_device
-from klear_megatron.policy.config import OptimizerConfig, ParallelConfig, PolicyConfig
+from klear_megatron.policy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from klear_megatron.policy.kernels import Kernels
 
 
 def transformer_config(
-    config: PolicyConfig, hf: PretrainedConfig, kernels: Kernels
+    config: ModelConfig, folder: ModelFolder, kernels: Kernels
 ) -> TransformerConfig:
     """Megatron's TransformerConfig for this model in this layout with these kernels."""
-    architecture = get_architecture(hf)
-    fields = architecture.transformer_config(hf)
-    _, rotary_scaling = architecture.rotary(hf)
+    fields = folder.architecture.transformer_config(folder.config)
+    _, rotary_scaling = folder.architecture.rotary(folder.config)
     # YaRN scales cos and sin, of queries and of keys: the same as scaling their products.
     fields["softmax_scale"] = rotary_scaling**2 / math.sqrt(fields["kv_channels"])
     parallel = config.parallel
@@ -74,27 +72,35 @@ def _sum_model_grads(model: list[Any], num_tokens: object = None, **groups: Any)
 
 
 def build_model_chunks(
-    config: PolicyConfig, hf: PretrainedConfig, kernels: Kernels, *, temperature: float
+    config: ModelConfig, folder: ModelFolder, kernels: Kernels, *, temperature: float
 ) -> list[LanguageModel]:
     """This rank's pipeline stage, as one chunk per virtual stage, with uninitialised weights.
 
     Raises:
         UserError: unknown architecture, or a model that cannot be cut as configured.
     """
-    config.parallel.check_model(hf)
-    megatron = transformer_config(config, hf, kernels)
+    config.parallel.check_model(folder)
+    megatron = transformer_config(config, folder, kernels)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     return [
-        LanguageModel(megatron, hf, temperature=temperature, vp_stage=stage).to(this_device())
+        LanguageModel(megatron, folder.config, temperature=temperature, vp_stage=stage).to(
+            this_device()
+        )
         for stage in (range(virtual) if virtual else [None])
     ]
 
 
+def wrap_in_half_precision(chunks: list[LanguageModel]) -> list[Any]:
+    """The chunks, with Megatron's conversion of what goes in and out where they are bfloat16."""
+    config = chunks[0].config
+    return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+
+
 def wrap_data_parallel(
-    chunks: list[LanguageModel], parallel: ParallelConfig, kernels: Kernels
+    modules: list[Any], parallel: ParallelConfig, kernels: Kernels
 ) -> list[DistributedDataParallel]:
     """Megatron's DDP with the distributed optimizer's float32 gradient buffers."""
-    config = chunks[0].config
+    config = modules[0].config
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -103,7 +109,6 @@ def wrap_data_parallel(
         fp8_param_gather=kernels.fp8_param_gather,
         reuse_grad_buf_for_mxfp8_param_ag=kernels.mxfp8_param_gather,
     )
-    modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
     model = [
         DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
@@ -119,9 +124,15 @@ def build_optimizer(
     config: OptimizerConfig,
     model: list[DistributedDataParallel],
     kernels: Kernels,
+    *,
+    offload: float,
     total_steps: int,
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """Megatron's distributed Adam and its schedule over `total_steps` optimizer steps."""
+    """Megatron's distributed Adam and its schedule over `total_steps` optimizer steps.
+
+    Args:
+        offload: share of the optimizer's state that is kept, and stepped, on the host.
+    """
     megatron = model[0].config
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -138,10 +149,10 @@ def build_optimizer(
             use_distributed_optimizer=True,
             fp8_recipe=megatron.fp8_recipe if megatron.fp8 else None,
             reuse_grad_buf_for_mxfp8_param_ag=kernels.mxfp8_param_gather,
-            optimizer_cpu_offload=kernels.optimizer_offload > 0,
-            optimizer_offload_fraction=kernels.optimizer_offload,
-            # Megatron's offloading is built on this one's way of keeping gradients.
-            use_precision_aware_optimizer=kernels.optimizer_offload > 0,
+            optimizer_cpu_offload=offload > 0,
+            optimizer_offload_fraction=offload,
+            # Megatron builds its offloading on this one's way of keeping gradients.
+            use_precision_aware_optimizer=offload > 0,
         ),
         model,
     )

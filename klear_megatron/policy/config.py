@@ -1,13 +1,13 @@
 """Settings of the policy: the model, how it is laid out over ranks, and its optimizer."""
 
-import importlib
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
-from transformers import PretrainedConfig
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.config import Section
+from klear_megatron.config.imports import import_module
 from klear_megatron.errors import UserError
 
 
@@ -110,9 +110,10 @@ class ParallelConfig(Section):
             )
         return world_size // self.model_parallel_size
 
-    def check_model(self, hf: PretrainedConfig) -> None:
+    def check_model(self, folder: ModelFolder) -> None:
         """Raises UserError where the model cannot be cut so."""
-        if self.expert_model_parallel_size > 1 and not hasattr(hf, "num_experts"):
+        hf = folder.config
+        if self.expert_model_parallel_size > 1 and not folder.num_experts:
             raise UserError(
                 "policy.parallel.expert_model_parallel_size: the model has no experts; leave it at "
                 "1"
@@ -193,21 +194,18 @@ class CheckpointConfig(Section):
         return self
 
 
-def import_extensions(config: "PolicyConfig") -> None:
+def import_extensions(config: "ModelConfig") -> None:
     """Imports the user's own modules.
 
     Raises:
         UserError: one cannot be imported.
     """
     for module in config.imports:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f"policy.imports: cannot import {module}: {error}") from error
+        import_module(module, "policy.imports")
 
 
-class PolicyConfig(Section):
-    """The model that is trained."""
+class ModelConfig(Section):
+    """A model, and how it is laid out and computed."""
 
     path: Path
     """Hugging Face checkpoint to start from: config, safetensors, tokenizer."""
@@ -232,11 +230,9 @@ class PolicyConfig(Section):
     per micro-batch, as Megatron does, and averaged over tokens: with it on, gradients depend a
     little on how a mini-batch is packed, but not on the ranks that share a micro-batch."""
     parallel: ParallelConfig = ParallelConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    optimizer: OptimizerConfig
 
     @model_validator(mode="after")
-    def _fp8_needs_bfloat16(self) -> "PolicyConfig":
+    def _fp8_needs_bfloat16(self) -> "ModelConfig":
         if self.fp8 and self.dtype != "bfloat16":
             raise ValueError(f"fp8: {self.fp8} needs dtype: bfloat16, not {self.dtype}")
         if self.fp8_param_gather and not self.fp8:
@@ -244,17 +240,28 @@ class PolicyConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _megatron_has_the_combination(self) -> "PolicyConfig":
+    def _megatron_has_the_combination(self) -> "ModelConfig":
         modules = {"layernorm", "moe_act"} & set(self.recompute_modules)
         if self.fp8 == "delayed" and self.recompute_granularity == "selective" and modules:
             raise ValueError(
                 f"fp8: delayed cannot recompute {', '.join(sorted(modules))}; choose another "
                 "recipe or other recompute_modules"
             )
-        if self.fp8_param_gather and self.optimizer.offload_fraction:
-            raise ValueError("fp8_param_gather cannot go with optimizer.offload_fraction")
         if self.fp8_param_gather and self.fp8 == "mxfp8" and self.parallel.overlap_param_gather:
             raise ValueError(
                 "fp8_param_gather with fp8: mxfp8 cannot go with parallel.overlap_param_gather"
             )
+        return self
+
+
+class PolicyConfig(ModelConfig):
+    """The model that is trained, its optimizer and its checkpoints."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _offloading_needs_bfloat16_weights(self) -> "PolicyConfig":
+        if self.fp8_param_gather and self.optimizer.offload_fraction:
+            raise ValueError("fp8_param_gather cannot go with optimizer.offload_fraction")
         return self

@@ -5,13 +5,17 @@ replaced by something that computes the same, and said in one line.
 """
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from klear_megatron.platform.device import HAS_GPU
-from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.config import ModelConfig, OptimizerConfig
+
+_logger = logging.getLogger(__name__)
 
 _FP8_CAPABILITY = {
     "delayed": (8, 9),
@@ -53,8 +57,6 @@ class Kernels:
     fp8_param_gather: bool
     token_multiple: int
     """The tokens of a micro-batch on one rank have to be a multiple of this."""
-    optimizer_offload: float
-    """Share of the optimizer's state that is kept, and stepped, on the host."""
     warnings: list[str]
     """What was asked for and is not to be had, one line each."""
 
@@ -64,7 +66,7 @@ class Kernels:
         return self.fp8_param_gather and self.transformer["fp8_recipe"] == "mxfp8"
 
 
-def choose_kernels(config: PolicyConfig, installed: Installed, *, experts: bool) -> Kernels:
+def choose_kernels(config: ModelConfig, installed: Installed, *, experts: bool) -> Kernels:
     """`experts`: whether the model is a mixture of experts."""
     gpu = installed.compute_capability is not None
     engine = gpu and installed.transformer_engine
@@ -100,10 +102,6 @@ def choose_kernels(config: PolicyConfig, installed: Installed, *, experts: bool)
                 f"policy.recompute_modules: {module} needs {missing[module]}: its activations are "
                 "kept"
             )
-    offload = config.optimizer.offload_fraction
-    if offload and not gpu:
-        warnings.append("policy.optimizer.offload_fraction: without a GPU it is on the host anyway")
-        offload = 0.0
     return Kernels(
         transformer={
             "transformer_impl": "transformer_engine" if engine else "local",
@@ -123,6 +121,19 @@ def choose_kernels(config: PolicyConfig, installed: Installed, *, experts: bool)
         },
         fp8_param_gather=bool(recipe) and config.fp8_param_gather,
         token_multiple={None: 1, "mxfp8": 32}.get(recipe, 16),
-        optimizer_offload=offload,
         warnings=warnings,
     )
+
+
+def choose_offload(config: OptimizerConfig, installed: Installed) -> tuple[float, list[str]]:
+    """Share of the optimizer's state to offload, and a warning if it is not what was asked for."""
+    if config.offload_fraction and installed.compute_capability is None:
+        return 0.0, ["policy.optimizer.offload_fraction: without a GPU, all of it is on the host"]
+    return config.offload_fraction, []
+
+
+def warn(lines: list[str]) -> None:
+    """Logs each line once, on the first rank."""
+    if dist.get_rank() == 0:
+        for line in lines:
+            _logger.warning(line)

@@ -3,6 +3,7 @@
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from klear_megatron.errors import UserError
 from klear_megatron.platform.device import init_distributed
 from klear_megatron.policy.config import ParallelConfig
 from klear_megatron.policy.random_states import seed_random_states
@@ -11,11 +12,20 @@ from klear_megatron.policy.random_states import seed_random_states
 def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
     """Joins the default process group if need be and builds Megatron's groups over it.
 
+    Groups that are there already are kept: the models of one process share them.
+
+    Args:
+        seed: of the random states, which are seeded together with the first groups.
+
     Raises:
-        UserError: the world size is not divisible by TP x PP x CP.
+        UserError: the world size is not divisible by TP x PP x CP, or the groups that are there
+            have other sizes.
     """
     init_distributed()
     config.data_parallel_size(dist.get_world_size())
+    if parallel_state.is_initialized():
+        _check_same_sizes(config)
+        return
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -25,6 +35,27 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
         expert_tensor_parallel_size=config.expert_tensor_size,
     )
     seed_random_states(seed)
+
+
+def _check_same_sizes(config: ParallelConfig) -> None:
+    wanted = {
+        "TP": config.tensor_model_parallel_size,
+        "PP": config.pipeline_model_parallel_size,
+        "CP": config.context_parallel_size,
+        "EP": config.expert_model_parallel_size,
+        "expert TP": config.expert_tensor_size,
+        "VPP": config.virtual_pipeline_model_parallel_size,
+    }
+    present = {
+        **parallel_sizes(),
+        "VPP": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+    }
+    for name, size in wanted.items():
+        if present[name] != size:
+            raise UserError(
+                f"policy.parallel: {name} {size} beside a model of {name} {present[name]}; all "
+                "models of a process need the same parallel sizes"
+            )
 
 
 def leader_rank() -> tuple[int | None, int]:

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
 from klear_megatron.losses import PolicyObjective
-from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
+from klear_megatron.policy.learner import Learner
+from klear_megatron.policy.model import Model
 from klear_megatron.policy.parallel import leader_rank
-from klear_megatron.policy.policy import Policy
 from klear_megatron.rewards import RewardConfig, RewardPool, check_data_sources, check_ground_truths
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.evaluation import Evaluations
@@ -31,27 +31,28 @@ def train_rl(config: RLConfig) -> None:
     Raises:
         UserError: bad data, a bad model, a config that does not fit them, or a server that fails.
     """
-    run.start(config)
-    tokenizer = read_tokenizer(config.policy.path)
+    folder = run.start(config)
+    tokenizer = folder.tokenizer
     prompts = read_training_prompts(config, tokenizer)
     evaluations = Evaluations(config, tokenizer)
     objective = PolicyObjective(config.loss)
-    policy = Policy(
+    learner = Learner(
         config.policy,
+        folder,
         total_steps=config.optimizer_steps,
         temperature=config.sampling.temperature,
         seed=config.seed,
     )
     sampler = make_sampler(config, prompts)
     first = 1
-    if state := run.resume(policy, config.run_dir):
+    if state := run.resume(learner, config.run_dir):
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
 
     with contextlib.ExitStack() as stack:
         leader, leaders = leader_rank()
         leads = leader is not None
-        servers = PolicyServers(policy, config, tokenizer, stack, leads=leads)
+        servers = PolicyServers(learner.model, config, tokenizer, stack, leads=leads)
         pool = make_reward_pool(config.rewards, leads=leads)
         rewards = stack.enter_context(pool) if pool is not None else None
         worker = RolloutWorker(
@@ -74,10 +75,10 @@ def train_rl(config: RLConfig) -> None:
             metrics = rollouts.metrics
             if rollouts.groups:
                 with phases("log_probs"):
-                    batch, differences = with_old_log_probs(policy, rollouts.batch)
+                    batch, differences = with_old_log_probs(learner.model, rollouts.batch)
                 with phases("train"):
                     trained = [
-                        policy.train_step(mini_batch, objective)
+                        learner.train_step(mini_batch, objective)
                         for mini_batch in mini_batches(config, batch, rollouts.groups, step)
                     ]
                 metrics |= differences | summarize(trained)
@@ -91,7 +92,7 @@ def train_rl(config: RLConfig) -> None:
                 note=f"reward {metrics['reward/mean']:.3f} accuracy "
                 f"{metrics['reward/accuracy']:.3f} length {metrics['response/length_mean']:.0f}"
             )
-            run.save(policy, config, step, config.steps, {"sampler": sampler.state_dict()})
+            run.save(learner, config, step, config.steps, {"sampler": sampler.state_dict()})
 
 
 def make_reward_pool(config: RewardConfig, *, leads: bool) -> RewardPool | None:
@@ -128,10 +129,10 @@ def make_sampler(config: RLConfig, loaded: LoadedPrompts) -> PromptSampler:
     )
 
 
-def with_old_log_probs(policy: Policy, batch: Batch) -> tuple[Batch, dict[str, float]]:
+def with_old_log_probs(model: Model, batch: Batch) -> tuple[Batch, dict[str, float]]:
     """Adds the trainer's own log-probabilities before the first update, as `old_log_probs`, and
     tells how far the servers' are from them."""
-    log_probs, _ = policy.log_probs(batch)
+    log_probs, _ = model.log_probs(batch)
     trained = batch.fields["loss_mask"] > 0
     metrics = {}
     if trained.any():

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
-from klear_megatron.policy.policy import Policy
+from klear_megatron.policy.model import Model
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, ServersLostError, serving
 from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
@@ -33,14 +33,14 @@ class PolicyServers:
 
     def __init__(
         self,
-        policy: Policy,
+        model: Model,
         config: RLConfig,
         tokenizer: PreTrainedTokenizerBase,
         stack: contextlib.ExitStack,
         *,
         leads: bool,
     ) -> None:
-        self._policy = policy
+        self._model = model
         self._version = 0
         self._main = run.is_main_rank()
         urls: list[str] = []
@@ -119,7 +119,7 @@ class PolicyServers:
         # The other ranks wait for that here: in the policy's own groups their time is limited.
         if failure := objects.broadcast(failure):
             raise failure
-        tensors = self._policy.named_hf_tensors()
+        tensors = self._model.named_hf_tensors()
         if self._main:
             try:
                 self._weights.push(tensors, version)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import httpx
 
-from klear_megatron.errors import UserError, make_folder
+from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.platform.device import HAS_GPU
+from klear_megatron.platform.files import make_folder
 from klear_megatron.rollout import external_servers, guard
 from klear_megatron.rollout.config import RolloutConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encode_part
 from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError
@@ -19,7 +19,7 @@ from klear_megatron.sft.config import SFTConfig
 from klear_megatron.training import run
 
 
-def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedConversations:
+def read_examples(config: SFTConfig, model: ModelFolder) -> EncodedConversations:
     """Collective. The conversations that are not too long; says how many were left out.
 
     They are kept in `encoded/` under the run directory, for a run that goes on with the same data
@@ -29,7 +29,7 @@ def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
         UserError: on all ranks, a malformed row, no conversation short enough, or a limit on their
             length that is beyond the model's positions.
     """
-    _check_length(config)
+    _check_length(config, model)
     folder = config.run_dir / "encoded"
     settings = _what_decides(config)
     record = folder / "complete.json"
@@ -42,7 +42,7 @@ def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
             folder.mkdir()
     found = objects.broadcast(found)
     if found is None:
-        parts = _encode(config, tokenizer, folder)
+        parts = _encode(config, model.tokenizer, folder)
         if run.is_main_rank():
             record.write_text(json.dumps({"of": settings, "parts": [vars(part) for part in parts]}))
     else:
@@ -51,8 +51,8 @@ def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
     return EncodedConversations(folder, len(parts))
 
 
-def _check_length(config: SFTConfig) -> None:
-    positions = read_config(config.policy.path).max_position_embeddings
+def _check_length(config: SFTConfig, model: ModelFolder) -> None:
+    positions = model.config.max_position_embeddings
     if config.data.max_length > positions:
         raise UserError(
             f"data.max_length: {config.data.max_length} tokens, but the model takes {positions} "

@@ -5,10 +5,9 @@ import contextlib
 from klear_megatron.data import PromptSampler
 from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
-from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Phases, Progress, Recorder
 from klear_megatron.policy.batch import Batch
-from klear_megatron.policy.policy import Policy
+from klear_megatron.policy.learner import Learner
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.sft.data import read_examples
 from klear_megatron.training import run
@@ -20,19 +19,19 @@ def train_sft(config: SFTConfig) -> None:
     Raises:
         UserError: bad data, a bad model, or a config that does not fit them.
     """
-    run.start(config)
-    examples = read_examples(config, read_tokenizer(config.policy.path))
+    folder = run.start(config)
+    examples = read_examples(config, folder)
     steps = len(examples) * config.epochs // config.batch_size
     if steps == 0:
         raise UserError(
             f"batch_size: {config.batch_size} conversations a step, but data.path has "
             f"{len(examples)} x {config.epochs} epochs"
         )
-    policy = Policy(config.policy, total_steps=steps, seed=config.seed)
+    learner = Learner(config.policy, folder, total_steps=steps, seed=config.seed)
     sampler = PromptSampler(len(examples), config.seed)
     objective, phases = SFTObjective(), Phases()
     first = 1
-    if state := run.resume(policy, config.run_dir):
+    if state := run.resume(learner, config.run_dir):
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
 
@@ -51,10 +50,10 @@ def train_sft(config: SFTConfig) -> None:
             )
             batch = Batch.from_sequences(tokens, loss_mask=masks)
             with phases("train"):
-                trained = policy.train_step(batch, objective)
+                trained = learner.train_step(batch, objective)
             metrics = {f"train/{name}": value for name, value in trained.items()} | phases.take()
             metrics["throughput/tokens_per_second"] = len(batch.tokens) / metrics["seconds/train"]
             if recorder is not None:
                 recorder.write(step, metrics)
             progress.advance(note=f"loss {trained['loss']:.3f}")
-            run.save(policy, config, step, steps, {"sampler": sampler.state_dict()})
+            run.save(learner, config, step, steps, {"sampler": sampler.state_dict()})

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
-from tests.distributed.laboratory import make_policy
+from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -13,8 +13,8 @@ SHARD_BYTES = 8_000
 
 
 def _save(folder: Path) -> None:
-    policy = make_policy(folder / "hf", parallel={"tensor_model_parallel_size": 2})
-    policy.save(folder / "trained", {"step": 1})
+    learner = make_learner(folder / "hf", parallel={"tensor_model_parallel_size": 2})
+    learner.save(folder / "trained", {"step": 1})
 
 
 @pytest.fixture(scope="package")

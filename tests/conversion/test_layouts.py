@@ -8,7 +8,7 @@ import torch
 from klear_megatron.conversion import export_hf, hf_to_megatron, megatron_to_hf
 from klear_megatron.policy.checkpoint import load_weights
 from tests.conversion.folders import same_weights, weights_of
-from tests.distributed.laboratory import logits, make_policy
+from tests.distributed.laboratory import logits, make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -51,19 +51,21 @@ def _on_ranks(cases: list[tuple[str, str]], folder: Path) -> list[torch.Tensor |
     """
     answers = []
     for name, model in cases:
-        policy = make_policy(folder / model / "hf", parallel=LAYOUTS[name][1])
-        parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+        learner = make_learner(folder / model / "hf", parallel=LAYOUTS[name][1])
+        parameters = [
+            parameter for chunk in learner.model.chunks for parameter in chunk.parameters()
+        ]
         for parameter in parameters:
             parameter.data.fill_(torch.nan)
-        load_weights(folder / model / "megatron", policy.chunks)
-        export_hf(policy, folder / model / f"{name}-loaded")
-        answers.append(logits(policy, SEQUENCES))
+        load_weights(folder / model / "megatron", learner.model.chunks)
+        export_hf(learner.model, folder / model / f"{name}-loaded")
+        answers.append(logits(learner, SEQUENCES))
         for parameter in parameters:
             parameter.main_grad.fill_(1.0)
-        policy._optimizer.reload_model_params()
-        policy._optimizer.step()
-        policy.save(folder / model / f"{name}-saved", {"step": 1})
-        export_hf(policy, folder / model / f"{name}-stepped")
+        learner._optimizer.reload_model_params()
+        learner._optimizer.step()
+        learner.save(folder / model / f"{name}-saved", {"step": 1})
+        export_hf(learner.model, folder / model / f"{name}-stepped")
     return answers
 
 

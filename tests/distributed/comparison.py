@@ -38,9 +38,9 @@ def write_references(folder: Path) -> None:
 
 
 def _train(folder: Path, model: str, objective: str, settings: dict[str, Any]) -> Any:
-    policy = laboratory.make_policy(folder / model, optimizer=reference.OPTIMIZER, **settings)
-    steps = laboratory.train(policy, reference.BATCHES, OBJECTIVES[objective])
-    return steps, laboratory.weights(policy)
+    learner = laboratory.make_learner(folder / model, optimizer=reference.OPTIMIZER, **settings)
+    steps = laboratory.train(learner, reference.BATCHES, OBJECTIVES[objective])
+    return steps, laboratory.weights(learner)
 
 
 def deviations(folder: Path, settings: dict[str, Any], cases: list[tuple[str, str]]) -> list[str]:

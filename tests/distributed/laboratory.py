@@ -1,4 +1,4 @@
-"""What tests do with a `Policy` on every rank: logits, log-probs, gradients under their HF names.
+"""What tests do with a `Learner` on every rank: logits, log-probs, gradients under their HF names.
 
 Functions here run on ranks started by `tests.distributed.ranks.run_ranks`, many layouts after one
 another in the same processes.
@@ -16,17 +16,18 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.losses import Objective
 from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.policy import build
 from klear_megatron.policy.batch import Batch
-from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.config import PolicyConfig, import_extensions
+from klear_megatron.policy.learner import Learner
 from klear_megatron.policy.micro_batches import build_micro_batch
-from klear_megatron.policy.policy import Policy
 from klear_megatron.policy.weights import gather_hf_tensors, local_parameters
 
 
-def make_policy(path: Path, *, temperature: float = 1.0, **settings: Any) -> Policy:
+def make_learner(path: Path, *, temperature: float = 1.0, **settings: Any) -> Learner:
     """A float32 policy with groups of its own; those of the policy before are given up.
 
     Overlapped communication goes in many small buckets, where Megatron would make one of a model
@@ -41,43 +42,44 @@ def make_policy(path: Path, *, temperature: float = 1.0, **settings: Any) -> Pol
     config = PolicyConfig.model_validate(
         {**defaults, "path": path, "parallel": parallel, "optimizer": optimizer, **settings}
     )
-    return Policy(config, total_steps=10, temperature=temperature)
+    import_extensions(config)
+    return Learner(config, ModelFolder(path), total_steps=10, temperature=temperature)
 
 
-def weights(policy: Policy) -> dict[str, Tensor]:
+def weights(learner: Learner) -> dict[str, Tensor]:
     """Full tensors by Hugging Face name; empty on ranks other than 0."""
-    return {name: tensor.clone() for name, tensor in policy.named_hf_tensors()}
+    return {name: tensor.clone() for name, tensor in learner.model.named_hf_tensors()}
 
 
-def gradients(policy: Policy) -> dict[str, Tensor]:
+def gradients(learner: Learner) -> dict[str, Tensor]:
     """Full gradients by Hugging Face name, as the optimizer is about to see them."""
-    for model in policy._model:
+    for model in learner.model.modules:
         for buffer in [*model.buffers, *model.expert_parallel_buffers]:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:  # each rank has summed its own share only
                 share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
-    shards = {n: p.main_grad for n, p in local_parameters(policy.chunks).items()}
-    return {name: t.clone() for name, t in gather_hf_tensors(shards, policy._table)}
+    shards = {n: p.main_grad for n, p in local_parameters(learner.model.chunks).items()}
+    return {name: t.clone() for name, t in gather_hf_tensors(shards, learner.model.table)}
 
 
 def train(
-    policy: Policy, batches: Sequence[Batch], objective: Objective
+    learner: Learner, batches: Sequence[Batch], objective: Objective
 ) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
     """One step per batch: its metrics, and the gradients before clipping."""
     captured: list[dict[str, Tensor]] = []
-    optimizer_step = policy._optimizer.step
+    prepare = learner._optimizer.prepare_grads
 
-    def step() -> Any:
-        captured.append(gradients(policy))
-        return optimizer_step()
+    def capture_first() -> Any:
+        captured.append(gradients(learner))
+        return prepare()
 
-    policy._optimizer.step = step
-    return [(policy.train_step(batch, objective), captured[-1]) for batch in batches]
+    learner._optimizer.prepare_grads = capture_first
+    return [(learner.train_step(batch, objective), captured[-1]) for batch in batches]
 
 
 @torch.no_grad()
-def logits(policy: Policy, sequences: list[list[int]]) -> Tensor | None:
+def logits(learner: Learner, sequences: list[list[int]]) -> Tensor | None:
     """[tokens of all sequences, vocabulary] through Megatron's schedule, packed into one row.
 
     None where the last pipeline stage is not. Context parallelism apart.
@@ -95,13 +97,13 @@ def logits(policy: Policy, sequences: list[list[int]]) -> Tensor | None:
             output,
         )
 
-    for chunk in policy._model:
+    for chunk in learner.model.modules:
         chunk.eval()
-    virtual = len(policy._model) > 1
+    virtual = len(learner.model.modules) > 1
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(()) for _ in policy._model] if virtual else iter(()),
-        model=policy._model if virtual else policy._model[0],
+        data_iterator=[iter(()) for _ in learner.model.modules] if virtual else iter(()),
+        model=learner.model.modules if virtual else learner.model.modules[0],
         num_microbatches=parallel_state.get_pipeline_model_parallel_world_size(),
         seq_length=len(micro.tokens),
         micro_batch_size=1,
@@ -113,7 +115,7 @@ def logits(policy: Policy, sequences: list[list[int]]) -> Tensor | None:
     dist.all_gather(
         pieces, outputs[0].contiguous(), group=parallel_state.get_tensor_model_parallel_group()
     )
-    padded = torch.cat(pieces, -1)[0, :, : policy.hf.vocab_size]
+    padded = torch.cat(pieces, -1)[0, :, : learner.model.folder.config.vocab_size]
     rows = [
         padded[start : start + length]
         for start, length in zip(micro.cu_seqlens[:-1].tolist(), batch.lengths, strict=True)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["klear_megatron.policy.policy", "transformers"])
+_context.set_forkserver_preload(["klear_megatron.policy.learner", "transformers"])
 
 
 def run_ranks(

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
-from tests.distributed.laboratory import make_policy, weights
+from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.distributed.reference import make_batch
 
@@ -39,11 +39,11 @@ MOE: list[tuple[int, dict[str, int]]] = [(2, {EP: 2}), (2, {TP: 2}), (4, {EP: 2,
 
 
 def _policy(model: Path, parallel: dict[str, int], **checkpoint: Any) -> Any:
-    return make_policy(model, parallel=parallel, optimizer=OPTIMIZER, checkpoint=checkpoint)
+    return make_learner(model, parallel=parallel, optimizer=OPTIMIZER, checkpoint=checkpoint)
 
 
-def _steps(policy: Any, first: int, last: int) -> list[float]:
-    steps = [policy.train_step(batch, SFTObjective()) for batch in BATCHES[first:last]]
+def _steps(learner: Any, first: int, last: int) -> list[float]:
+    steps = [learner.train_step(batch, SFTObjective()) for batch in BATCHES[first:last]]
     return [value for metrics in steps for value in (metrics["loss"], metrics["grad_norm"])]
 
 
@@ -58,28 +58,28 @@ def _draws() -> list[float]:
 
 
 def _six_steps(model: Path, parallel: dict[str, int]) -> tuple[list[float], Any, Any]:
-    policy = _policy(model, parallel)
-    losses, first = _steps(policy, 0, 3), _draws()
-    losses += _steps(policy, 3, 6)
-    return losses, weights(policy), (first, _draws())
+    learner = _policy(model, parallel)
+    losses, first = _steps(learner, 0, 3), _draws()
+    losses += _steps(learner, 3, 6)
+    return losses, weights(learner), (first, _draws())
 
 
 def _three_steps_and_killed(model: Path, parallel: dict[str, int], run_dir: Path) -> None:
-    policy = _policy(model, parallel)
-    _steps(policy, 0, 3)
+    learner = _policy(model, parallel)
+    _steps(learner, 0, 3)
     _draws()
-    policy.save(checkpoint_path(run_dir, 3), {"step": 3})
-    _steps(policy, 3, 4)
+    learner.save(checkpoint_path(run_dir, 3), {"step": 3})
+    _steps(learner, 3, 4)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _resumed(model: Path, parallel: dict[str, int], run_dir: Path) -> tuple[Any, ...]:
-    policy = _policy(model, parallel)
+    learner = _policy(model, parallel)
     lines: list[str] = []
     checkpoint._logger.warning = lines.append
-    state = policy.load(latest_checkpoint(run_dir))
-    losses = _steps(policy, state["step"], 6)
-    return losses, weights(policy), _draws(), lines
+    state = learner.load(latest_checkpoint(run_dir))
+    losses = _steps(learner, state["step"], 6)
+    return losses, weights(learner), _draws(), lines
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_a_killed_run_goes_on_in_any_layout(name, before, after, folder, tmp_pat
 
 
 def _killed_while_writing(model: Path, run_dir: Path, asynchronous: bool) -> None:
-    policy = _policy(model, {}, asynchronous=asynchronous)
-    policy.load(latest_checkpoint(run_dir))
-    _steps(policy, 3, 5)
+    learner = _policy(model, {}, asynchronous=asynchronous)
+    learner.load(latest_checkpoint(run_dir))
+    _steps(learner, 3, 5)
     original = filesystem_async._write_item
 
     @functools.wraps(original)
@@ -125,14 +125,14 @@ def _killed_while_writing(model: Path, run_dir: Path, asynchronous: bool) -> Non
         os.killpg(0, signal.SIGKILL)
 
     filesystem_async._write_item = write_one_and_die
-    policy.save(checkpoint_path(run_dir, 5), {"step": 5})
-    policy.finish_saves()
+    learner.save(checkpoint_path(run_dir, 5), {"step": 5})
+    learner.finish_saves()
 
 
 def _killed_before_publishing(model: Path, run_dir: Path) -> None:
-    policy = _policy(model, {})
-    policy._writer._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    policy.save(checkpoint_path(run_dir, 9), {"step": 9})
+    learner = _policy(model, {})
+    learner._writer._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    learner.save(checkpoint_path(run_dir, 9), {"step": 9})
 
 
 def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
@@ -154,18 +154,18 @@ def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
 
 
 def _saves(model: Path, run_dir: Path) -> Any:
-    policy = _policy(model, {TP: 2}, asynchronous=True, keep_last=2, keep_every=3)
+    learner = _policy(model, {TP: 2}, asynchronous=True, keep_last=2, keep_every=3)
     snapshots = []
     for step, batch in enumerate(BATCHES, start=1):
-        policy.train_step(batch, SFTObjective())
-        snapshots.append(weights(policy))
-        policy.save(checkpoint_path(run_dir, step), {"step": step})
-    policy.finish_saves()
+        learner.train_step(batch, SFTObjective())
+        snapshots.append(weights(learner))
+        learner.save(checkpoint_path(run_dir, step), {"step": step})
+    learner.finish_saves()
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     loaded = []
     for name in kept:
-        state = policy.load(run_dir / "checkpoints" / name)
-        loaded.append((state["step"], weights(policy)))
+        state = learner.load(run_dir / "checkpoints" / name)
+        loaded.append((state["step"], weights(learner)))
     return snapshots, kept, loaded
 
 

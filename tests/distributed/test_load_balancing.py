@@ -43,8 +43,8 @@ def _hugging_face(checkpoint: Path, packs: list[list[int]]) -> tuple[float, floa
 
 
 def _step(checkpoint: Path, settings: dict[str, Any]) -> tuple[dict[str, float], Any]:
-    policy = laboratory.make_policy(checkpoint, moe_aux_loss_coeff=COEFFICIENT, **settings)
-    return laboratory.train(policy, [BATCH], SFTObjective())[0]
+    learner = laboratory.make_learner(checkpoint, moe_aux_loss_coeff=COEFFICIENT, **settings)
+    return laboratory.train(learner, [BATCH], SFTObjective())[0]
 
 
 def _off(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from klear_megatron.policy.batch import Batch
-from tests.distributed.laboratory import make_policy
+from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -38,8 +38,8 @@ def reference(checkpoint: Path) -> Tensor:
 def _log_probs(checkpoint: Path, parallel: dict[str, int]) -> Any:
     # The budget is of one rank's share of the tokens.
     budget = BUDGET // parallel.get("context_parallel_size", 1)
-    policy = make_policy(checkpoint, parallel=parallel, tokens_per_micro_batch=budget)
-    return policy.log_probs(Batch.from_sequences(tiny.random_sequences(LENGTHS)))[0]
+    learner = make_learner(checkpoint, parallel=parallel, tokens_per_micro_batch=budget)
+    return learner.model.log_probs(Batch.from_sequences(tiny.random_sequences(LENGTHS)))[0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megatron.core.distributed.distributed_data_parallel import DistributedDataP
 
 from klear_megatron.losses import PolicyObjective, SFTObjective
 from klear_megatron.models import attention, language_model, spec
-from klear_megatron.policy import build, micro_batches, policy
+from klear_megatron.policy import build, learner, micro_batches, model
 from tests.distributed import reference
 from tests.distributed.comparison import deviations
 from tests.distributed.ranks import run_ranks
@@ -118,7 +118,7 @@ def keys_not_reduced_over_context_parallel_ranks() -> None:
 
 
 def sequences_attend_to_each_other() -> None:
-    original = policy.build_micro_batch
+    original = model.build_micro_batch
 
     def one_sequence(*args: Any, **kwargs: Any) -> Any:
         micro = original(*args, **kwargs)
@@ -126,11 +126,11 @@ def sequences_attend_to_each_other() -> None:
         fields = vars(micro) | {"cu_seqlens": cu_seqlens, "max_seqlen": int(cu_seqlens[-1])}
         return micro_batches.MicroBatch(**fields)
 
-    policy.build_micro_batch = one_sequence
+    model.build_micro_batch = one_sequence
 
 
 def metrics_of_one_rank() -> None:
-    policy.is_logging_rank = lambda: torch.distributed.get_rank() == 0
+    learner.is_logging_rank = lambda: torch.distributed.get_rank() == 0
 
 
 SIZE = "{}_parallel_size".format

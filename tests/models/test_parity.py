@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.laboratory import logits, make_policy, weights
+from tests.distributed.laboratory import logits, make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -61,8 +61,8 @@ def _logits_and_weights(
 ) -> dict[str, Any]:
     results = {}
     for name, path in checkpoints.items():
-        policy = make_policy(path, dtype=dtype, parallel=parallel)
-        results[name] = (logits(policy, tiny.random_sequences(LENGTHS)), weights(policy))
+        learner = make_learner(path, dtype=dtype, parallel=parallel)
+        results[name] = (logits(learner, tiny.random_sequences(LENGTHS)), weights(learner))
     return results
 
 

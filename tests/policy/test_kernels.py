@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from klear_megatron.policy.config import PolicyConfig
-from klear_megatron.policy.kernels import Installed, choose_kernels
+from klear_megatron.policy.config import OptimizerConfig, PolicyConfig
+from klear_megatron.policy.kernels import Installed, choose_kernels, choose_offload
 
 LAPTOP = Installed(None, transformer_engine=False, apex=False)
 H100 = Installed((9, 0), transformer_engine=True, apex=True)
@@ -75,13 +75,14 @@ def test_a_laptop_gets_plain_pytorch_without_a_word_and_no_gpu_kernel():
 def test_recomputation_and_offloading_that_cannot_be_had_are_said():
     modules = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]}
     assert _choose(H100, **modules).transformer["recompute_modules"] == ["layernorm", "mlp"]
-    kernels = _choose(LAPTOP, **modules, optimizer={"lr": 1e-6, "offload_fraction": 0.5})
+    kernels = _choose(LAPTOP, **modules)
     assert kernels.transformer["recompute_modules"] == ["mlp"]
-    assert kernels.optimizer_offload == 0
-    assert [line.split(":")[0] for line in kernels.warnings] == [
-        "policy.recompute_modules",
-        "policy.optimizer.offload_fraction",
-    ]
+    assert [line.split(":")[0] for line in kernels.warnings] == ["policy.recompute_modules"]
+    half = OptimizerConfig(lr=1e-6, offload_fraction=0.5)
+    fraction, (line,) = choose_offload(half, LAPTOP)
+    assert fraction == 0
+    assert line.startswith("policy.optimizer.offload_fraction")
+    assert choose_offload(half, H100) == (0.5, [])
     # What is not there to be recomputed: Megatron would refuse the whole run.
     modules["recompute_modules"] = ["layernorm", "moe_act"]
     assert _choose(H100, **modules, experts=True).transformer["recompute_modules"] == [
@@ -92,8 +93,6 @@ def test_recomputation_and_offloading_that_cannot_be_had_are_said():
     assert dense.transformer["recompute_modules"] == ["layernorm"]
     (line,) = dense.warnings
     assert "moe_act needs a mixture of experts" in line
-    offloading = _choose(H100, optimizer={"lr": 1e-6, "offload_fraction": 0.5})
-    assert offloading.optimizer_offload == 0.5
 
 
 def test_fp8_over_float32_weights_is_refused():

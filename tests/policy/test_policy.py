@@ -9,7 +9,7 @@ import torch
 from klear_megatron.losses import LossConfig, PolicyObjective, SFTObjective
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.weights import load_hf_weights
-from tests.distributed.laboratory import make_policy, train, weights
+from tests.distributed.laboratory import make_learner, train, weights
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -41,7 +41,7 @@ def _batch(seed: int = 1) -> Batch:
 
 
 def _log_probs(path: Path, temperature: float) -> Any:
-    return make_policy(path, temperature=temperature).log_probs(_batch())
+    return make_learner(path, temperature=temperature).model.log_probs(_batch())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -56,7 +56,7 @@ def test_log_probs_and_entropy_are_hugging_faces(temperature, checkpoint):
 
 
 def _one_step(path: Path, objective: Any, temperature: float) -> Any:
-    return train(make_policy(path, temperature=temperature), [_batch()], objective)[0]
+    return train(make_learner(path, temperature=temperature), [_batch()], objective)[0]
 
 
 def _sft_loss(log_probs: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -104,15 +104,15 @@ def test_gradients_are_those_of_plain_autograd(objective, written_out, temperatu
 
 
 def _steps_with_a_save_between(path: Path, folder: Path) -> Any:
-    policy = make_policy(path, optimizer={"lr_warmup_steps": 3})
+    learner = make_learner(path, optimizer={"lr_warmup_steps": 3})
     objective = SFTObjective()
     for seed in (1, 2):
-        policy.train_step(_batch(seed), objective)
-    policy.save(folder / "saved", {"step": 2})
-    after = [policy.train_step(_batch(seed), objective) for seed in (3, 4, 5)]
-    final = weights(policy)
+        learner.train_step(_batch(seed), objective)
+    learner.save(folder / "saved", {"step": 2})
+    after = [learner.train_step(_batch(seed), objective) for seed in (3, 4, 5)]
+    final = weights(learner)
 
-    resumed = make_policy(path, optimizer={"lr_warmup_steps": 3})
+    resumed = make_learner(path, optimizer={"lr_warmup_steps": 3})
     state = resumed.load(folder / "saved")
     again = [resumed.train_step(_batch(seed), objective) for seed in (3, 4, 5)]
     return after, again, state, final, weights(resumed)
@@ -128,10 +128,10 @@ def test_a_loaded_policy_goes_on_as_if_nothing_had_happened(checkpoint, tmp_path
 
 
 def _learn_by_heart(path: Path) -> Any:
-    policy = make_policy(path, dtype="bfloat16", optimizer={"lr": 2e-4, "weight_decay": 0.0})
-    before = weights(policy)
-    losses = [policy.train_step(_batch(), SFTObjective())["loss"] for _ in range(20)]
-    return losses, before, weights(policy)
+    learner = make_learner(path, dtype="bfloat16", optimizer={"lr": 2e-4, "weight_decay": 0.0})
+    before = weights(learner)
+    losses = [learner.train_step(_batch(), SFTObjective())["loss"] for _ in range(20)]
+    return losses, before, weights(learner)
 
 
 def test_bfloat16_trains_by_float32_master_weights(checkpoint):
@@ -147,12 +147,12 @@ def test_bfloat16_trains_by_float32_master_weights(checkpoint):
 
 
 def _values_before_rounding(path: Path) -> Any:
-    policy = make_policy(path)
-    parameters = [p for name, p in policy.chunks[0].named_parameters() if "linear" in name]
+    learner = make_learner(path)
+    parameters = [p for name, p in learner.model.chunks[0].named_parameters() if "linear" in name]
     kept = [torch.zeros_like(p) for p in parameters]
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.get_high_precision_init_val = lambda value=value: value
-    load_hf_weights(policy.chunks, policy._table, path)
+    load_hf_weights(learner.model.chunks, learner.model.table, path)
     return [(p.detach(), value) for p, value in zip(parameters, kept, strict=True)]
 
 

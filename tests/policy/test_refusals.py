@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy.batch import Batch
-from tests.distributed.laboratory import make_policy, weights
+from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -27,7 +27,7 @@ def _messages(cases: list[dict[str, Any]]) -> list[str]:
     messages = []
     for case in cases:
         with pytest.raises(UserError) as error:
-            make_policy(**case)
+            make_learner(**case)
         messages.append(str(error.value))
     return messages
 
@@ -95,9 +95,9 @@ def test_checkpoints(checkpoint, tmp_path):
 
 
 def _load(path: Path, imports: list[str]) -> Any:
-    with pytest.raises(UserError, match=r"policy\.imports: cannot import tests\.models\.nowhere"):
-        make_policy(path, imports=["tests.models.nowhere"])
-    return weights(make_policy(path, imports=imports))
+    with pytest.raises(UserError, match=r"policy\.imports: cannot import 'tests\.models\.nowhere'"):
+        make_learner(path, imports=["tests.models.nowhere"])
+    return weights(make_learner(path, imports=imports))
 
 
 def test_a_file_of_the_users_own_makes_its_architecture_known(checkpoint, tmp_path):
@@ -138,18 +138,18 @@ def test_layouts(checkpoint):
 
 
 def _step_on_nonsense(path: Path) -> Any:
-    policy = make_policy(path)
+    learner = make_learner(path)
     tokens = tiny.random_sequences([9, 30])
     mask = [[1.0] * 9, [1.0] * 30]
-    before = weights(policy)
+    before = weights(learner)
     with pytest.raises(FloatingPointError, match="the step was not taken"):
-        policy.train_step(
+        learner.train_step(
             Batch.from_sequences(tokens, loss_mask=[[1.0] * 9, [float("nan")] * 30]),
             SFTObjective(),
         )
-    after = weights(policy)
-    policy.train_step(Batch.from_sequences(tokens, loss_mask=mask), SFTObjective())
-    return before, after, weights(policy)
+    after = weights(learner)
+    learner.train_step(Batch.from_sequences(tokens, loss_mask=mask), SFTObjective())
+    return before, after, weights(learner)
 
 
 def test_a_step_with_gradients_that_are_not_finite_changes_nothing(checkpoint):

@@ -8,7 +8,7 @@ import torch
 
 from klear_megatron.losses import LossConfig, PolicyObjective
 from klear_megatron.policy.batch import Batch
-from tests.distributed.laboratory import make_policy
+from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -31,12 +31,12 @@ def _stale_batch(log_probs: torch.Tensor, log_ratio: float, advantage: float) ->
 
 def _step(checkpoint: Path, loss: str, log_ratio: float, advantage: float) -> Any:
     """Change of each token's log-probability in one optimizer step, and the step's metrics."""
-    policy = make_policy(checkpoint, optimizer={"lr": 1e-3, "weight_decay": 0.0})
+    learner = make_learner(checkpoint, optimizer={"lr": 1e-3, "weight_decay": 0.0})
     plain = Batch.from_sequences(SEQUENCES)
-    before, _ = policy.log_probs(plain)
+    before, _ = learner.model.log_probs(plain)
     batch = _stale_batch(before, log_ratio, advantage)
-    metrics = policy.train_step(batch, PolicyObjective(LossConfig(name=loss)))
-    after, _ = policy.log_probs(plain)
+    metrics = learner.train_step(batch, PolicyObjective(LossConfig(name=loss)))
+    after, _ = learner.model.log_probs(plain)
     predicted = torch.arange(len(before)) % LENGTH > 0
     return (after - before)[predicted], metrics
 

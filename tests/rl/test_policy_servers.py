@@ -15,7 +15,7 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import SamplingConfig
-from tests.distributed.laboratory import make_policy, weights
+from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 from tests.rollout.conftest import CONFIG
@@ -27,39 +27,41 @@ PROMPTS = tiny.random_sequences([5] * 16, seed=3)
 def _scenario(checkpoint: Path, folder: Path) -> Any:
     """On rank 0, the policy's weights, what was drawn from the servers after a sync in which one of
     them was killed, and what was said in the meantime."""
-    policy = make_policy(
+    learner = make_learner(
         checkpoint, parallel={"pipeline_model_parallel_size": 2}, optimizer={"lr": 1e-2}
     )
     sequences = tiny.random_sequences([20] * 8)
-    policy.train_step(Batch.from_sequences(sequences, loss_mask=[[1.0] * 20] * 8), SFTObjective())
+    learner.train_step(Batch.from_sequences(sequences, loss_mask=[[1.0] * 20] * 8), SFTObjective())
     config = RLConfig.model_validate(
         {
             "run_dir": folder,
             "steps": 1,
-            "policy": policy.config.model_dump(),
+            "policy": learner.config.model_dump(),
             "data": {"path": folder},
             "rollout": CONFIG.model_dump(),
         }
     )
     main = dist.get_rank() == 0
-    stream = policy.named_hf_tensors
+    stream = learner.model.named_hf_tensors
 
     def stream_and_kill() -> Iterator[tuple[str, Tensor]]:
         for number, named in enumerate(stream()):
             if main and number == 10:
                 server_at(servers._urls[0]).kill()
             yield named
-        policy.named_hf_tensors = stream
+        learner.model.named_hf_tensors = stream
 
     with contextlib.ExitStack() as stack:
-        servers = PolicyServers(policy, config, read_tokenizer(checkpoint), stack, leads=main)
-        policy.named_hf_tensors = stream_and_kill
+        servers = PolicyServers(
+            learner.model, config, read_tokenizer(checkpoint), stack, leads=main
+        )
+        learner.model.named_hf_tensors = stream_and_kill
         with contextlib.redirect_stdout(io.StringIO()) as said:
             servers.sync(1)
         drawn: list[Any] = []
         sampling = SamplingConfig(max_response_length=20)
         servers.persist(lambda generator: drawn.extend(generator.generate(PROMPTS, sampling)))
-        return weights(policy), drawn, said.getvalue()
+        return weights(learner), drawn, said.getvalue()
 
 
 def test_push_in_which_a_server_is_killed_is_made_again(tmp_path):

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy.batch import Batch
-from klear_megatron.policy.policy import Policy
+from klear_megatron.policy.learner import Learner
 from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig
 from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
-from tests.distributed.laboratory import make_policy
+from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -22,7 +22,7 @@ PROMPTS = [[5, 6, 7], [300, 2], [11] * 20, [4, 4, 8, 1]]
 SAMPLING = SamplingConfig(max_response_length=24)
 
 
-def _difference(policy: Policy, urls: list[str], config: RolloutConfig) -> list[float]:
+def _difference(learner: Learner, urls: list[str], config: RolloutConfig) -> list[float]:
     """Largest difference of log-probabilities between the trainer and each server, on the
     server's own samples."""
     differences = []
@@ -34,7 +34,7 @@ def _difference(policy: Policy, urls: list[str], config: RolloutConfig) -> list[
         dist.broadcast_object_list(everyone)
         tokens, served = zip(*everyone[0], strict=True)
         batch = Batch.from_sequences(tokens, served=served)
-        ours, _ = policy.log_probs(batch)
+        ours, _ = learner.model.log_probs(batch)
         drawn_tokens = batch.fields["served"] != 0
         differences.append((ours - batch.fields["served"])[drawn_tokens].abs().max().item())
     return differences
@@ -44,24 +44,24 @@ def _main() -> bool:
     return dist.get_rank() == 0
 
 
-def _train(policy: Policy) -> None:
+def _train(learner: Learner) -> None:
     sequences = tiny.random_sequences([20] * 8)
     batch = Batch.from_sequences(sequences, loss_mask=[[1.0] * 20] * 8)
-    policy.train_step(batch, SFTObjective())
+    learner.train_step(batch, SFTObjective())
 
 
 def _scenario(checkpoint: Path, urls: list[str], config: RolloutConfig, parallel: Any) -> Any:
-    policy = make_policy(checkpoint, parallel=parallel, optimizer={"lr": 1e-2})
+    learner = make_learner(checkpoint, parallel=parallel, optimizer={"lr": 1e-2})
     seen = {}
     sync = WeightSync(urls, config).__enter__() if _main() else None
     for version in (1, 2):
-        _train(policy)
-        seen[f"before {version}"] = _difference(policy, urls, config)
-        tensors = policy.named_hf_tensors()
+        _train(learner)
+        seen[f"before {version}"] = _difference(learner, urls, config)
+        tensors = learner.model.named_hf_tensors()
         if sync is not None:
             sync.push(tensors, version)
         collections.deque(tensors, maxlen=0)
-        seen[f"after {version}"] = _difference(policy, urls, config)
+        seen[f"after {version}"] = _difference(learner, urls, config)
     if sync is not None:
         sync.__exit__()
     return seen

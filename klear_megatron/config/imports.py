@@ -1,0 +1,48 @@
+"""The user's own code, which settings name by its path."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from klear_megatron.errors import UserError
+
+
+def import_module(path: str, setting: str) -> ModuleType:
+    """The module that `package.module` or `some/file.py` names.
+
+    Args:
+        setting: the config key that holds the path, for the message.
+
+    Raises:
+        UserError: there is no such module. An error inside it is raised as it is.
+    """
+    try:
+        return _import_file(Path(path)) if path.endswith(".py") else importlib.import_module(path)
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"{setting}: cannot import {path!r}: {error}") from error
+
+
+def import_object(path: str, setting: str) -> Any:
+    """What `package.module:name` or `some/file.py:name` names; arguments as for `import_module`.
+
+    Raises:
+        UserError: there is no such module, or nothing of that name in it.
+    """
+    module, _, name = path.rpartition(":")
+    if not module:
+        raise UserError(f"{setting}: {path!r}: write it as package.module:name or file.py:name")
+    try:
+        return getattr(import_module(module, setting), name)
+    except AttributeError as error:
+        raise UserError(f"{setting}: cannot import {path!r}: {error}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

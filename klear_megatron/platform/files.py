@@ -1,0 +1,54 @@
+"""Folders and files that are written: checked first, and never seen half-written."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from klear_megatron.errors import UserError
+
+
+def make_folder(path: Path) -> None:
+    """Makes a writable folder and its parents; one that exists is kept as it is.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be made or written to: {error.strerror}; choose another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[TextIO]:
+    """Opens a UTF-8 text file that replaces `path` when the block ends without an exception.
+
+    Until then, and after a crash of the process or the machine, `path` is what it was before.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_to_disk(path.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Returns once the file's content, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,179 @@
+"""A model and what trains it: Megatron's optimizer, schedule and checkpoints."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from torch import Tensor
+
+from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.losses import Objective
+from klear_megatron.platform import objects
+from klear_megatron.platform.device import this_device
+from klear_megatron.policy import checkpoint
+from klear_megatron.policy.batch import Batch
+from klear_megatron.policy.build import build_optimizer, is_logging_rank, wrap_data_parallel
+from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.kernels import Installed, choose_offload, warn
+from klear_megatron.policy.micro_batches import MicroBatch
+from klear_megatron.policy.model import Model
+
+
+class Learner:
+    """Trains `model`, which starts from the weights at `config.path`.
+
+    Every method is collective: all ranks call it, with the same arguments.
+
+    Args:
+        folder: of `config.path`.
+        total_steps: optimizer steps of the learning-rate schedule.
+        temperature, seed: as `Model` takes them.
+
+    Raises:
+        UserError: an unknown or unfitting model, or weights that do not match their config.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        folder: ModelFolder,
+        *,
+        total_steps: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.config = config
+        self.model = Model(config, folder, temperature=temperature, seed=seed)
+        self.model.load(config.path)
+        kernels = self.model.kernels
+        self.model.modules = wrap_data_parallel(self.model.modules, config.parallel, kernels)
+        offload, warnings = choose_offload(config.optimizer, Installed.here())
+        warn(warnings)
+        self._optimizer, self._scheduler = build_optimizer(
+            config.optimizer,
+            self.model.modules,
+            kernels,
+            offload=offload,
+            total_steps=total_steps,
+        )
+        self._writer = checkpoint.CheckpointWriter(config.checkpoint, companions=config.path)
+
+    def train_step(self, batch: Batch, objective: Objective) -> dict[str, float]:
+        """One optimizer step on the whole mini-batch.
+
+        Returns:
+            the objective's metrics, `grad_norm` before clipping, and `lr`; with
+            `moe_aux_loss_coeff`, `load_balancing_loss`, a mean over layers, which is 1 in perfect
+            balance and no part of `loss`.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; weights and optimizer are unchanged.
+        """
+        self._writer.finish(wait=False)
+        lr = self._optimizer.param_groups[0]["lr"]
+        self._begin_step(len(batch.tokens))
+        metrics = self._forward_backward(batch, objective)
+        grad_norm = self._update()
+        self._scheduler.step(increment=1)
+        return metrics | {"grad_norm": grad_norm, "lr": lr}
+
+    def _begin_step(self, tokens: int) -> None:
+        get_moe_layer_wise_logging_tracker().clear()
+        # The router multiplies by the tokens of each micro-batch, to be divided by all of them.
+        coefficient = self.config.moe_aux_loss_coeff / tokens
+        self.model.chunks[0].config.moe_aux_loss_coeff = coefficient
+        for module in self.model.modules:
+            module.train()
+            module.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def _forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
+        """Adds up gradients; returns the mini-batch's metrics."""
+        denominators = objective.denominators(batch.fields)
+        fields = {name: values.to(this_device()) for name, values in batch.fields.items()}
+        sums: dict[str, Tensor] = {}
+        extremes: dict[str, Tensor] = {}
+
+        def contribution(micro: MicroBatch, output: Tensor) -> Tensor:
+            rows = micro.targets >= 0
+            if not rows.any():  # a pack of padding alone
+                return output.sum() * 0
+            log_probs, entropy = output[:, rows]
+            mine = {name: values[micro.targets[rows]] for name, values in fields.items()}
+            result = objective(log_probs, entropy.detach(), mine, denominators)
+            for name, value in result.sums.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            for name, values in result.extremes.items():
+                seen = [extremes[name]] if name in extremes else []
+                extremes[name] = torch.stack(torch.cat([values, *seen]).aminmax())
+            return result.loss
+
+        self.model.run(batch, contribution, forward_only=False)
+        if not is_logging_rank():
+            sums, extremes = {}, {}
+        for name, layers in get_moe_layer_wise_logging_tracker().items():
+            # Each rank has its own tokens' and layers' share of it.
+            sums[name] = layers["values"].mean() / len(batch.tokens)
+        return _reduce_metrics(sums, extremes)
+
+    def _update(self) -> float:
+        """Clips the gradients and steps the optimizer; returns the norm before clipping."""
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm {grad_norm}: the step was not taken")
+        for part in self._optimizer.chained_optimizers:
+            # A part without parameters on this rank has no optimizer inside.
+            if self.config.optimizer.clip_grad and not part.is_stub_optimizer:
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(),
+                    max_norm=self.config.optimizer.clip_grad,
+                    total_norm=grad_norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
+        self._optimizer.step_with_ready_grads()
+        return grad_norm
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """Writes a Megatron distributed checkpoint; `path` appears only once it is complete, which
+        with `checkpoint.asynchronous` is at a later step, or at `finish_saves`.
+
+        Args:
+            state: what the trainer needs to go on, the same on every rank (JSON-like values).
+        """
+        self.model.finish_param_gather()
+        self._writer.save(path, self.model.chunks, self._optimizer, self._scheduler, state)
+
+    def finish_saves(self) -> None:
+        """Waits until every checkpoint begun is complete."""
+        self._writer.finish(wait=True)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restores weights, optimizer and schedule from `save`, whatever layout wrote them, and
+        random states if the layout was the same.
+
+        Returns:
+            the trainer's state.
+        """
+        return checkpoint.load(path, self.model.chunks, self._optimizer, self._scheduler)
+
+
+def _reduce_metrics(sums: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, float]:
+    """The mini-batch's metrics on every rank, from each rank's share of them."""
+    mine = (
+        {name: value.item() for name, value in sums.items()},
+        {name: values.tolist() for name, values in extremes.items()},
+    )
+    everyone = objects.all_gather(mine)
+    metrics: dict[str, float] = {}
+    for rank_sums, _ in everyone:
+        for name, value in rank_sums.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    for _, rank_extremes in everyone:
+        for name, (smallest, largest) in rank_extremes.items():
+            metrics[f"{name}_min"] = min(metrics.get(f"{name}_min", math.inf), smallest)
+            metrics[f"{name}_max"] = max(metrics.get(f"{name}_max", -math.inf), largest)
+    return metrics
