@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3Config
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.config import load_config
 from klear_megatron.curation import CurateConfig
 from klear_megatron.evaluation import EvalConfig
@@ -26,18 +27,25 @@ QWEN3_8B = Qwen3Config(
     num_key_value_heads=8,
     head_dim=128,
     max_position_embeddings=32768,
+    architectures=["Qwen3ForCausalLM"],
 )
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> ModelFolder:
+    QWEN3_8B.save_pretrained(tmp_path)
+    return ModelFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "lr", "optimizer_steps"), [("math_rl", 1e-6, 8), ("code_rl", 5e-7, 4)]
 )
-def test_rl_has_the_papers_numbers_and_fits_the_model(name, lr, optimizer_steps):
+def test_rl_has_the_papers_numbers_and_fits_the_model(name, lr, optimizer_steps, model_folder):
     config = load_config(RLConfig, FOLDER / f"{name}.yaml")
     assert config.policy.optimizer.lr == lr
     assert config.optimizer_steps == config.steps * optimizer_steps
     assert config.prompts_per_step * config.max_generation_batches == 256
-    config.policy.parallel.check_model(QWEN3_8B)
+    config.policy.parallel.check_model(model_folder)
     assert config.policy.parallel.data_parallel_size(32) == 4
     for sampling in (config.sampling, config.evaluation.sampling):
         check_lengths(config.rollout, QWEN3_8B, config.data.max_prompt_length, sampling)
@@ -49,9 +57,9 @@ def pack(config: RunConfig) -> int:
     return config.policy.tokens_per_micro_batch * config.policy.parallel.context_parallel_size
 
 
-def test_sft_fits_the_model():
+def test_sft_fits_the_model(model_folder):
     config = load_config(SFTConfig, FOLDER / "sft.yaml")
-    config.policy.parallel.check_model(QWEN3_8B)
+    config.policy.parallel.check_model(model_folder)
     assert (config.policy.optimizer.lr, config.policy.optimizer.min_lr) == (8e-5, 4e-5)
     assert pack(config) == config.data.max_length
 
