@@ -1,5 +1,6 @@
 """Chunked, vocabulary-parallel log-probabilities against log_softmax over whole logits."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,3 +67,31 @@ def test_values_and_gradients(world_size, chunk_logits, kept, temperature):
     weight_grad = torch.cat([grad for *_, grad in ranks])
     assert tiny.relative_error(weight_grad[:VOCAB], weight.grad) < rounding
     assert not weight_grad[VOCAB:].any()
+
+
+def _memory_without_backward() -> int:
+    """Bytes by which this process grew at its peak."""
+    log_probs._CHUNK_LOGITS = 2**20  # 4 MiB
+    vocabulary, tokens = 2**16, 2**10  # 256 MiB of probabilities in all
+    hidden, weight = torch.randn(tokens, 8), torch.randn(vocabulary, 8, requires_grad=True)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets earlier peaks
+    before = _status("VmRSS")
+    with torch.no_grad():
+        log_probs.vocab_parallel_log_probs(
+            hidden,
+            weight,
+            labels=torch.zeros(tokens, dtype=torch.int64),
+            vocab_size=vocabulary,
+            group=dist.group.WORLD,
+        )
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def test_without_backward_no_probabilities_are_kept():
+    (grown,) = run_ranks(1, _memory_without_backward)
+    assert grown < 2**26
