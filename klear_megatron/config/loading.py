@@ -1,7 +1,8 @@
 """Reading a config from a YAML file and `--section.key value` overrides, and writing it back."""
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -35,13 +36,20 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         raise UserError(f"{path}: the top level must be a mapping of keys to values")
     for key, value in _parse_overrides(overrides):
         _set(values, key, value)
+    return validate(cls, values, f"{path} with the command line's values:")
+
+
+def validate(cls: type[C], values: Mapping[str, Any], title: str) -> C:
+    """The section that has these values.
+
+    Raises:
+        UserError: as `load_config`; the message begins with `title`.
+    """
     try:
         return cls.model_validate(values)
     except ValidationError as error:
         problems = [_describe(cls, problem) for problem in error.errors(include_url=False)]
-        raise UserError(
-            "\n".join([f"{path} with the command line's values:", *problems])
-        ) from error
+        raise UserError("\n".join([title, *problems])) from error
 
 
 def write_config(config: Section, path: Path) -> None:
@@ -78,10 +86,10 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _describe(cls: type[Section], problem: Any) -> str:
-    location = ".".join(str(part) for part in problem["loc"])
+    keys, section = _walk(cls, problem["loc"])
+    location = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        valid = _valid_keys(cls, problem["loc"][:-1])
-        return f"  {location}: unknown key; {nearest(str(problem['loc'][-1]), valid)}"
+        return f"  {location}: unknown key; {nearest(keys[-1], section.model_fields)}"
     if problem["type"] == "missing":
         return f"  {location}: missing; give it a value"
     if problem["type"] == "value_error":  # a section's own check
@@ -89,21 +97,37 @@ def _describe(cls: type[Section], problem: Any) -> str:
     return f"  {location}: {problem['msg']}; given: {problem['input']!r}"
 
 
-def _valid_keys(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Of the section at `location`, whose parts are keys and, where a key holds several sections,
-    the name or number of one of them."""
-    section, elements = cls, False
-    for part in location:
-        if elements:
-            elements = False
+def _walk(cls: type[BaseModel], location: Sequence[Any]) -> tuple[list[str], type[BaseModel]]:
+    """The keys on the way to a problem, as in the file, and the innermost section on that way.
+
+    Args:
+        location: pydantic's: keys, the names or numbers of the elements of a field that holds
+            several sections, and after a field that is one of several sections, the tag of it.
+    """
+    section, keys = cls, []
+    parts = iter(location)
+    for part in parts:
+        keys.append(str(part))
+        field = section.model_fields.get(part)
+        if field is None:  # an unknown key, or a place within a value
             continue
-        annotation = section.model_fields[part].annotation
-        elements = get_origin(annotation) in (dict, list, tuple)
-        section = _section_in(annotation)
-    return list(section.model_fields)
+        if field.discriminator is not None:
+            section = _tagged(field.annotation, next(parts, None)) or section
+        elif inner := _section_in(field.annotation):
+            section = inner
+            if get_origin(field.annotation) in (dict, list, tuple):
+                keys += [str(name) for name in itertools.islice(parts, 1)]
+    return keys, section
 
 
-def _section_in(annotation: Any) -> type[BaseModel]:
-    """The section that a field is, may be, or holds several of."""
+def _tagged(union: Any, tag: Any) -> type[BaseModel] | None:
+    """The member of a tagged union."""
+    members = {mark.tag: section for section, mark in map(get_args, get_args(union))}
+    return members.get(tag)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field is, may be, or holds several of; None if it is a plain value."""
     candidates = [annotation, *get_args(annotation)]
-    return next(c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel))
+    sections = (c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel))
+    return next(sections, None)

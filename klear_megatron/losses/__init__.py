@@ -1,20 +1,37 @@
 """Losses: pure functions on per-token tensors, and their sums over a mini-batch."""
 
 from klear_megatron.losses.advantages import group_advantages
-from klear_megatron.losses.cispo import cispo
-from klear_megatron.losses.config import LossConfig
-from klear_megatron.losses.gppo import gppo
-from klear_megatron.losses.objective import Objective, PolicyObjective, Result, SFTObjective
-from klear_megatron.losses.ppo_clip import ppo_clip
+from klear_megatron.losses.cispo import CISPOConfig, cispo
+from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.gppo import GPPOConfig, gppo
+from klear_megatron.losses.inputs import LossInputs, Sequences, TokenLoss
+from klear_megatron.losses.objective import (
+    Objective,
+    PolicyObjective,
+    Result,
+    SFTObjective,
+    trained_tokens,
+)
+from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip
+from klear_megatron.losses.registry import CustomLossConfig, LossConfig
 
 __all__ = [
+    "CISPOConfig",
+    "CustomLossConfig",
+    "GPPOConfig",
     "LossConfig",
+    "LossInputs",
     "Objective",
+    "PPOClipConfig",
+    "PolicyLossConfig",
     "PolicyObjective",
     "Result",
     "SFTObjective",
+    "Sequences",
+    "TokenLoss",
     "cispo",
     "gppo",
     "group_advantages",
     "ppo_clip",
+    "trained_tokens",
 ]

@@ -1,8 +1,26 @@
 """CISPO: the ratio as a clipped, constant weight (arXiv 2506.13585; Eq. 15-16 of 2508.07629)."""
 
+from typing import Literal
+
+from pydantic import Field
 from torch import Tensor
 
-from klear_megatron.losses.surrogate import ratio_of, surrogate
+from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.inputs import LossInputs, TokenLoss
+from klear_megatron.losses.surrogate import (
+    clipped_tokens,
+    clipping_metrics,
+    ratio_of,
+    surrogate,
+)
+
+
+class CISPOConfig(PolicyLossConfig):
+    """Options of `cispo`."""
+
+    name: Literal["cispo"] = "cispo"
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)
 
 
 def cispo(
@@ -19,3 +37,17 @@ def cispo(
     """
     factor = ratio_of(log_probs, old_log_probs).clamp(1 - clip_low, 1 + clip_high)
     return surrogate(log_probs, factor, advantages)
+
+
+def cispo_loss(inputs: LossInputs, config: CISPOConfig) -> TokenLoss:
+    """`cispo` with the config's options."""
+    values = cispo(
+        inputs.log_probs,
+        inputs.old_log_probs,
+        inputs.advantages,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+    )
+    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
+    low, high = clipped_tokens(ratio, inputs.advantages, config.clip_low, config.clip_high)
+    return TokenLoss(values, clipping_metrics(low, high, kept=low | high))

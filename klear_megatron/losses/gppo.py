@@ -1,8 +1,34 @@
 """GPPO: clipping that keeps clipped tokens' gradients (arXiv 2508.07629, Eq. 11-12, 17-18)."""
 
+from typing import Literal
+
+from pydantic import Field
 from torch import Tensor
 
-from klear_megatron.losses.surrogate import ratio_of, surrogate
+from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.inputs import LossInputs, TokenLoss
+from klear_megatron.losses.surrogate import (
+    clipped_tokens,
+    clipping_metrics,
+    ratio_of,
+    surrogate,
+)
+
+
+class GPPOConfig(PolicyLossConfig):
+    """Options of `gppo`."""
+
+    name: Literal["gppo"] = "gppo"
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)
+    beta_low: float = Field(1.0, ge=0)
+    """Scales the loss of tokens below the clip range; at 0 they are not trained."""
+    beta_high: float = Field(1.0, ge=0)
+    """Scales the loss of tokens above the clip range; at 0 they are not trained."""
+    dual_clip: float | None = Field(10.0, gt=1)
+    """Bound on the ratio of tokens with a negative advantage."""
+    dual_clip_keeps_gradient: bool = True
+    """False makes the gradient zero beyond `dual_clip`, as the authors' code does."""
 
 
 def gppo(
@@ -39,13 +65,31 @@ def gppo(
         same shape, float32 (float64 if an input is). Finite for any finite log-probabilities.
     """
     ratio = ratio_of(log_probs, old_log_probs)
-    clipped_low = (ratio < 1 - clip_low) & (advantages < 0)
-    clipped_high = (ratio > 1 + clip_high) & (advantages > 0)
-    factor = ratio.masked_fill(clipped_low, beta_low * (1 - clip_low))
-    factor = factor.masked_fill(clipped_high, beta_high * (1 + clip_high))
+    low, high = clipped_tokens(ratio, advantages, clip_low, clip_high)
+    factor = ratio.masked_fill(low, beta_low * (1 - clip_low))
+    factor = factor.masked_fill(high, beta_high * (1 + clip_high))
     if dual_clip is None:
         return surrogate(log_probs, factor, advantages)
     beyond = (ratio > dual_clip) & (advantages < 0)
     factor = factor.masked_fill(beyond, dual_clip)
     stopped = None if dual_clip_keeps_gradient else beyond
     return surrogate(log_probs, factor, advantages, stopped=stopped)
+
+
+def gppo_loss(inputs: LossInputs, config: GPPOConfig) -> TokenLoss:
+    """`gppo` with the config's options."""
+    values = gppo(
+        inputs.log_probs,
+        inputs.old_log_probs,
+        inputs.advantages,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        beta_low=config.beta_low,
+        beta_high=config.beta_high,
+        dual_clip=config.dual_clip,
+        dual_clip_keeps_gradient=config.dual_clip_keeps_gradient,
+    )
+    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
+    low, high = clipped_tokens(ratio, inputs.advantages, config.clip_low, config.clip_high)
+    kept = (low & (config.beta_low > 0)) | (high & (config.beta_high > 0))
+    return TokenLoss(values, clipping_metrics(low, high, kept))

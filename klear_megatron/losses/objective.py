@@ -12,12 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from klear_megatron.losses.config import LossConfig
-from klear_megatron.losses.registry import TokenLoss, resolve_loss
+from klear_megatron.errors import UserError
+from klear_megatron.losses.inputs import LossInputs, Sequences
+from klear_megatron.losses.registry import LossConfig, resolve_loss
 from klear_megatron.losses.surrogate import ratio_of
 
 Fields = Mapping[str, Tensor]
-"""name -> [tokens] float32, aligned with the log-probabilities."""
+"""name -> [T] float32, aligned with the log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Result:
     sums: dict[str, Tensor]
     """Metrics that add up over the parts, as scalars without gradient."""
     extremes: dict[str, Tensor] = field(default_factory=dict)
-    """Values [tokens] whose smallest and largest over the mini-batch become NAME_min, NAME_max."""
+    """Values [T] whose smallest and largest over the mini-batch become NAME_min, NAME_max."""
 
 
 class Objective(Protocol):
@@ -39,9 +40,17 @@ class Objective(Protocol):
         """Counted on the fields of the whole mini-batch."""
 
     def __call__(
-        self, log_probs: Tensor, entropy: Tensor, fields: Fields, denominators: Mapping[str, float]
+        self,
+        log_probs: Tensor,
+        entropy: Tensor,
+        fields: Fields,
+        sequences: Sequences,
+        denominators: Mapping[str, float],
     ) -> Result:
-        """The contribution of some tokens: log_probs, entropy and every field are [tokens]."""
+        """The contribution of T tokens: log_probs, entropy and every field are [T].
+
+        T may be 0 where other ranks hold the tokens of the sequences.
+        """
 
 
 class SFTObjective:
@@ -51,7 +60,12 @@ class SFTObjective:
         return {"tokens": max(float(fields["loss_mask"].sum()), 1.0)}
 
     def __call__(
-        self, log_probs: Tensor, entropy: Tensor, fields: Fields, denominators: Mapping[str, float]
+        self,
+        log_probs: Tensor,
+        entropy: Tensor,
+        fields: Fields,
+        sequences: Sequences,
+        denominators: Mapping[str, float],
     ) -> Result:
         weight = fields["loss_mask"] / denominators["tokens"]
         loss = -(log_probs * weight).sum()
@@ -59,73 +73,102 @@ class SFTObjective:
 
 
 class PolicyObjective:
-    """A clipped policy loss plus alpha times the SFT term on correct responses (Eq. 7, 13-14).
+    """A policy loss plus alpha times the SFT term on correct responses (Eq. 7, 13-14).
 
-    Fields: `loss_mask` is 1 on the response tokens that are trained, `correct` is 1 on those of
-    correct responses; `advantages` and `old_log_probs` are the loss's; `rollout_log_probs`, the
-    servers' own, are needed for `tis_clip`. The policy loss is a mean over the trained tokens, the
-    SFT term over the trained tokens of correct responses.
+    The policy loss is a mean over the trained tokens, the SFT term over the trained tokens of
+    correct responses.
+
+    Fields: `loss_mask` is 1 on the response tokens to train, `correct` is 1 on those of correct
+    responses; `advantages` and `old_log_probs` are the loss's; `rollout_log_probs`, the servers'
+    own, are needed for `tis_clip`. A token whose `rollout_log_probs` is NaN or infinite is not
+    trained. `ref_log_probs` and `old_entropy` are passed on to losses that use them.
     """
 
     def __init__(self, config: LossConfig) -> None:
         self._config = config
-        self._token_loss: TokenLoss = resolve_loss(config)
+        self._token_loss = resolve_loss(config)
 
     def denominators(self, fields: Fields) -> dict[str, float]:
-        mask = fields["loss_mask"]
+        mask = trained_tokens(fields)
         return {
             "tokens": max(float(mask.sum()), 1.0),
             "correct_tokens": max(float((mask * fields["correct"]).sum()), 1.0),
         }
 
     def __call__(
-        self, log_probs: Tensor, entropy: Tensor, fields: Fields, denominators: Mapping[str, float]
+        self,
+        log_probs: Tensor,
+        entropy: Tensor,
+        fields: Fields,
+        sequences: Sequences,
+        denominators: Mapping[str, float],
     ) -> Result:
-        mask = fields["loss_mask"]
+        mask = trained_tokens(fields)
         weight = mask / denominators["tokens"]
-        sft_weight = mask * fields["correct"] / denominators["correct_tokens"]
-        old, advantages = fields["old_log_probs"], fields["advantages"]
-
-        token_loss = self._token_loss(log_probs, old, advantages)
-        correction_sums = {}
+        inputs = _loss_inputs(log_probs, entropy, fields, sequences, mask)
+        token_loss = self._token_loss(inputs)
+        values, metrics = token_loss.values, dict(token_loss.metrics)
         if self._config.tis_clip is not None:
-            mismatch = ratio_of(old, fields["rollout_log_probs"])
-            correction = mismatch.clamp(max=self._config.tis_clip)
-            token_loss = token_loss * correction
-            correction_sums = {
-                "tis_weight": (correction * weight).sum(),
-                "tis_clipped": ((mismatch > self._config.tis_clip) * weight).sum(),
-            }
-        policy_loss = (token_loss * weight).sum()
+            correction, clipped = truncated_importance(inputs, self._config.tis_clip)
+            values = values * correction
+            metrics |= {"tis_weight": correction, "tis_clipped": clipped}
+        policy_loss = (values * weight).sum()
+        sft_weight = mask * fields["correct"] / denominators["correct_tokens"]
         sft_loss = -(log_probs * sft_weight).sum()
         loss = policy_loss + self._config.sft_alpha * sft_loss
 
-        log_ratio = (log_probs.detach() - old) * mask
+        log_ratio = (log_probs.detach() - inputs.old_log_probs) * mask
         ratio = ratio_of(log_ratio, torch.zeros_like(log_ratio))
-        clipped_low, clipped_high, kept = self._clipping(log_probs.detach(), old, advantages)
+        metrics |= {
+            "entropy": entropy,
+            # Non-negative estimate of KL(old || new) from samples of old: r - 1 - log r.
+            "kl_to_old": ratio - 1 - log_ratio,
+        }
         sums = {
             "loss": loss.detach(),
             "policy_loss": policy_loss.detach(),
             "sft_loss": sft_loss.detach(),
-            "entropy": (entropy * weight).sum(),
-            # Non-negative estimate of KL(old || new) from samples of old: r - 1 - log r.
-            "kl_to_old": ((ratio - 1 - log_ratio) * weight).sum(),
-            "clipped_low": (clipped_low * weight).sum(),
-            "clipped_high": (clipped_high * weight).sum(),
-            "clipped_gradient_kept": (kept * weight).sum(),
-            **correction_sums,
+            "tokens_left_out": (fields["loss_mask"] - mask).sum(),
+            **{name: (values * weight).sum() for name, values in metrics.items()},
         }
         return Result(loss, sums, {"ratio": ratio})
 
-    def _clipping(
-        self, log_probs: Tensor, old: Tensor, advantages: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Which tokens are beyond the clip range on the side that it bounds, and which of those
-        still have a gradient."""
-        ratio = ratio_of(log_probs, old)
-        low = (ratio < 1 - self._config.clip_low) & (advantages < 0)
-        high = (ratio > 1 + self._config.clip_high) & (advantages > 0)
-        with torch.enable_grad():
-            leaf = log_probs.requires_grad_()
-            (gradient,) = torch.autograd.grad(self._token_loss(leaf, old, advantages).sum(), leaf)
-        return low, high, (low | high) & (gradient != 0)
+
+def trained_tokens(fields: Fields) -> Tensor:
+    """[T] 1 on the tokens to train: those of `loss_mask`, except where the server reported NaN or
+    an infinite number as the log-probability of a token that it drew."""
+    mask = fields["loss_mask"]
+    if "rollout_log_probs" in fields:
+        mask = mask * fields["rollout_log_probs"].isfinite()
+    return mask
+
+
+def truncated_importance(inputs: LossInputs, clip: float) -> tuple[Tensor, Tensor]:
+    """The weight min(pi_trainer / pi_server, clip) of each token, and where it was clipped.
+
+    Raises:
+        UserError: the batch does not have the servers' log-probabilities.
+    """
+    if inputs.rollout_log_probs is None:
+        raise UserError("loss.tis_clip: the batch has no rollout_log_probs")
+    mismatch = ratio_of(inputs.old_log_probs, inputs.rollout_log_probs)
+    return mismatch.clamp(max=clip), mismatch > clip
+
+
+def _loss_inputs(
+    log_probs: Tensor, entropy: Tensor, fields: Fields, sequences: Sequences, mask: Tensor
+) -> LossInputs:
+    old, rollout = fields["old_log_probs"], fields.get("rollout_log_probs")
+    if rollout is not None:
+        rollout = rollout.where(rollout.isfinite(), old)
+    return LossInputs(
+        log_probs=log_probs,
+        old_log_probs=old,
+        advantages=fields["advantages"],
+        mask=mask,
+        sequences=sequences,
+        entropy=entropy,
+        rollout_log_probs=rollout,
+        ref_log_probs=fields.get("ref_log_probs"),
+        old_entropy=fields.get("old_entropy"),
+    )

@@ -1,8 +1,29 @@
 """PPO's clipped objective: symmetric, clip-higher, and dual clip."""
 
+from typing import Literal
+
+import torch
+from pydantic import Field
 from torch import Tensor
 
-from klear_megatron.losses.surrogate import ratio_of, surrogate
+from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.inputs import LossInputs, TokenLoss
+from klear_megatron.losses.surrogate import (
+    clipped_tokens,
+    clipping_metrics,
+    ratio_of,
+    surrogate,
+)
+
+
+class PPOClipConfig(PolicyLossConfig):
+    """Options of `ppo_clip`."""
+
+    name: Literal["ppo_clip"] = "ppo_clip"
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)
+    dual_clip: float | None = Field(10.0, gt=1)
+    """Bound on the ratio of tokens with a negative advantage."""
 
 
 def ppo_clip(
@@ -23,12 +44,26 @@ def ppo_clip(
     Args and returns as `gppo`.
     """
     ratio = ratio_of(log_probs, old_log_probs)
-    clipped = ((ratio < 1 - clip_low) & (advantages < 0)) | (
-        (ratio > 1 + clip_high) & (advantages > 0)
-    )
+    low, high = clipped_tokens(ratio, advantages, clip_low, clip_high)
+    clipped = low | high
     factor = ratio.where(~clipped, ratio.clamp(1 - clip_low, 1 + clip_high))
     if dual_clip is not None:
         beyond = (ratio > dual_clip) & (advantages < 0)
         factor = factor.masked_fill(beyond, dual_clip)
         clipped = clipped | beyond
     return surrogate(log_probs, factor, advantages, stopped=clipped)
+
+
+def ppo_clip_loss(inputs: LossInputs, config: PPOClipConfig) -> TokenLoss:
+    """`ppo_clip` with the config's options."""
+    values = ppo_clip(
+        inputs.log_probs,
+        inputs.old_log_probs,
+        inputs.advantages,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+    )
+    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
+    low, high = clipped_tokens(ratio, inputs.advantages, config.clip_low, config.clip_high)
+    return TokenLoss(values, clipping_metrics(low, high, kept=torch.zeros_like(low)))

@@ -1,61 +1,91 @@
-"""Finding the loss that a config names."""
+"""The losses that a config can name, with their options."""
 
-import importlib
 import inspect
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Annotated, Any
 
-from torch import Tensor
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
+from klear_megatron.config import Section, validate
+from klear_megatron.config.imports import import_object
 from klear_megatron.errors import UserError, nearest
-from klear_megatron.losses.cispo import cispo
-from klear_megatron.losses.config import LossConfig
-from klear_megatron.losses.gppo import gppo
-from klear_megatron.losses.ppo_clip import ppo_clip
+from klear_megatron.losses.cispo import CISPOConfig, cispo_loss
+from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.gppo import GPPOConfig, gppo_loss
+from klear_megatron.losses.inputs import LossInputs, TokenLoss
+from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip_loss
+
+_LOSSES: dict[str, Callable[..., TokenLoss]] = {
+    "gppo": gppo_loss,
+    "ppo_clip": ppo_clip_loss,
+    "cispo": cispo_loss,
+}
 
 
-class TokenLoss(Protocol):
-    """A per-token loss, its options filled in."""
+class CustomLossConfig(PolicyLossConfig):
+    """A loss of the user's own: `f(inputs)`, or `f(inputs, options)` with a type hint that says
+    which `Section` the options are. Further keys of this section are those options."""
 
-    def __call__(self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor: ...
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """The function, as `package.module:function` or `path/to/file.py:function`."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_path(cls, name: str) -> str:
+        if ":" not in name:
+            raise ValueError(
+                f"there is no loss {name!r} (your own would be package.module:function or "
+                f"file.py:function); {nearest(name, _LOSSES)}"
+            )
+        return name
 
 
-_LOSSES = {"gppo": gppo, "ppo_clip": ppo_clip, "cispo": cispo}
+def _tag(value: Any) -> str:
+    """Which member of `LossConfig` a value is to become."""
+    name = value.get("name", "gppo") if isinstance(value, dict) else getattr(value, "name", "gppo")
+    return name if isinstance(name, str) and name in _LOSSES else "custom"
 
 
-def resolve_loss(config: LossConfig) -> TokenLoss:
-    """The function that `config.name` names, with the config's clip range and options.
+LossConfig = Annotated[
+    Annotated[GPPOConfig, Tag("gppo")]
+    | Annotated[PPOClipConfig, Tag("ppo_clip")]
+    | Annotated[CISPOConfig, Tag("cispo")]
+    | Annotated[CustomLossConfig, Tag("custom")],
+    Field(discriminator=Discriminator(_tag)),
+]
+"""The options of the loss that `name` names, gppo by default."""
+
+
+def resolve_loss(config: LossConfig) -> Callable[[LossInputs], TokenLoss]:
+    """The loss that a config names, its options filled in.
 
     Raises:
-        UserError: no such loss, or an option that it does not have.
+        UserError: a custom loss cannot be imported, is no function of one or two arguments, or has
+            other options than the config gives it.
     """
-    loss = _import(config.name) if ":" in config.name else _LOSSES.get(config.name)
-    if loss is None:
+    if isinstance(config, CustomLossConfig):
+        return _custom_loss(config)
+    return partial(_LOSSES[config.name], config=config)
+
+
+def _custom_loss(config: CustomLossConfig) -> Callable[[LossInputs], TokenLoss]:
+    loss = import_object(config.name, "loss.name")
+    if not callable(loss):
+        raise UserError(f"loss.name: {config.name!r} is not a function")
+    parameters = list(inspect.signature(loss, eval_str=True).parameters.values())
+    given = config.model_extra or {}
+    if len(parameters) == 1:
+        if given:
+            raise UserError(f"loss.{min(given)}: {config.name} has no options")
+        return loss
+    section = parameters[1].annotation if len(parameters) == 2 else None
+    if not (inspect.isclass(section) and issubclass(section, Section)):
         raise UserError(
-            f"loss.name: {config.name!r} is unknown; known: {', '.join(sorted(_LOSSES))}, or your "
-            "own as package.module:function"
+            f"loss.name: {config.name!r} has to be f(inputs) or f(inputs, options: Options), where "
+            "Options is a klear_megatron.config.Section"
         )
-    known = [
-        name
-        for name, parameter in inspect.signature(loss).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    options = {"clip_low": config.clip_low, "clip_high": config.clip_high, **config.options}
-    if "dual_clip" in known:
-        options.setdefault("dual_clip", config.dual_clip)
-    for option in options:
-        if option not in known:
-            raise UserError(
-                f"loss.options.{option}: the loss {config.name} has no such option; "
-                f"{nearest(option, known)}"
-            )
-    return partial(loss, **options)
-
-
-def _import(path: str) -> TokenLoss:
-    module, _, name = path.partition(":")
-    try:
-        loss: TokenLoss = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"loss.name: cannot import {path!r}: {error}") from error
-    return loss
+    options = validate(section, given, f"loss: options of {config.name}:")
+    return partial(loss, **{parameters[1].name: options})

@@ -34,3 +34,22 @@ def surrogate(
     if stopped is not None:
         differentiable_zero = differentiable_zero.masked_fill(stopped, 0)
     return -factor * advantages * (1 + differentiable_zero)
+
+
+def clipped_tokens(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """Which tokens are below, and which above, the clip range on the side that bounds them."""
+    low = (ratio < 1 - clip_low) & (advantages < 0)
+    high = (ratio > 1 + clip_high) & (advantages > 0)
+    return low, high
+
+
+def clipping_metrics(low: Tensor, high: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """Metrics of a clipped loss.
+
+    Args:
+        low, high: from `clipped_tokens`.
+        kept: which of those still have a gradient.
+    """
+    return {"clipped_low": low, "clipped_high": high, "clipped_gradient_kept": kept}

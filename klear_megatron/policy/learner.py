@@ -10,13 +10,14 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from torch import Tensor
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
-from klear_megatron.losses import Objective
+from klear_megatron.losses import Objective, Sequences
 from klear_megatron.platform import objects
 from klear_megatron.platform.device import this_device
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.build import build_optimizer, is_logging_rank, wrap_data_parallel
 from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.policy.context_parallel import sum_over_context_parallel_ranks
 from klear_megatron.policy.kernels import Installed, choose_offload, warn
 from klear_megatron.policy.micro_batches import MicroBatch
 from klear_megatron.policy.model import Model
@@ -99,16 +100,18 @@ class Learner:
 
         def contribution(micro: MicroBatch, output: Tensor) -> Tensor:
             rows = micro.targets >= 0
-            if not rows.any():  # a pack of padding alone
-                return output.sum() * 0
             log_probs, entropy = output[:, rows]
             mine = {name: values[micro.targets[rows]] for name, values in fields.items()}
-            result = objective(log_probs, entropy.detach(), mine, denominators)
+            sequences = Sequences(
+                micro.sequences[rows], len(micro.cu_seqlens) - 1, sum_over_context_parallel_ranks
+            )
+            result = objective(log_probs, entropy.detach(), mine, sequences, denominators)
             for name, value in result.sums.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             for name, values in result.extremes.items():
-                seen = [extremes[name]] if name in extremes else []
-                extremes[name] = torch.stack(torch.cat([values, *seen]).aminmax())
+                if len(values):
+                    seen = [extremes[name]] if name in extremes else []
+                    extremes[name] = torch.stack(torch.cat([values, *seen]).aminmax())
             return result.loss
 
         self.model.run(batch, contribution, forward_only=False)

@@ -200,6 +200,8 @@ class MicroBatch:
     """[T] int64, the next token of the same sequence; 0 where there is none."""
     targets: Tensor
     """[T] int64, where in the batch's flat row the label stands; -1 where there is none."""
+    sequences: Tensor
+    """[T] int64, which of the pack's sequences the token, or padding after it, belongs to."""
     padding: Tensor
     """[T] bool, true where there is no token of the batch."""
     cu_seqlens: Tensor
@@ -249,11 +251,13 @@ def build_micro_batch(
         return torch.where(index >= 0, batch.tokens[index], 0)
 
     source, target = mine(sources), mine(targets)
+    numbers = [torch.full((total,), number) for number, total in enumerate(padded)]
     return MicroBatch(
         tokens=tokens_at(source),
         position_ids=mine(positions),
         labels=tokens_at(target),
         targets=target,
+        sequences=mine(numbers),
         padding=source < 0,
         cu_seqlens=torch.tensor([0, *padded]).cumsum(0).to(torch.int32),
         max_seqlen=max(padded),

@@ -6,7 +6,7 @@ from pydantic import PositiveInt, model_validator
 
 from klear_megatron.data import DataConfig
 from klear_megatron.evaluation import TrainingEvalConfig
-from klear_megatron.losses import LossConfig
+from klear_megatron.losses import GPPOConfig, LossConfig
 from klear_megatron.rewards import RewardConfig
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.training.config import RunConfig
@@ -30,7 +30,7 @@ class RLConfig(RunConfig):
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = GPPOConfig()
     evaluation: TrainingEvalConfig | None = None
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from klear_megatron.losses import LossConfig, Objective, PolicyObjective, SFTObjective
+from klear_megatron.losses import GPPOConfig, Objective, PolicyObjective, SFTObjective
 from tests.distributed import laboratory, reference
 from tests.models import tiny
 
@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": SFTObjective(),
-    "gppo": PolicyObjective(LossConfig(dual_clip=None, sft_alpha=reference.ALPHA)),
+    "gppo": PolicyObjective(GPPOConfig(dual_clip=None, sft_alpha=reference.ALPHA)),
 }
 MODELS = {
     "untied": tiny.qwen3(),

@@ -28,10 +28,10 @@ def denominator_per_micro_batch() -> None:
     """Of a context-parallel rank's slice, where there are several of those."""
     for kind in (SFTObjective, PolicyObjective):
 
-        def call(
-            self: Any, a: Any, b: Any, fields: Any, _: Any, original: Any = kind.__call__
-        ) -> Any:
-            return original(self, a, b, fields, self.denominators(fields))
+        def call(self: Any, *args: Any, original: Any = kind.__call__) -> Any:
+            *inputs, _ = args
+            fields = args[2]
+            return original(self, *inputs, self.denominators(fields))
 
         kind.__call__ = call
 

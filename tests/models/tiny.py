@@ -120,7 +120,8 @@ def hf_log_probs(
     rows = []
     for sequence in sequences:
         tokens = torch.tensor(sequence)
-        logits = model(tokens[None]).logits[0, :-1].float() / temperature
+        logits = model(tokens[None]).logits[0, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         log_softmax = logits.log_softmax(-1)
         log_probs = log_softmax.gather(1, tokens[1:, None])[:, 0]
         entropy = -(log_softmax.exp() * log_softmax).sum(-1)

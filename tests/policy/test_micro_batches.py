@@ -85,6 +85,8 @@ def test_packs_of_all_context_parallel_ranks_hold_every_token_once(lengths, tp, 
         assert torch.equal(micro.tokens[rows], batch.tokens[micro.targets[rows] - 1])
         sequence = torch.bucketize(micro.targets[rows], starts, right=True) - 1
         assert torch.equal(micro.position_ids[rows], micro.targets[rows] - 1 - starts[sequence])
+        assert torch.equal(micro.sequences[rows], sequence)
+        assert len(micro.sequences) == len(micro.tokens)
         assert len(micro.tokens) * cp == micro.cu_seqlens[-1]
         assert len(micro.tokens) % tp == 0
 
@@ -99,6 +101,7 @@ def test_zig_zag_gives_each_rank_an_early_and_a_late_chunk():
     assert first.tokens.tolist() == [200, 201, 0, 0, 100, 101, 106, 107]
     assert second.tokens.tolist() == [202, 203, 204, 205, 102, 103, 104, 105]
     assert first.targets.tolist() == [9, 10, -1, -1, 1, 2, 7, -1]
+    assert first.sequences.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_an_empty_pack_is_padding_without_targets():

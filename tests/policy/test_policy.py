@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from klear_megatron.losses import LossConfig, PolicyObjective, SFTObjective
+from klear_megatron.losses import GPPOConfig, PolicyObjective, SFTObjective
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.weights import load_hf_weights
 from tests.distributed.laboratory import make_learner, train, weights
@@ -87,7 +87,7 @@ def _gppo_loss(log_probs: torch.Tensor, batch: Batch) -> torch.Tensor:
     ("objective", "written_out", "temperature"),
     [
         (SFTObjective(), _sft_loss, 1.0),
-        (PolicyObjective(LossConfig(dual_clip=None)), _gppo_loss, 0.8),
+        (PolicyObjective(GPPOConfig(dual_clip=None)), _gppo_loss, 0.8),
     ],
 )
 def test_gradients_are_those_of_plain_autograd(objective, written_out, temperature, checkpoint):

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from klear_megatron.losses import LossConfig, PolicyObjective
+from klear_megatron.losses import GPPOConfig, PolicyObjective, PPOClipConfig
 from klear_megatron.policy.batch import Batch
 from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
 LENGTH = 24
+LOSSES = {"gppo": GPPOConfig(), "ppo_clip": PPOClipConfig()}
 SEQUENCES = tiny.random_sequences([LENGTH] * 4)
 
 
@@ -35,7 +36,7 @@ def _step(checkpoint: Path, loss: str, log_ratio: float, advantage: float) -> An
     plain = Batch.from_sequences(SEQUENCES)
     before, _ = learner.model.log_probs(plain)
     batch = _stale_batch(before, log_ratio, advantage)
-    metrics = learner.train_step(batch, PolicyObjective(LossConfig(name=loss)))
+    metrics = learner.train_step(batch, PolicyObjective(LOSSES[loss]))
     after, _ = learner.model.log_probs(plain)
     predicted = torch.arange(len(before)) % LENGTH > 0
     return (after - before)[predicted], metrics

@@ -1,0 +1,85 @@
+"""What a policy loss gets and gives, for T tokens of whole or partial sequences."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def _unchanged(sums: Tensor) -> Tensor:
+    return sums
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each of T tokens belongs to, and sums over whole sequences.
+
+    With context parallelism, a rank holds only some tokens of a sequence. Sums and means are over
+    all of them, wherever they are, and are differentiable. They communicate then, so every rank
+    has to ask for the same ones in the same order.
+    """
+
+    ids: Tensor
+    """[T] int64, from 0 to `count` - 1."""
+    count: int
+    """S. The same on all ranks that share the sequences, whichever tokens they hold."""
+    over_ranks: Callable[[Tensor], Tensor] = _unchanged
+    """Sums a tensor, differentiably, over the ranks that share the sequences."""
+
+    @classmethod
+    def whole(cls, lengths: list[int]) -> "Sequences":
+        """All tokens of sequences that stand one after another."""
+        ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        return cls(ids, len(lengths))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sum over each sequence's tokens: [..., T] floating -> [..., S]."""
+        zeros = values.new_zeros(*values.shape[:-1], self.count)
+        return self.over_ranks(zeros.index_add(-1, self.ids, values))
+
+    def means(self, values: Tensor, mask: Tensor) -> Tensor:
+        """The mean over each sequence's tokens where `mask` is 1: [T], [T] -> [S].
+
+        The mean of a sequence without such tokens is 0.
+        """
+        total, number = self.sums(torch.stack([values * mask, mask.to(values.dtype)]))
+        return total / number.clamp(min=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Gives every token the value of its sequence: [S] -> [T]."""
+        return values[self.ids]
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What a policy loss sees of T tokens; all but `sequences` are [T]."""
+
+    log_probs: Tensor
+    """Of the policy that is trained, differentiable. Everything else is constant."""
+    old_log_probs: Tensor
+    """Of the policy before the first update on these responses."""
+    advantages: Tensor
+    mask: Tensor
+    """1 where the token is trained, 0 elsewhere."""
+    sequences: Sequences
+    """A sequence is a prompt and one response to it."""
+    entropy: Tensor
+    """Of the policy that is trained, without gradient."""
+    rollout_log_probs: Tensor | None = None
+    """Of the server that drew the token; finite. This and what follows are None unless the batch
+    has a field of that name."""
+    ref_log_probs: Tensor | None = None
+    """Of a reference policy."""
+    old_entropy: Tensor | None = None
+    """Of the policy before the first update on these responses."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What a policy loss makes of the tokens."""
+
+    values: Tensor
+    """[T] What is averaged over the trained tokens and minimised."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """name -> [T] without gradient, numbers or booleans; reported as means over trained tokens."""
