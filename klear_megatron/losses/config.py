@@ -1,16 +1,33 @@
 """Settings that every policy loss has."""
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from klear_megatron.config import Section
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
 class PolicyLossConfig(Section):
     """What stands beside the loss of a token. Each loss adds its name and options of its own."""
 
+    aggregation: Aggregation = "token_mean"
+    """How the losses of a mini-batch's trained tokens become one number: their mean; the mean over
+    responses of each one's mean, as in GRPO (arXiv 2402.03300); or the mean over responses of each
+    one's sum over `sum_divisor`, as in Dr. GRPO (arXiv 2503.20783). A response without trained
+    tokens counts nowhere."""
+    sum_divisor: float = Field(1.0, gt=0)
+    """For sequence_sum, a constant such as the longest response's length."""
     sft_alpha: float = Field(0.1, ge=0)
     """Weight of the negative log-likelihood of correct responses; 0 turns it off."""
     tis_clip: float | None = Field(None, ge=1)
     """Truncated importance sampling (Yao et al. 2025): each token's policy loss is multiplied by
     the ratio of its probability in the trainer to that in the server that drew it, at most by this;
     2.0 is usual. The two differ in rounding, as with FP8 or bfloat16."""
+
+    @model_validator(mode="after")
+    def _check_divisor(self) -> "PolicyLossConfig":
+        if self.sum_divisor != 1 and self.aggregation != "sequence_sum":
+            raise ValueError("sum_divisor has no effect without aggregation: sequence_sum")
+        return self

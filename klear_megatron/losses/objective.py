@@ -36,8 +36,8 @@ class Result:
 class Objective(Protocol):
     """What `Learner.train_step` minimises."""
 
-    def denominators(self, fields: Fields) -> dict[str, float]:
-        """Counted on the fields of the whole mini-batch."""
+    def denominators(self, fields: Fields, sequences: Sequences) -> dict[str, float]:
+        """Counted on the whole mini-batch."""
 
     def __call__(
         self,
@@ -56,7 +56,7 @@ class Objective(Protocol):
 class SFTObjective:
     """Mean negative log-likelihood of the tokens where `loss_mask` is 1."""
 
-    def denominators(self, fields: Fields) -> dict[str, float]:
+    def denominators(self, fields: Fields, sequences: Sequences) -> dict[str, float]:
         return {"tokens": max(float(fields["loss_mask"].sum()), 1.0)}
 
     def __call__(
@@ -75,8 +75,8 @@ class SFTObjective:
 class PolicyObjective:
     """A policy loss plus alpha times the SFT term on correct responses (Eq. 7, 13-14).
 
-    The policy loss is a mean over the trained tokens, the SFT term over the trained tokens of
-    correct responses.
+    The policy loss is aggregated as the config says. The SFT term is a mean over the trained tokens
+    of correct responses, and metrics are means over all trained tokens.
 
     Fields: `loss_mask` is 1 on the response tokens to train, `correct` is 1 on those of correct
     responses; `advantages` and `old_log_probs` are the loss's; `rollout_log_probs`, the servers'
@@ -88,9 +88,10 @@ class PolicyObjective:
         self._config = config
         self._token_loss = resolve_loss(config)
 
-    def denominators(self, fields: Fields) -> dict[str, float]:
+    def denominators(self, fields: Fields, sequences: Sequences) -> dict[str, float]:
         mask = trained_tokens(fields)
         return {
+            "sequences": max(float((sequences.sums(mask) > 0).sum()), 1.0),
             "tokens": max(float(mask.sum()), 1.0),
             "correct_tokens": max(float((mask * fields["correct"]).sum()), 1.0),
         }
@@ -112,7 +113,7 @@ class PolicyObjective:
             correction, clipped = truncated_importance(inputs, self._config.tis_clip)
             values = values * correction
             metrics |= {"tis_weight": correction, "tis_clipped": clipped}
-        policy_loss = (values * weight).sum()
+        policy_loss = (values * self._aggregation_weight(inputs, denominators)).sum()
         sft_weight = mask * fields["correct"] / denominators["correct_tokens"]
         sft_loss = -(log_probs * sft_weight).sum()
         loss = policy_loss + self._config.sft_alpha * sft_loss
@@ -132,6 +133,18 @@ class PolicyObjective:
             **{name: (values * weight).sum() for name, values in metrics.items()},
         }
         return Result(loss, sums, {"ratio": ratio})
+
+    def _aggregation_weight(self, inputs: LossInputs, denominators: Mapping[str, float]) -> Tensor:
+        """[T] What each token's loss is multiplied by before all are summed."""
+        mask, sequences = inputs.mask, inputs.sequences
+        match self._config.aggregation:
+            case "token_mean":
+                return mask / denominators["tokens"]
+            case "sequence_mean":
+                lengths = sequences.spread(sequences.sums(mask)).clamp(min=1)
+                return mask / (lengths * denominators["sequences"])
+            case "sequence_sum":
+                return mask / (self._config.sum_divisor * denominators["sequences"])
 
 
 def trained_tokens(fields: Fields) -> Tensor:

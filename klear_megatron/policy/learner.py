@@ -93,7 +93,7 @@ class Learner:
 
     def _forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """Adds up gradients; returns the mini-batch's metrics."""
-        denominators = objective.denominators(batch.fields)
+        denominators = objective.denominators(batch.fields, Sequences.whole(batch.lengths))
         fields = {name: values.to(this_device()) for name, values in batch.fields.items()}
         sums: dict[str, Tensor] = {}
         extremes: dict[str, Tensor] = {}

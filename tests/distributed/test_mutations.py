@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 
-from klear_megatron.losses import PolicyObjective, SFTObjective
+from klear_megatron.losses import PolicyObjective, Sequences, SFTObjective
 from klear_megatron.models import attention, language_model, spec
 from klear_megatron.policy import build, learner, micro_batches, model
 from tests.distributed import reference
@@ -30,8 +30,8 @@ def denominator_per_micro_batch() -> None:
 
         def call(self: Any, *args: Any, original: Any = kind.__call__) -> Any:
             *inputs, _ = args
-            fields = args[2]
-            return original(self, *inputs, self.denominators(fields))
+            fields, sequences = args[2:4]
+            return original(self, *inputs, self.denominators(fields, sequences))
 
         kind.__call__ = call
 
@@ -39,7 +39,9 @@ def denominator_per_micro_batch() -> None:
 def denominator_per_rank() -> None:
     for kind in (SFTObjective, PolicyObjective):
 
-        def denominators(self: Any, fields: Any, original: Any = kind.denominators) -> Any:
+        def denominators(
+            self: Any, fields: Any, sequences: Any, original: Any = kind.denominators
+        ) -> Any:
             (lengths,) = {
                 tuple(b.lengths)
                 for b in reference.BATCHES
@@ -51,7 +53,8 @@ def denominator_per_rank() -> None:
             rows = torch.cat(
                 [torch.full((n,), i in mine, dtype=torch.bool) for i, n in enumerate(lengths)]
             )
-            return original(self, {name: values[rows] for name, values in fields.items()})
+            mine_only = {name: values[rows] for name, values in fields.items()}
+            return original(self, mine_only, Sequences(sequences.ids[rows], sequences.count))
 
         kind.denominators = denominators
 
@@ -59,8 +62,8 @@ def denominator_per_rank() -> None:
 def one_denominator_for_both_terms() -> None:
     original = PolicyObjective.denominators
 
-    def denominators(self: Any, fields: Any) -> Mapping[str, float]:
-        both = original(self, fields)
+    def denominators(self: Any, *args: Any) -> Mapping[str, float]:
+        both = original(self, *args)
         return both | {"correct_tokens": both["tokens"]}
 
     PolicyObjective.denominators = denominators

@@ -87,6 +87,7 @@ def test_the_name_decides_which_options_there_are(tmp_path, loss, expected):
         ("{name: cispo, dual_clip: 3}", "loss.dual_clip: unknown key; there are: .*clip_high"),
         ("{name: ppo_clip, clip_low: 1}", "loss.clip_low: .* less than 1; given: 1"),
         ("{name: own_losses:reinforce, sft_alpha: -1}", "loss.sft_alpha: .* greater than"),
+        ("{sum_divisor: 9}", "loss: sum_divisor has no effect without .*sequence_sum"),
         ("gppo", "loss: .* dictionary .*; given: 'gppo'"),
     ],
 )
