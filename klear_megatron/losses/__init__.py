@@ -4,6 +4,7 @@ from klear_megatron.losses.advantages import group_advantages
 from klear_megatron.losses.cispo import CISPOConfig, cispo
 from klear_megatron.losses.config import PolicyLossConfig
 from klear_megatron.losses.gppo import GPPOConfig, gppo
+from klear_megatron.losses.gspo import GSPOConfig
 from klear_megatron.losses.inputs import LossInputs, Sequences, TokenLoss
 from klear_megatron.losses.objective import (
     Objective,
@@ -19,6 +20,7 @@ __all__ = [
     "CISPOConfig",
     "CustomLossConfig",
     "GPPOConfig",
+    "GSPOConfig",
     "LossConfig",
     "LossInputs",
     "Objective",

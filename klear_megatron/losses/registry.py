@@ -13,6 +13,7 @@ from klear_megatron.errors import UserError, nearest
 from klear_megatron.losses.cispo import CISPOConfig, cispo_loss
 from klear_megatron.losses.config import PolicyLossConfig
 from klear_megatron.losses.gppo import GPPOConfig, gppo_loss
+from klear_megatron.losses.gspo import GSPOConfig, gspo_loss
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip_loss
 
@@ -20,6 +21,7 @@ _LOSSES: dict[str, Callable[..., TokenLoss]] = {
     "gppo": gppo_loss,
     "ppo_clip": ppo_clip_loss,
     "cispo": cispo_loss,
+    "gspo": gspo_loss,
 }
 
 
@@ -53,6 +55,7 @@ LossConfig = Annotated[
     Annotated[GPPOConfig, Tag("gppo")]
     | Annotated[PPOClipConfig, Tag("ppo_clip")]
     | Annotated[CISPOConfig, Tag("cispo")]
+    | Annotated[GSPOConfig, Tag("gspo")]
     | Annotated[CustomLossConfig, Tag("custom")],
     Field(discriminator=Discriminator(_tag)),
 ]

@@ -1,9 +1,10 @@
-"""A loss that needs whole sequences is the same in every layout, however their tokens are cut.
+"""Losses that need whole sequences are the same in every layout, however their tokens are cut.
 
-Here the loss of each token is multiplied by a function of its sequence's mean and sum, through
-which gradients flow too. Under context parallelism they flow to tokens on other ranks.
+`coupled` multiplies the loss of each token by a function of its sequence's mean and sum, through
+which gradients flow, too: under context parallelism to tokens on other ranks.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from klear_megatron.losses import CustomLossConfig, LossInputs, PolicyObjective, TokenLoss
+from klear_megatron.losses import (
+    CustomLossConfig,
+    GSPOConfig,
+    LossInputs,
+    PolicyLossConfig,
+    PolicyObjective,
+    TokenLoss,
+)
 from klear_megatron.policy.batch import Batch
 from tests.distributed import laboratory
 from tests.distributed.ranks import run_ranks
@@ -32,22 +40,32 @@ def coupled(inputs: LossInputs) -> TokenLoss:
     return TokenLoss(-factor * inputs.advantages * inputs.log_probs, {"factor": factor.detach()})
 
 
-def expected_loss(log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The same, sequence by sequence; and the mean of the factor."""
-    mask, old, advantages = (
-        batch.fields[name].double() for name in ("loss_mask", "old_log_probs", "advantages")
-    )
-    loss, total_factor = log_probs.new_zeros(()), log_probs.new_zeros(())
-    start = 0
-    for length in batch.lengths:
-        rows = slice(start, start + length)
-        start += length
-        trained, log_prob = mask[rows], log_probs[rows]
-        total = ((log_prob - old[rows]) * trained).sum()
-        factor = (total / trained.sum().clamp(min=1)).exp() * (2 + (total / 20).sin())
-        loss = loss - (factor * advantages[rows] * log_prob * trained).sum()
-        total_factor = total_factor + factor * trained.sum()
-    return loss / mask.sum(), total_factor / mask.sum()
+CLIP = 0.03
+CONFIGS: dict[str, PolicyLossConfig] = {
+    "coupled": CustomLossConfig(name=f"{__name__}:coupled", sft_alpha=0),
+    "gspo": GSPOConfig(clip_low=CLIP, clip_high=CLIP, sft_alpha=0),
+}
+
+
+def expected_loss(log_probs: Tensor, batch: Batch, loss: str) -> Tensor:
+    """The same, sequence by sequence; GSPO as Eq. 5 of arXiv 2507.18071."""
+    columns = [batch.fields[name] for name in ("loss_mask", "old_log_probs", "advantages")]
+    terms, tokens = [], 0
+    for log_prob, mask, old, advantage in zip(
+        *(column.split(batch.lengths) for column in (log_probs, *columns)), strict=True
+    ):
+        trained = mask > 0
+        if not trained.any():
+            continue
+        log_ratio = (log_prob - old)[trained]
+        tokens += len(log_ratio)
+        if loss == "coupled":
+            factor = log_ratio.mean().exp() * (2 + (log_ratio.sum() / 20).sin())
+            terms.append(-(factor * advantage * log_prob)[trained].sum())
+        else:
+            ratio, gain = log_ratio.mean().exp(), advantage[0]
+            terms.append(-torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain))
+    return torch.stack(terms).sum() / (tokens if loss == "coupled" else len(terms))
 
 
 def make_batch() -> Batch:
@@ -59,8 +77,11 @@ def make_batch() -> Batch:
     return Batch.from_sequences(tiny.random_sequences(LENGTHS, seed=3)).with_fields(
         loss_mask=mask,
         correct=torch.zeros(tokens),
-        old_log_probs=-5 + 0.3 * torch.randn(tokens, generator=generator),
-        advantages=torch.randn(tokens, generator=generator),
+        # About what an untrained model gives every token, so some sequences are clipped.
+        old_log_probs=-math.log(tiny.VOCAB) + 0.3 * torch.randn(tokens, generator=generator),
+        advantages=torch.cat(
+            [torch.randn(1, generator=generator).expand(length) for length in LENGTHS]
+        ),
     )
 
 
@@ -70,24 +91,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> tuple[float, float, dict[str, Tensor]]:
-    """In float64, by Hugging Face and autograd."""
+def expected(checkpoint: Path) -> dict[str, tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients in float64, by Hugging Face and autograd."""
     batch, model = make_batch(), tiny.load(checkpoint).double()
-    sequences = tiny.random_sequences(LENGTHS, seed=3)
-    log_probs, _ = tiny.hf_log_probs(model, sequences)
-    loss, factor = expected_loss(log_probs, batch)
-    loss.backward()
-    return (
-        loss.item(),
-        factor.item(),
-        as_in_files({name: p.grad for name, p in model.named_parameters()}),
-    )
+    found = {}
+    for loss in CONFIGS:
+        log_probs, _ = tiny.hf_log_probs(model, tiny.random_sequences(LENGTHS, seed=3))
+        value = expected_loss(log_probs, batch, loss)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(value, parameters)
+        found[loss] = value.item(), as_in_files(dict(zip(names, gradients, strict=True)))
+    return found
 
 
 def _step(path: Path, parallel: dict[str, Any], tokens: int) -> Any:
-    learner = laboratory.make_learner(path, parallel=parallel, tokens_per_micro_batch=tokens)
-    config = CustomLossConfig(name=f"{__name__}:coupled", sft_alpha=0)
-    return laboratory.train(learner, [make_batch()], PolicyObjective(config))[0]
+    return {
+        loss: laboratory.train(
+            laboratory.make_learner(path, parallel=parallel, tokens_per_micro_batch=tokens),
+            [make_batch()],
+            PolicyObjective(config),
+        )[0]
+        for loss, config in CONFIGS.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -108,11 +133,13 @@ def _step(path: Path, parallel: dict[str, Any], tokens: int) -> Any:
 )
 def test_sums_over_sequences_in_every_layout(checkpoint, expected, world_size, parallel, tokens):
     ranks = run_ranks(world_size, _step, checkpoint, parallel, tokens)
-    loss, factor, gradients = expected
-    for metrics, _ in ranks:
-        assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-        assert metrics["factor"] == pytest.approx(factor, rel=1e-5)
-    ours = ranks[0][1]
-    assert ours.keys() == gradients.keys()
-    errors = {name: tiny.relative_error(ours[name], gradients[name]) for name in gradients}
-    assert max(errors.values()) < 1e-5, errors
+    for loss, (value, gradients) in expected.items():
+        for rank in ranks:
+            metrics, _ = rank[loss]
+            assert metrics["loss"] == pytest.approx(value, rel=1e-5)
+        if loss == "gspo":
+            assert 0 < metrics["clipped_low"] + metrics["clipped_high"] < 1
+        _, ours = ranks[0][loss]
+        assert ours.keys() == gradients.keys()
+        errors = {name: tiny.relative_error(ours[name], gradients[name]) for name in gradients}
+        assert max(errors.values()) < 1e-5, errors

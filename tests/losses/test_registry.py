@@ -82,7 +82,7 @@ def test_the_name_decides_which_options_there_are(tmp_path, loss, expected):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("{name: gpo}", "loss.name: there is no loss 'gpo' .*; did you mean gppo?"),
+        ("{name: gppoo}", "loss.name: there is no loss 'gppoo' .*; did you mean gppo?"),
         ("{beta_lo: 3}", "loss.beta_lo: unknown key; did you mean beta_low?"),
         ("{name: cispo, dual_clip: 3}", "loss.dual_clip: unknown key; there are: .*clip_high"),
         ("{name: ppo_clip, clip_low: 1}", "loss.clip_low: .* less than 1; given: 1"),
