@@ -3,7 +3,7 @@
 from klear_megatron.losses.advantages import group_advantages
 from klear_megatron.losses.cispo import CISPOConfig, cispo
 from klear_megatron.losses.config import PolicyLossConfig
-from klear_megatron.losses.gppo import GPPOConfig, gppo
+from klear_megatron.losses.gppo import CEGPPOConfig, GPPOConfig, gppo
 from klear_megatron.losses.gspo import GSPOConfig
 from klear_megatron.losses.inputs import LossInputs, Sequences, TokenLoss
 from klear_megatron.losses.objective import (
@@ -17,6 +17,7 @@ from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip
 from klear_megatron.losses.registry import CustomLossConfig, LossConfig
 
 __all__ = [
+    "CEGPPOConfig",
     "CISPOConfig",
     "CustomLossConfig",
     "GPPOConfig",

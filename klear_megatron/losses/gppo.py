@@ -15,10 +15,9 @@ from klear_megatron.losses.surrogate import (
 )
 
 
-class GPPOConfig(PolicyLossConfig):
-    """Options of `gppo`."""
+class GPPOOptions(PolicyLossConfig):
+    """Options of `gppo`, shared by its named settings."""
 
-    name: Literal["gppo"] = "gppo"
     clip_low: float = Field(0.2, ge=0, lt=1)
     clip_high: float = Field(0.28, ge=0)
     beta_low: float = Field(1.0, ge=0)
@@ -29,6 +28,20 @@ class GPPOConfig(PolicyLossConfig):
     """Bound on the ratio of tokens with a negative advantage."""
     dual_clip_keeps_gradient: bool = True
     """False makes the gradient zero beyond `dual_clip`, as the authors' code does."""
+
+
+class GPPOConfig(GPPOOptions):
+    """GPPO as its paper has it: tokens below and above the clip range count in full."""
+
+    name: Literal["gppo"] = "gppo"
+
+
+class CEGPPOConfig(GPPOOptions):
+    """CE-GPPO (arXiv 2509.20712), with the betas that its authors found best: tokens below the clip
+    range count less, because making unlikely tokens unlikelier lowers the entropy."""
+
+    name: Literal["ce_gppo"] = "ce_gppo"
+    beta_low: float = Field(0.75, ge=0)
 
 
 def gppo(
@@ -76,7 +89,7 @@ def gppo(
     return surrogate(log_probs, factor, advantages, stopped=stopped)
 
 
-def gppo_loss(inputs: LossInputs, config: GPPOConfig) -> TokenLoss:
+def gppo_loss(inputs: LossInputs, config: GPPOOptions) -> TokenLoss:
     """`gppo` with the config's options."""
     values = gppo(
         inputs.log_probs,

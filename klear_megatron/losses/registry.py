@@ -12,13 +12,14 @@ from klear_megatron.config.imports import import_object
 from klear_megatron.errors import UserError, nearest
 from klear_megatron.losses.cispo import CISPOConfig, cispo_loss
 from klear_megatron.losses.config import PolicyLossConfig
-from klear_megatron.losses.gppo import GPPOConfig, gppo_loss
+from klear_megatron.losses.gppo import CEGPPOConfig, GPPOConfig, gppo_loss
 from klear_megatron.losses.gspo import GSPOConfig, gspo_loss
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip_loss
 
 _LOSSES: dict[str, Callable[..., TokenLoss]] = {
     "gppo": gppo_loss,
+    "ce_gppo": gppo_loss,
     "ppo_clip": ppo_clip_loss,
     "cispo": cispo_loss,
     "gspo": gspo_loss,
@@ -53,6 +54,7 @@ def _tag(value: Any) -> str:
 
 LossConfig = Annotated[
     Annotated[GPPOConfig, Tag("gppo")]
+    | Annotated[CEGPPOConfig, Tag("ce_gppo")]
     | Annotated[PPOClipConfig, Tag("ppo_clip")]
     | Annotated[CISPOConfig, Tag("cispo")]
     | Annotated[GSPOConfig, Tag("gspo")]

@@ -9,8 +9,10 @@ import torch
 from klear_megatron.config import Section, load_config, write_config
 from klear_megatron.errors import UserError
 from klear_megatron.losses import (
+    CEGPPOConfig,
     CISPOConfig,
     GPPOConfig,
+    GSPOConfig,
     LossConfig,
     LossInputs,
     PPOClipConfig,
@@ -73,6 +75,8 @@ def inputs(log_probs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor)
         ("{clip_low: 0.1, beta_low: 0.5}", GPPOConfig(clip_low=0.1, beta_low=0.5)),
         ("{name: ppo_clip, dual_clip: null}", PPOClipConfig(dual_clip=None)),
         ("{name: cispo, sft_alpha: 0}", CISPOConfig(sft_alpha=0)),
+        ("{name: gspo, aggregation: token_mean}", GSPOConfig(aggregation="token_mean")),
+        ("{name: ce_gppo, beta_high: 0.5}", CEGPPOConfig(beta_high=0.5)),
     ],
 )
 def test_the_name_decides_which_options_there_are(tmp_path, loss, expected):
@@ -155,3 +159,15 @@ def test_negative_advantages_are_bounded_by_default_and_their_gradient_kept():
         loss = resolve_loss(config)(inputs(log_probs, old, advantages)).values
         assert loss.tolist() == [1.0, 10.0]
         assert torch.autograd.grad(loss.sum(), log_probs)[0].tolist() == expected
+
+
+def test_ce_gppo_scales_tokens_below_the_range_by_three_quarters():
+    log_probs = torch.tensor([-9.0, -1.0, -1.0, -1.0], requires_grad=True)
+    old = torch.tensor([-1.0, -9.0, -1.0, -9.0])
+    advantages = torch.tensor([-1.0, 1.0, -1.0, -1.0])
+    result = resolve_loss(CEGPPOConfig())(inputs(log_probs, old, advantages))
+    expected = torch.tensor([0.75 * 0.8, -1.28, 1.0, 10.0])  # the last one by dual_clip
+    torch.testing.assert_close(result.values, expected)
+    (gradient,) = torch.autograd.grad(result.values.sum(), log_probs)
+    torch.testing.assert_close(gradient, expected)
+    assert result.metrics["clipped_gradient_kept"].tolist() == [True, True, False, False]
