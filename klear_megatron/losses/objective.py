@@ -1,8 +1,8 @@
-"""From per-token losses to what one optimizer step minimises, normalised over the whole mini-batch.
+"""What one optimizer step minimises: per-token losses, normalised over the whole mini-batch.
 
-The denominators are counted once, from the fields of the whole mini-batch, before anything is
-computed. Each micro-batch contributes plain sums over them, so loss, gradients and metrics are the
-same however the mini-batch is cut over ranks and micro-batches.
+Denominators are counted once, on the whole mini-batch, before any forward pass. Each micro-batch
+contributes plain sums divided by them, so loss, gradients and metrics do not depend on how the
+mini-batch is divided among ranks and micro-batches.
 """
 
 from collections.abc import Mapping

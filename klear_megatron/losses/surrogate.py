@@ -1,14 +1,14 @@
-"""What the clipped losses share: a ratio that cannot overflow, and a loss with a given gradient."""
+"""What clipped losses share: a ratio that cannot overflow, and a loss with a given gradient."""
 
 import torch
 from torch import Tensor
 
 _MAX_LOG_RATIO = 60.0
-"""The ratio saturates at e^60 = 1e26: far beyond any use, and finite in float32 times anything."""
+"""The ratio saturates at e^60 = 1e26: far beyond any use, and its products fit into float32."""
 
 
 def ratio_of(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
-    """pi / pi_old per token, without gradient, in float32 or wider."""
+    """The ratio pi / pi_old of each token, without gradient, in float32 or wider."""
     wide = torch.promote_types(
         torch.promote_types(log_probs.dtype, old_log_probs.dtype), torch.float32
     )
@@ -19,17 +19,17 @@ def ratio_of(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 def surrogate(
     log_probs: Tensor, factor: Tensor, advantages: Tensor, *, stopped: Tensor | None = None
 ) -> Tensor:
-    """A loss of value -factor * advantages, and of the same gradient with respect to `log_probs`.
+    """A loss whose value is -factor * advantages and whose gradient by `log_probs` is the same.
 
-    This is Eq. 11's `bound / sg(ratio) * ratio` in log space, where nothing is divided by a ratio
-    that may be zero.
+    This is Eq. 11's `bound / sg(ratio) * ratio` in log space, which divides by no ratio: one that
+    underflows to zero does no harm.
 
     Args:
-        factor: constant, same shape as the others.
-        stopped: where true, the gradient is zero.
+        factor: same shape as the others, without gradient.
+        stopped: same shape, bool; where true, the gradient is zero.
     """
     wide = log_probs.to(factor.dtype)
-    # Zero with gradient one; a number minus itself is exactly zero however large it is.
+    # Zero with a gradient of one: a finite number minus itself is exactly zero.
     differentiable_zero = wide - wide.detach()
     if stopped is not None:
         differentiable_zero = differentiable_zero.masked_fill(stopped, 0)

@@ -1,4 +1,4 @@
-"""Sequences as one flat row of tokens, with the per-token values a loss needs beside them."""
+"""Sequences as one flat row of tokens, and the values that a loss needs for each token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of N tokens in all, one after another, on the CPU. The same on every rank.
+    """B sequences with N tokens in total, one after another, on the CPU. The same on every rank.
 
-    `fields[name][t]` belongs to token t: it is what the loss sees beside the log-probability of
-    token t given those before it in its sequence. The first token of a sequence has none.
+    `fields[name][t]` belongs to token t: the loss sees it together with the log-probability of
+    token t given the tokens before it. The first token of a sequence has no log-probability.
     """
 
     tokens: Tensor
@@ -31,7 +31,7 @@ class Batch:
     def from_sequences(
         cls, tokens: Sequence[Sequence[int]], **fields: Sequence[Sequence[float]]
     ) -> "Batch":
-        """One list per sequence, for the tokens and for each field."""
+        """From one list per sequence for the tokens, and one per sequence for each field."""
 
         def flat(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
             return _concatenate([torch.as_tensor(row, dtype=dtype) for row in rows], dtype)
@@ -44,7 +44,7 @@ class Batch:
 
     @classmethod
     def concatenate(cls, batches: Sequence["Batch"]) -> "Batch":
-        """The sequences of all of them, which have the same fields, one after another."""
+        """All sequences of these batches in order; the batches must have the same fields."""
         return cls(
             torch.cat([batch.tokens for batch in batches]),
             [length for batch in batches for length in batch.lengths],
@@ -55,7 +55,7 @@ class Batch:
         )
 
     def select(self, sequences: Sequence[int]) -> "Batch":
-        """The batch of these sequences, in this order."""
+        """A batch of the given sequences, in the given order."""
         starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
         rows = _concatenate(
             [torch.arange(starts[i], starts[i + 1]) for i in sequences], torch.int64
@@ -67,7 +67,7 @@ class Batch:
         )
 
     def with_fields(self, **fields: Tensor) -> "Batch":
-        """The same sequences with these fields added or replaced."""
+        """The same sequences, with these fields added or replaced."""
         return Batch(self.tokens, self.lengths, {**self.fields, **fields})
 
 

@@ -1,6 +1,6 @@
-"""Which rank works on which sequences, and in which packs. Pure: no communication, no Megatron.
+"""Which rank works on which sequences, in which packs. Pure: no communication, no Megatron.
 
-Every rank has the whole mini-batch and computes the same plan, so no rank has to ask another.
+Every rank has the whole mini-batch and computes the same plan, so ranks need not communicate.
 """
 
 import itertools
@@ -60,7 +60,8 @@ def plan_micro_batches(
 
 
 _TOLERANCE = 0.02
-"""More work than the mean, as a fraction of it, on the heaviest rank is worth another pack."""
+"""Another pack per rank is worth it where the heaviest rank has more work than the mean by more
+than this fraction."""
 _LINEAR = 8192
 """At this length, in tokens, the linear and the quadratic part of the work are equal."""
 _NEVER = np.iinfo(np.int64).max
@@ -195,17 +196,18 @@ class MicroBatch:
     tokens: Tensor
     """[T] int64 input ids."""
     position_ids: Tensor
-    """[T] int64, starting again at 0 with every sequence."""
+    """[T] int64, from 0 in every sequence."""
     labels: Tensor
     """[T] int64, the next token of the same sequence; 0 where there is none."""
     targets: Tensor
-    """[T] int64, where in the batch's flat row the label stands; -1 where there is none."""
+    """[T] int64, the label's index in the batch's flat row; -1 where there is none."""
     sequences: Tensor
     """[T] int64, which of the pack's sequences the token, or padding after it, belongs to."""
     padding: Tensor
-    """[T] bool, true where there is no token of the batch."""
+    """[T] bool, true for padding."""
     cu_seqlens: Tensor
-    """[sequences + 1] int32, over all context-parallel ranks, padding included."""
+    """[sequences + 1] int32, where sequences begin and end on all context-parallel ranks together,
+    padding included."""
     max_seqlen: int
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -222,10 +224,10 @@ def build_micro_batch(
 ) -> MicroBatch:
     """Packs the given sequences, each padded at its end to a multiple of `align`.
 
-    Padding comes after a sequence's tokens, so under causal attention it changes none of them, and
-    no label points into it. An empty list gives a pack of padding alone: work without effect.
-    With context parallelism the rank gets chunks `cp_rank` and `2 * cp_size - 1 - cp_rank` of the
-    `2 * cp_size` chunks of each sequence; `align` must be a multiple of `2 * cp_size`.
+    Padding follows a sequence's tokens, so under causal attention it affects none of them, and no
+    label points into it. An empty list gives a pack of padding only, which contributes nothing.
+    With context parallelism, each sequence is cut into `2 * cp_size` chunks, and the rank gets
+    chunks `cp_rank` and `2 * cp_size - 1 - cp_rank`; `align` must be a multiple of `2 * cp_size`.
     """
     starts = torch.tensor([0, *batch.lengths]).cumsum(0).tolist()
     sources, targets, positions, padded = [], [], [], []
