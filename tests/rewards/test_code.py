@@ -371,6 +371,88 @@ def test_programs_run_as_scripts_do(program):
     assert reward.correct, reward
 
 
+LIVECODEBENCH_MODULES = [
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random"),
+    *("statistics", "itertools", "functools", "operator", "io", "sys", "json"),
+]
+
+
+def livecodebench_names():
+    """What each name means there, as "module.name" or "module"."""
+    meaning = {}
+    for module in [*LIVECODEBENCH_MODULES, "builtins", "typing"]:
+        scope = {}
+        exec(f"from {module} import *", scope)
+        meaning |= {name: f"{module}.{name}" for name in scope if name != "__builtins__"}
+    return meaning | {module: module for module in LIVECODEBENCH_MODULES}
+
+
+def test_every_name_that_livecodebench_imports_is_there_and_is_the_same_thing():
+    meaning = livecodebench_names()
+    assert len(meaning) > 450
+    lines = ["import importlib", "def check(name, value, path):"]
+    lines += ["    module, _, attribute = path.rpartition('.')"]
+    lines += ["    expected = importlib.import_module(module or attribute)"]
+    lines += ["    if value is not (getattr(expected, attribute) if module else expected):"]
+    lines += ["        print(name)"]
+    # The sandbox replaces two; the module `site`, which it does without, makes the others.
+    special = {"exit", "quit", "copyright", "credits", "license", "help"}
+    for name, path in meaning.items():
+        if name not in special:
+            lines += ["try:", f"    check({name!r}, {name}, {path!r})"]
+            lines += ["except NameError:", f"    print({name!r})"]
+    tests = json.dumps({"inputs": [""], "outputs": [""]})
+    assert code_reward(respond("\n".join(lines)), tests).correct
+
+
+@pytest.mark.parametrize(
+    ("program", "printed"),
+    [
+        ("re = [2]\ndef split(x): return x\nprint(split(re), 'a b'.split())", "[2] ['a', 'b']"),
+        ("def f(Fraction): return Fraction\nprint(f(3), Decimal(2) + 1)", "3 3"),
+        ("class A:\n    x: List[int] = [inf]\nprint(A.x)", "[inf]"),
+        ("print([count for count in range(3)], [*islice(count(5), 2)])", "[0, 1, 2] [5, 6]"),
+        ("print(datetime.date(2020, 1, 1), copy.copy([1]))", "2020-01-01 [1]"),
+    ],
+)
+def test_names_are_provided_only_where_the_program_does_not_define_them(program, printed):
+    tests = json.dumps({"inputs": [""], "outputs": [printed]})
+    assert code_reward(respond(program), tests).correct
+
+
+INT_METHOD = """
+class A:
+    def __init__(self, n): self.n = n
+    def __int__(self): return self.n and 1 + int(A(self.n - 1))
+def f(n): return int(A(n))
+"""
+RECURSIVE = {
+    "function": ("def f(n): return n and 1 + f(n - 1)", 45_000),
+    # Python counts a call that goes through C twice, and it takes more of the stack.
+    "cached function": ("@cache\ndef f(n): return n and 1 + f(n - 1)", 24_000),
+    "method called from C": (INT_METHOD, 24_000),
+}
+
+
+@pytest.mark.parametrize(("program", "depth"), RECURSIVE.values(), ids=RECURSIVE)
+def test_recursion_goes_as_deep_as_in_livecodebench(program, depth):
+    script = json.dumps({"inputs": [str(depth)], "outputs": [str(depth)]})
+    call = json.dumps({"inputs": [[depth]], "outputs": [depth], "fn_name": "f"})
+    assert code_reward(respond(program + "\nprint(f(int(input())))"), script).correct
+    assert code_reward(respond(program), call).correct
+    assert code_reward(respond(program), [f"assert f({depth}) == {depth}"]).correct
+
+
+def test_threads_fit_into_the_memory():
+    program = (
+        "import threading\nbarrier = threading.Barrier(9)\n"
+        "for _ in range(8): threading.Thread(target=barrier.wait).start()\n"
+        "barrier.wait()\nprint('all')"
+    )
+    tests = json.dumps({"inputs": [""], "outputs": ["all"]})
+    assert code_reward(respond(program), tests).correct
+
+
 def test_large_inputs_and_outputs_arrive():
     numbers = [str(i) for i in range(300_000)]
     tests = json.dumps({"inputs": ["\n".join(numbers)], "outputs": ["\n".join(numbers)]})

@@ -6,22 +6,28 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from klear_megatron.errors import UserError
 
 INSIDE = Path(__file__).parent / "inside"
+_PROBE = Path(__file__).parent / "probe.py"
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """What a Python needs to see: its executable, its folders, and where it looks for modules."""
+    """What a Python needs to see: its executable, its folders, and where it looks for modules.
+
+    `names` has the origin of each name that programs may use without importing it.
+    """
 
     executable: str
     folders: tuple[str, ...]
     search_path: tuple[str, ...]
+    names: Mapping[str, str]
 
 
 @functools.cache
@@ -32,19 +38,15 @@ def find_interpreter(python: Path | None) -> Interpreter:
         UserError: it does not run.
     """
     executable = str(python or sys._base_executable)  # type: ignore[attr-defined]
-    script = (
-        "import json, os, sys;"
-        "print(json.dumps([os.path.realpath(sys.executable), sys.base_prefix, sys.path]))"
-    )
     try:
-        output = subprocess.check_output([executable, "-I", "-c", script], text=True)
+        output = subprocess.check_output([executable, "-I", str(_PROBE)], text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"rewards.code.python: {executable} does not run: {error}") from error
-    real, prefix, search_path = json.loads(output)
-    search_path = tuple(path for path in search_path if os.path.isdir(path))
+    known = json.loads(output)
     # A system's interpreter lives in /usr, beside everything else.
-    home = real if prefix == "/usr" else prefix
-    return Interpreter(real, (home, *search_path), search_path)
+    home = known["executable"] if known["prefix"] == "/usr" else known["prefix"]
+    search_path = tuple(known["search_path"])
+    return Interpreter(known["executable"], (home, *search_path), search_path, known["names"])
 
 
 def bubblewrap_command(interpreter: Interpreter, seccomp_fd: int) -> list[str]:

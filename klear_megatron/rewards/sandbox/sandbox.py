@@ -19,6 +19,9 @@ from klear_megatron.rewards.sandbox.bubblewrap import (
 )
 from klear_megatron.rewards.sandbox.seccomp import seccomp_filter
 
+_STACK_KB = 256 << 10
+"""Room in the main thread for the 50,000 calls that the recursion limit allows."""
+
 Kind = Literal["script", "module", "check"]
 
 
@@ -110,8 +113,11 @@ class Sandbox:
             # No environment, no site-packages by themselves, no compiled files written.
             command += [interpreter.executable, "-I", "-S", "-B", "-X", "utf8"]
             command += [f"{folder}/main.py", str(control), *map(str, limits)]
+            names = " ".join(f"{name}={path}" for name, path in interpreter.names.items())
+            # A process's memory is laid out, as it starts, for the stack that it may have then.
+            shell = ["/bin/sh", "-c", f'ulimit -S -s {_STACK_KB}; exec "$@"', "sh"]
             return subprocess.Popen(
-                [*command, ":".join(interpreter.search_path)],
+                [*shell, *command, ":".join(interpreter.search_path), names],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=messages,

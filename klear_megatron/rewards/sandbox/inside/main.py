@@ -1,7 +1,8 @@
 """The first process of a sandbox: runs each test of a program in a process of its own.
 
-`main.py CONTROL_FD LIMITS SEARCH_PATH`, with the fields of `Limits` in their order, is told what to
-do over the SOCK_SEQPACKET socket CONTROL_FD, one packet and its file descriptors at a time:
+`main.py CONTROL_FD LIMITS SEARCH_PATH NAMES` takes orders over the SOCK_SEQPACKET socket
+CONTROL_FD, one packet and its file descriptors at a time. LIMITS are the fields of `Limits`, in
+order; NAMES, such as "deque=collections.deque re=re", may be used without importing them.
 
     load KIND   [source]          compile a Python text, for the tests that follow
     test        [stdin, stdout]   run a "script"
@@ -15,6 +16,7 @@ process gains nothing by it.
 # The bare C modules: `socket` and `signal` would take longer to import than the rest to run.
 import _signal
 import _socket
+import _thread
 import gc
 import os
 import resource
@@ -25,6 +27,8 @@ TYPE_CHECKING = False  # importing `typing` would take longer than a test
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+RECURSION_LIMIT = 50_000  # LiveCodeBench's; the stack to match is set before this process starts
+THREAD_STACK_BYTES = 8 << 20
 MEMORY_EXHAUSTED = 113  # the exit status of a test that ended in a MemoryError
 WATCH_INTERVAL_S = 0.05
 FIRST_PROCESS = os.getpid() == 1
@@ -60,6 +64,9 @@ class Limits:
             os.setgroups([])
             os.setresgid(self.user, self.user, self.user)
             os.setresuid(self.user, self.user, self.user)
+        sys.setrecursionlimit(RECURSION_LIMIT)
+        # Threads would get a stack as large as the main thread's, which counts as memory.
+        _thread.stack_size(THREAD_STACK_BYTES)
         limits = {
             resource.RLIMIT_AS: self.memory,
             resource.RLIMIT_CPU: int(cpu_s) + 1,  # `wait` is first, unless it does not get to run
@@ -74,7 +81,8 @@ class Limits:
 
 
 def main(control_fd: str, *arguments: str) -> None:
-    *limit_arguments, search_path = arguments
+    *limit_arguments, search_path, pairs = arguments
+    names = dict(pair.split("=") for pair in pairs.split())
     limits = Limits(*limit_arguments)
     sys.path[:] = [os.path.dirname(__file__), *search_path.split(":")]
     control = _socket.socket(fileno=int(control_fd))
@@ -86,7 +94,7 @@ def main(control_fd: str, *arguments: str) -> None:
     while True:
         command, fds = receive(control)
         if command[0] == "load":
-            runner = load(command[1], read_file(fds[0]))
+            runner = load(command[1], read_file(fds[0]), names)
             gc.freeze()
         elif runner is None:
             control.send(b"exit 1")
@@ -122,7 +130,7 @@ def read_file(fd: int) -> str:
     return os.pread(fd, os.fstat(fd).st_size, 0).decode()
 
 
-def load(kind: str, source: str) -> "Callable[[list[int]], None] | None":
+def load(kind: str, source: str, paths: "dict[str, str]") -> "Callable[[list[int]], None] | None":
     """How to run a test of this text, given its file descriptors; None where it is no program."""
     try:
         code = compile(source, "program.py", "exec")
@@ -135,7 +143,7 @@ def load(kind: str, source: str) -> "Callable[[list[int]], None] | None":
         return lambda fds: check(code, _socket.socket(fileno=fds[0]))
     from scripts import import_names, run
 
-    names = import_names(code)
+    names = import_names(source, paths)
     if kind == "script":
         return lambda fds: run(code, names, *fds)
     from serving import serve

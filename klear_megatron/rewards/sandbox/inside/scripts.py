@@ -1,62 +1,55 @@
 """Running a program as a script, with the names that competition sites import for it."""
 
+import _symtable  # type: ignore[import-not-found]  # `symtable` takes longer to import
 import atexit
 import builtins
 import os
 import sys
 from types import CodeType, ModuleType
 
-# Solutions are often written for sites that import these first, as LiveCodeBench's grader does.
-# A module's own name means the module.
-NAMES = {
-    "typing": "Any Callable DefaultDict Deque Dict FrozenSet Generator Iterable Iterator List "
-    "NamedTuple Optional Sequence Set Tuple TypeVar Union",
-    "collections": "ChainMap Counter OrderedDict defaultdict deque namedtuple",
-    "heapq": "heapify heappop heappush heappushpop heapreplace merge nlargest nsmallest",
-    "bisect": "bisect_left bisect_right insort insort_left insort_right",
-    "itertools": "accumulate chain combinations combinations_with_replacement count cycle "
-    "groupby islice pairwise permutations product repeat starmap takewhile zip_longest",
-    "functools": "cache cmp_to_key lru_cache partial reduce",
-    "math": "ceil comb cos exp factorial floor gcd hypot inf isqrt lcm log log10 log2 perm pi "
-    "prod sin sqrt tan",
-    "operator": "add itemgetter mul xor",
-    "string": "ascii_lowercase ascii_uppercase digits",
-    "random": "randint shuffle",
-    "copy": "deepcopy",
-    "datetime": "date timedelta",
-    "fractions": "Fraction",
-    "decimal": "Decimal",
-    "dataclasses": "dataclass field",
-    "os": "",
-    "sys": "",
-    "re": "",
-    "json": "",
-    "time": "",
-    "statistics": "",
-}
-_MODULE_OF = {name: module for module, names in NAMES.items() for name in names.split()}
+TYPE_CHECKING = False  # importing `typing` would take longer than a test
+if TYPE_CHECKING:
+    from typing import Any
 
 
-def import_names(code: CodeType) -> dict[str, object]:
-    """The names of NAMES that the program mentions.
+def import_names(source: str, paths: dict[str, str]) -> dict[str, object]:
+    """The names of `paths` that the program uses without defining them.
 
-    They are imported before the tests start, so each module is imported once for all of them.
+    They are imported before the tests start, so each module is imported once for all of them, and
+    modules that are not used, not at all.
+
+    Args:
+        paths: where each name is from, as "module.name", or "module" for a module itself.
     """
     names: dict[str, object] = {}
-    for name in _mentioned(code):
-        if name in NAMES:
-            names[name] = __import__(name)
-        elif name in _MODULE_OF:
-            names[name] = getattr(__import__(_MODULE_OF[name]), name)
+    for name in sorted(_undefined(_symtable.symtable(source, "program.py", "exec"))):
+        if name in paths:
+            module, _, attribute = paths[name].rpartition(".")
+            imported = __import__(module or attribute)
+            names[name] = getattr(imported, attribute) if module else imported
     return names
 
 
-def _mentioned(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _mentioned(constant)
-    return names
+def _undefined(module: "Any") -> set[str]:
+    """The names that the program uses, or imports itself, but does not otherwise define.
+
+    The bare symbol table keeps `split` as a name apart from `.split`, an attribute.
+    """
+    defined = {
+        name
+        for name, flags in module.symbols.items()
+        if flags & _symtable.DEF_LOCAL and not flags & _symtable.DEF_IMPORT
+    }
+    used: set[str] = set()
+    tables = [module]
+    while tables:
+        table = tables.pop()
+        tables += table.children
+        for name, flags in table.symbols.items():
+            scope = flags >> _symtable.SCOPE_OFF & _symtable.SCOPE_MASK
+            if scope == _symtable.GLOBAL_IMPLICIT or flags & _symtable.DEF_IMPORT:
+                used.add(name)
+    return used - defined
 
 
 def execute(code: CodeType, module_name: str, names: dict[str, object]) -> dict[str, object]:
