@@ -30,7 +30,7 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error}; save it in that encoding") from error
-    if values is None:  # an empty file, or one of comments
+    if values is None:  # an empty file, or only comments
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level must be a mapping of keys to values")
@@ -127,7 +127,7 @@ def _tagged(union: Any, tag: Any) -> type[BaseModel] | None:
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field is, may be, or holds several of; None if it is a plain value."""
+    """The section class that a field holds: one, an optional one, or several. None for a value."""
     candidates = [annotation, *get_args(annotation)]
     sections = (c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel))
     return next(sections, None)

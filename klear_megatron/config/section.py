@@ -1,4 +1,4 @@
-"""The base of every configuration model; each stands beside what it configures."""
+"""The base of every configuration model. Each model stands beside the code it configures."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -1,4 +1,4 @@
-"""What the package has to know about a model architecture, and the registry of those it knows."""
+"""What the package needs to know about a model architecture, and the registry of architectures."""
 
 import math
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ class Weight:
     """One row of an architecture's table: Megatron name <-> Hugging Face tensors <-> mapping."""
 
     name: str
-    """Name in Megatron's distributed checkpoints (Transformer Engine's spelling), except that
-    layers and experts, which are stacked there, have their numbers in it."""
+    """Name in Megatron's distributed checkpoints (Transformer Engine's spelling), plus the numbers
+    of layer and expert, which checkpoints stack into one tensor."""
     sources: dict[str, tuple[int, ...]]
-    """Hugging Face name -> shape, in the order in which `mapping.merge` takes them."""
+    """Hugging Face name -> shape, in the order that `mapping.merge` expects."""
     mapping: ParamMapping
     expert: bool = False
-    """An expert's: on one expert-parallel rank only, and cut over expert-tensor-parallel ranks."""
+    """Whether it is an expert's: held by one expert-parallel rank, cut over expert-tensor ranks."""
 
 
 class Architecture(Protocol):
@@ -63,7 +63,7 @@ def get_architecture(hf: PretrainedConfig) -> Architecture:
             "klear_megatron.models.register_architecture, in a module that policy.imports names."
         )
     by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf.model_type)
-    # One of the user's own may be of a type that transformers knows.
+    # A user's own architecture may have a model_type that transformers knows.
     if by_type != name and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise UserError(
             f"{hf.name_or_path or 'config.json'}: architectures says {name}, but model_type "

@@ -1,7 +1,7 @@
 """Core attention over packed sequences in plain torch, with zig-zag context parallelism.
 
-The counterpart of Transformer Engine's `TEDotProductAttention` for `qkv_format="thd"`, where there
-is no GPU. Sequences of one pack never attend to each other.
+Without a GPU it stands in for Transformer Engine's `TEDotProductAttention` with
+`qkv_format="thd"`. Sequences of one pack never attend to each other.
 """
 
 import math

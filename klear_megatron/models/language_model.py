@@ -78,13 +78,13 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         self.rotary_pos_emb.inv_freq = inv_freq.to(this_device())
 
         if self.post_process:
-            # Megatron-Core has made the layer already; ours has another forward and nothing else.
+            # Megatron-Core has already built the layer; ours only has another forward.
             self.output_layer.__class__ = LogProbLayer
 
     def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As GPTModel's; `padding_mask` [1, tokens] is true where there is no token."""
+        """GPTModel's forward; `padding_mask` [1, tokens] is true where there is no token."""
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
-            # Megatron-Core cuts it on the first pipeline stage only.
+            # Megatron-Core scatters it on the first pipeline stage only.
             padding_mask = scatter_to_sequence_parallel_region(padding_mask.T.contiguous()).T
         output: Tensor = super().forward(*args, padding_mask=padding_mask, **kwargs)
         return output
@@ -105,15 +105,15 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
 
 class LogProbLayer(ColumnParallelLinear):  # type: ignore[misc]
-    """Megatron's output layer, which given labels never makes the logits of all tokens.
+    """Megatron's output layer; given labels, it never holds the logits of all tokens at once.
 
-    A module of its own because Megatron gathers a module's weights when that module is called.
+    It is a separate module because Megatron gathers a module's weights when that module is called.
     """
 
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, *args: Any, **log_prob_options: Any
     ) -> Any:
-        """With `labels` [tokens]: hidden [tokens, 1, H] -> [2, tokens]; else as Megatron's."""
+        """With `labels` [tokens]: hidden [tokens, 1, H] -> [2, tokens]; without, Megatron's."""
         if "labels" not in log_prob_options:
             return super().forward(hidden, weight, *args, **log_prob_options)
         if self.config.sequence_parallel:

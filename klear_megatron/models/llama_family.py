@@ -1,6 +1,6 @@
-"""What the decoders of Llama's lineage have in common: settings, positions, and rows of weights.
+"""What the decoders of Llama's family share: settings, rotary positions, and rows of weights.
 
-An architecture's file puts these together and says what is its own.
+Each architecture's file combines these and adds what is its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,17 +16,17 @@ from klear_megatron.models.architecture import Weight
 from klear_megatron.models.mapping import QKV, GatedMLP, Replicated, Row, Vocabulary
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those whose frequencies do not depend on how long the sequence at hand is."""
+"""RoPE types whose frequencies do not depend on the length of the current sequence."""
 
 FeedForward = Callable[[PretrainedConfig, str, str], Iterator[Weight]]
 """(config, Megatron's prefix, Hugging Face's prefix) -> rows of one layer's feed-forward part."""
 
 
 def transformer_config(hf: PretrainedConfig, *, refuse: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig that all of them take from the same fields.
+    """Fields of Megatron's TransformerConfig that the family derives from the same config fields.
 
     Args:
-        refuse: fields of `hf` that change the model in ways that are not built here.
+        refuse: fields of `hf` that change the model in ways this package does not implement.
 
     Raises:
         UserError: one of those is set, or the activation is not SiLU.
@@ -86,7 +86,11 @@ def gated_mlp(hf: PretrainedConfig, megatron: str, source: str) -> Iterator[Weig
 def gated_mlp_rows(
     hidden: int, ffn: int, megatron: str, source: str, **options: Any
 ) -> Iterator[Weight]:
-    """The same of any width, for a dense layer or an expert; `options` are `Weight`'s."""
+    """gate, up and down projections of width `ffn`, of a layer or an expert.
+
+    Args:
+        options: further fields of `Weight`.
+    """
     yield Weight(
         megatron + "linear_fc1.weight",
         {source + "gate_proj.weight": (ffn, hidden), source + "up_proj.weight": (ffn, hidden)},

@@ -1,9 +1,9 @@
 """Log-probabilities and entropy from hidden states, vocabulary-parallel and chunked over tokens.
 
-No [tokens x vocabulary] tensor is ever alive, neither forward nor backward: logits exist for one
-chunk of tokens at a time. What backward needs of them, the probabilities, is kept of the first
-tokens, as many as have a fixed number of them, and computed again of the others. Shape suffixes:
-T tokens, H hidden, V this rank's share of the vocabulary, C the tokens of one chunk.
+No [tokens x vocabulary] tensor is ever alive, forward or backward: logits exist for one chunk of
+tokens at a time. Backward needs the probabilities. A fixed amount of memory keeps those of the
+first tokens; the rest are computed again. Shape suffixes: T tokens, H hidden, V this rank's share
+of the vocabulary, C the tokens of one chunk.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 _CHUNK_LOGITS = 2**26
 """Logits alive at a time: 256 MiB in float32."""
 _KEPT_PROBABILITIES = 2**27
-"""Kept from forward to backward at most: 512 MiB in float32."""
+"""Most probabilities kept from forward to backward: 512 MiB in float32."""
 
 
 def vocab_parallel_log_probs(
@@ -33,7 +33,7 @@ def vocab_parallel_log_probs(
         hidden_TH: the same on every rank of `group`; the caller reduces its gradient over `group`.
         weight_VH: this rank's rows of the padded output weight. Padding rows take no part.
         labels: [T] int64 token ids.
-        vocab_size: of the whole, unpadded vocabulary.
+        vocab_size: size of the whole vocabulary, without padding.
 
     Returns:
         log-probabilities [T] float32, differentiable, and entropies [T] float32, without gradient.
@@ -47,7 +47,7 @@ def vocab_parallel_log_probs(
         rows,
         temperature,
         group,
-        # Within the function itself gradients are always off.
+        # Inside the autograd function, gradients are always off.
         _KEPT_PROBABILITIES if torch.is_grad_enabled() else 0,
     )
     return result
@@ -89,7 +89,7 @@ class _LogProbs(torch.autograd.Function):
             normalizers.append(maximum_C + total_C.log())
             if len(kept) < keep:
                 kept.append(exp_CV.div_(total_C[:, None]))
-            del exp_CV  # or it would be alive together with the next one
+            del exp_CV  # so that it is not alive together with the next one
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, torch.cat(normalizers), *kept)
         ctx.chunk, ctx.rows, ctx.temperature = chunk, rows, temperature
         entropy = torch.cat(entropies)
@@ -118,7 +118,7 @@ class _LogProbs(torch.autograd.Function):
                 grad_CV.scatter_add_(1, index_C[:, None], (grad_C * mine_C)[:, None])
             grad_logits_CV = grad_CV.to(weight_VH.dtype)
             grad_hidden_TH[here] = grad_logits_CV @ weight_VH[:rows]
-            if weight_VH.dtype == torch.float32:  # added up where it lies
+            if weight_VH.dtype == torch.float32:  # accumulated in place
                 grad_weight_VH[:rows].addmm_(grad_logits_CV.T, hidden_TH[here])
             else:
                 grad_weight_VH[:rows] += grad_logits_CV.T @ hidden_TH[here]
@@ -126,12 +126,12 @@ class _LogProbs(torch.autograd.Function):
 
 
 def _buffer(weight_VH: Tensor, chunk: int, rows: int) -> Tensor:
-    """Room for a chunk's logits: on a CPU, new memory takes longer to get than to compute with."""
+    """Memory for a chunk's logits, reused: on a CPU, allocating it takes longer than computing."""
     return weight_VH.new_empty(chunk, rows)
 
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, buffer_CV: Tensor) -> Tensor:
-    """[C, rows] float32, to be changed in place; the next chunk's may lie in the same memory."""
+    """[C, rows] float32; the caller may change it, and the next chunk may reuse its memory."""
     rows = buffer_CV.shape[1]
     logits_CV = torch.mm(hidden_CH, weight_VH[:rows].T, out=buffer_CV[: len(hidden_CH)]).float()
     return logits_CV if temperature == 1 else logits_CV.div_(temperature)

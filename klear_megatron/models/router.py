@@ -1,4 +1,4 @@
-"""Megatron's router of a mixture of experts, with a load-balancing loss that no layout changes."""
+"""Megatron's mixture-of-experts router, with a load-balancing loss that no layout changes."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Router(TopKRouter):  # type: ignore[misc]
-    """Adds `moe_aux_loss_coeff` x tokens x load-balancing loss of each micro-batch to what is
-    minimised; `tokens` are the micro-batch's over all ranks, without padding.
+    """Adds `moe_aux_loss_coeff` x tokens x load-balancing loss of each micro-batch to the loss.
 
-    With the coefficient divided by the tokens of the whole mini-batch, that is a mean over its
-    micro-batches by their tokens. Megatron-Core multiplies by the tokens of one rank instead, which
-    makes the loss weaker with every tensor- or context-parallel rank.
+    `tokens` counts the micro-batch's tokens over all ranks, without padding. The caller divides the
+    coefficient by the tokens of the mini-batch, which makes the sum a token-weighted mean over
+    micro-batches. Megatron-Core multiplies by the tokens of one rank instead, which weakens the
+    loss with every tensor- or context-parallel rank.
     """
 
     def _apply_aux_loss(
@@ -33,7 +33,7 @@ class Router(TopKRouter):  # type: ignore[misc]
             return probs
         chosen = reduce_from_tensor_model_parallel_region(routing_map.sum(0), self.tp_cp_group)
         tokens = (chosen.sum() / self.topk).clamp(min=1)  # none in a pack of padding alone
-        # This rank's share: those of all ranks add up, and so do their gradients.
+        # This rank's share; the shares of all ranks add up, and so do their gradients.
         loss = tokens * switch_load_balancing_loss_func(
             probs=scores_for_aux_loss,
             tokens_per_expert=chosen,

@@ -1,8 +1,8 @@
 """Layer specs: which module computes what, in Transformer Engine or in plain torch.
 
 The torch spec takes Megatron-Core's local spec and supplies the two modules it lacks:
-an RMSNorm that knows sequence parallelism, and attention over packed sequences. Both have our
-router.
+an RMSNorm that supports sequence parallelism, and attention over packed sequences. Both specs use
+our router.
 """
 
 import torch
@@ -31,7 +31,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron sums gradients over tensor-parallel ranks for weights that carry this mark.
+        # Megatron sums the gradients of marked weights over tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def layer_spec(
     )
     if config.num_moe_experts:
         spec.submodules.mlp.submodules.router = Router
-        # Transformer Engine cannot fuse the norm with a router: no name of its own for it there.
+        # Transformer Engine does not fuse this norm with the router, so it keeps its plain name.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm

@@ -11,8 +11,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Raises UserError where the folder has no tokenizer that can be read."""
-    # Transformers makes an empty one up from the model's type alone.
+    """The tokenizer in the folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    # Without these files, transformers makes up an empty tokenizer from the model's type.
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"{path}: no tokenizer there: none of {', '.join(_TOKENIZER_FILES)}; copy the base "
@@ -25,7 +29,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def read_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a response: generation_config.json's, or else the tokenizer's.
+    """Token ids that end a response: from generation_config.json if given there, or the tokenizer.
 
     Raises:
         UserError: neither names one, so no response would ever end.
@@ -43,7 +47,7 @@ def read_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of a response as rewards read it: without control tokens such as the end of turn."""
+    """The text that rewards read: the response without control tokens such as the end of turn."""
     text = tokenizer.decode(list(token_ids), skip_special_tokens=True)
     assert isinstance(text, str), "a list of ids is one text"
     return text

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics, progress, and how long its phases take."""
+"""What a run reports about itself: metrics, progress, and how long its phases take."""
 
 from klear_megatron.observability.phases import Phases
 from klear_megatron.observability.progress import Progress, say

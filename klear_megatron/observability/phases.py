@@ -22,7 +22,7 @@ class Phases:
             self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
 
     def take(self) -> dict[str, float]:
-        """`seconds/PHASE` and `seconds/total` since the last call, and starts again at 0."""
+        """`seconds/PHASE` and `seconds/total` since the last call; starts again at 0."""
         now = time.perf_counter()
         metrics = {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/total"] = now - self._start

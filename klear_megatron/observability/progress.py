@@ -9,18 +9,17 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(message: str) -> None:
-    """One line for the user, without disturbing a bar."""
+    """Prints one line for the user without disturbing a progress bar."""
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
 
 class Progress:
-    """Counts up to `total`, where it is known; a context manager.
+    """A context manager that counts up to `total`, if that is known.
 
-    Without a terminal it prints a line every ten seconds and one at the end. With a `unit`, as "B"
-    for bytes, counts are in thousands, millions or more of it, and the speed is told.
-    `enabled=False` prints nothing, for all ranks but one; `keep=False` leaves nothing behind at the
-    end.
+    Without a terminal it prints a line every ten seconds and one at the end. With a `unit`, such as
+    "B" for bytes, it scales counts (kB, MB, ...) and shows the speed. `enabled=False` prints
+    nothing, for all ranks but one. `keep=False` leaves nothing on the terminal at the end.
     """
 
     def __init__(

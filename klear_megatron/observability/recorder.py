@@ -1,4 +1,4 @@
-"""Metrics of a run: TensorBoard scalars, and the same in metrics.jsonl."""
+"""A run's metrics, as TensorBoard scalars and in metrics.jsonl."""
 
 import json
 import math
@@ -12,7 +12,7 @@ class Recorder:
     """Writes metrics under a run directory; a context manager, for one rank only.
 
     Args:
-        next_step: steps from here on, of an earlier run that is now resumed, are forgotten.
+        next_step: first step to be written; rows of a resumed run from there on are dropped.
     """
 
     def __init__(self, run_dir: Path, *, next_step: int = 1) -> None:
@@ -23,7 +23,7 @@ class Recorder:
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=next_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row of metrics, flushed at once. A number that is not finite becomes null."""
+        """Writes one row of metrics and flushes it. A number that is not finite becomes null."""
         row = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()

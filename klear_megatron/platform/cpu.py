@@ -1,9 +1,9 @@
 """Lets unmodified Megatron-Core run where there is no GPU.
 
 Megatron-Core asks for CUDA by name (`device="cuda"`, `.cuda()`, `torch.cuda.current_device()`) but
-computes nothing that a CPU could not. So: a `TorchFunctionMode`, PyTorch's own extension point,
-turns every such request into one for the CPU; `torch.cuda`'s bookkeeping functions get answers
-that are right for a CPU; and the random-state tracker works on the CPU generator.
+computes nothing that a CPU cannot. A `TorchFunctionMode`, PyTorch's own extension point, turns
+every such request into one for the CPU; `torch.cuda`'s bookkeeping functions get answers that are
+right for a CPU; and the random-state tracker works on the CPU generator.
 """
 
 import contextlib
@@ -41,13 +41,13 @@ class _CudaMeansCpu(TorchFunctionMode):
                 kwargs["device"] = _on_cpu(kwargs["device"])
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.type and isinstance(result, str):
-            # The optimizers tell a parameter's dtype by the name "torch.cuda.FloatTensor".
+            # The optimizers recognise a parameter's dtype by the name "torch.cuda.FloatTensor".
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
 
 class _Stream:
-    """A CUDA stream or event where everything happens in order anyway."""
+    """A CUDA stream or event; on a CPU everything happens in order anyway."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -67,7 +67,7 @@ class _Stream:
 
 @functools.cache
 def install() -> None:
-    """Puts the stand-ins in place for the rest of the process, for this thread; once."""
+    """Puts the stand-ins in place, once, for this thread and the rest of the process."""
     answers: dict[str, Any] = {
         "current_device": lambda: _CPU,
         "set_device": lambda device: None,
@@ -143,8 +143,10 @@ def _reduce_scatter(
 
 
 def _dispatch_experts_on_cpu() -> None:
-    """Mixture of experts: what Megatron-Core does only for tensors that are on a GPU, and
-    collectives over lists of tensors of different sizes, which NCCL has and gloo has not."""
+    """Does for mixtures of experts what Megatron-Core does only for tensors on a GPU.
+
+    It also adds collectives over lists of tensors of different sizes, which gloo lacks.
+    """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -153,5 +155,5 @@ def _dispatch_experts_on_cpu() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
     for name, collective in {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}.items():
         setattr(dist, name, collective)
-    # Named in the router's code, defined only where Transformer Engine is.
+    # The router's code uses this name, which only Transformer Engine defines.
     moe_utils.te_general_gemm = None

@@ -1,7 +1,7 @@
 """Where this process runs: its device, its collective backend, and how Megatron-Core gets there.
 
-The only package that knows CPU from GPU. Where there is no GPU, `init_distributed` first puts the
-stand-ins in place that Megatron-Core needs (`klear_megatron.platform.cpu`).
+Without a GPU, `init_distributed` first puts the stand-ins in place that Megatron-Core needs
+(`klear_megatron.platform.cpu`).
 """
 
 import os
@@ -28,7 +28,7 @@ def this_device() -> torch.device:
 def init_distributed() -> None:
     """Joins the process group that torchrun describes; without torchrun, makes a world of one.
 
-    Call it before any model, optimizer or process group of Megatron-Core's is made.
+    Call it before making any of Megatron-Core's models, optimizers or process groups.
     """
     if not HAS_GPU:
         cpu.install()

@@ -1,6 +1,6 @@
-"""Objects that ranks give to each other, through the memory of their hosts.
+"""Exchanging Python objects between ranks, through host memory.
 
-Between GPUs, torch would send them through the GPUs' memory, padded to the largest rank's.
+With NCCL, torch would send them through GPU memory, padded to the largest rank's size.
 """
 
 import functools
@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# Ranks wait here while others generate, evaluate or start servers, which takes as long as it takes
-# and has time limits of its own.
+# Ranks wait here while others generate, evaluate or start servers. Those have time limits of their
+# own.
 _LONGEST_WAIT = timedelta(days=1)
 
 
@@ -22,14 +22,15 @@ def _group() -> dist.ProcessGroup:
 
 @functools.cache
 def _group_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Of the same ranks; one for each world that a process has been in."""
+    """A gloo group of the same ranks; one for each world that a process has been in."""
     return dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 
 def connect() -> None:
-    """Collective. Makes the connections between the ranks, which the first use would make else.
+    """Collective. Opens the connections between ranks now instead of on first use.
 
-    A rank that waits for one that ends learns of it by them; while they are made, it does not.
+    Over an open connection a waiting rank notices that another has ended; while connecting it does
+    not.
     """
     _group()
 
@@ -42,7 +43,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def broadcast(value: T, source: int = 0) -> T:
-    """Collective. The value of the rank `source`; the others' is not looked at."""
+    """Collective. The value of rank `source`; the values of other ranks are ignored."""
     holder = [value]
     dist.broadcast_object_list(holder, src=source, group=_group())
     return holder[0]

@@ -1,4 +1,4 @@
-"""Children that end when their parent does. Imports little, as it is run in each of them."""
+"""Child processes that end with their parent. Each child imports this, so it imports little."""
 
 import multiprocessing
 import os
@@ -7,10 +7,10 @@ from multiprocessing.process import BaseProcess
 
 
 def end_with_parent() -> None:
-    """In a process that `multiprocessing` started: ends it once its parent is no more."""
+    """Makes a process that `multiprocessing` started end once its parent has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # A thread, as the signal that Linux has for this comes when a parent's thread ends, too.
+    # A thread, because Linux's signal for this also arrives when a mere thread of the parent ends.
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 

@@ -29,7 +29,7 @@ def transformer_config(
     """Megatron's TransformerConfig for this model in this layout with these kernels."""
     fields = folder.architecture.transformer_config(folder.config)
     _, rotary_scaling = folder.architecture.rotary(folder.config)
-    # YaRN scales cos and sin, of queries and of keys: the same as scaling their products.
+    # YaRN scales cos and sin of both queries and keys; scaling their products is the same.
     fields["softmax_scale"] = rotary_scaling**2 / math.sqrt(fields["kv_channels"])
     parallel = config.parallel
     dtype = getattr(torch, config.dtype)
@@ -50,7 +50,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         variable_seq_lengths=True,
-        # Interleaved, both neighbours of one of two stages are the other: one direction at a time.
+        # With two interleaved stages, one is both neighbours of the other: no batched exchange.
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         moe_token_dispatcher_type="alltoall",  # the one that takes variable lengths
@@ -60,8 +60,8 @@ def transformer_config(
         recompute_granularity=config.recompute_granularity,
         recompute_method="uniform" if full_recompute else None,
         recompute_num_layers=1 if full_recompute else None,
-        # Losses arrive divided by denominators of the whole mini-batch: gradients are plain sums,
-        # over micro-batches and over ranks, and nothing is divided afterwards.
+        # Losses arrive divided by the whole mini-batch's denominators. Gradients are plain sums
+        # over micro-batches and ranks; nothing is divided afterwards.
         calculate_per_token_loss=True,
         finalize_model_grads_func=_sum_model_grads,
     )
@@ -91,7 +91,7 @@ def build_model_chunks(
 
 
 def wrap_in_half_precision(chunks: list[LanguageModel]) -> list[Any]:
-    """The chunks, with Megatron's conversion of what goes in and out where they are bfloat16."""
+    """Wraps bfloat16 chunks in Megatron's conversion of their inputs and outputs."""
     config = chunks[0].config
     return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
 
@@ -151,7 +151,7 @@ def build_optimizer(
             reuse_grad_buf_for_mxfp8_param_ag=kernels.mxfp8_param_gather,
             optimizer_cpu_offload=offload > 0,
             optimizer_offload_fraction=offload,
-            # Megatron builds its offloading on this one's way of keeping gradients.
+            # Megatron's offloading needs gradients kept the way this optimizer keeps them.
             use_precision_aware_optimizer=offload > 0,
         ),
         model,
@@ -176,7 +176,7 @@ def build_optimizer(
 
 
 def _allocate_state(optimizer: ChainedOptimizer) -> None:
-    """Torch's Adam makes its state at the first step; a checkpoint needs one to be loaded into."""
+    """Torch's Adam makes its state at the first step, but loading a checkpoint needs it before."""
     for part in optimizer.chained_optimizers:
         if isinstance(adam := part.optimizer, torch.optim.AdamW):
             for parameter in (p for group in adam.param_groups for p in group["params"]):
@@ -188,10 +188,10 @@ def _allocate_state(optimizer: ChainedOptimizer) -> None:
 
 
 def is_logging_rank() -> bool:
-    """The one rank of a group that works on the same tokens whose results count.
+    """Whether this rank's metrics count, among the ranks that work on the same tokens.
 
-    On the last pipeline stage, where the loss is; of tensor-parallel ranks, which all have the
-    same loss, the first.
+    The loss is on the last pipeline stage. Its tensor-parallel ranks all have the same loss, so
+    the first of them counts.
     """
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)

@@ -18,18 +18,18 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     num_layers_in_first_pipeline_stage: PositiveInt | None = None
-    """Of all its virtual stages together; fewer make up for the embedding. By default all stages
-    have the same number of layers; those that are not given one share the rest equally."""
+    """Layers of the first stage, over all its virtual stages; fewer make room for the embedding.
+    Stages without a number of their own share the remaining layers equally."""
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
-    """The same of the last stage, where fewer make up for the output weight and the loss."""
+    """Layers of the last stage; fewer make room for the output weight and the loss."""
     context_parallel_size: PositiveInt = 1
     expert_model_parallel_size: PositiveInt = 1
-    """Ranks, of those that tensor, context and data parallelism have, that share the experts."""
+    """Ranks that share the experts, taken from the tensor-, context- and data-parallel ranks."""
     expert_tensor_parallel_size: PositiveInt | None = None
     """Ranks that each expert's matrices are cut over; by default tensor_model_parallel_size."""
     context_parallel_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
-    """How Transformer Engine exchanges keys and values; in plain PyTorch they are gathered. For
-    packed sequences every release has p2p, newer ones the others, and none Megatron's a2a+p2p."""
+    """How Transformer Engine exchanges keys and values; plain PyTorch gathers them. For packed
+    sequences every release supports p2p, recent ones all_gather and a2a, none a2a+p2p."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while backward is still computing others."""
     overlap_param_gather: bool = False
@@ -65,7 +65,7 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _other_cut_needs_expert_parallelism(self) -> "ParallelConfig":
-        # Megatron reduces experts' gradients apart from the others' with expert parallelism only.
+        # Megatron reduces experts' gradients separately only with expert parallelism.
         tp, expert_tp = self.tensor_model_parallel_size, self.expert_tensor_parallel_size
         if expert_tp not in (None, tp) and self.expert_model_parallel_size == 1:
             raise ValueError(
@@ -93,7 +93,11 @@ class ParallelConfig(Section):
         )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Raises UserError where the ranks cannot be divided so."""
+        """Number of data-parallel ranks.
+
+        Raises:
+            UserError: the world size is not divisible by the parallel sizes.
+        """
         if world_size % self.model_parallel_size:
             raise UserError(
                 f"policy.parallel: world size {world_size} is not divisible by TP x PP x CP = "
@@ -111,7 +115,11 @@ class ParallelConfig(Section):
         return world_size // self.model_parallel_size
 
     def check_model(self, folder: ModelFolder) -> None:
-        """Raises UserError where the model cannot be cut so."""
+        """Checks that the model can be cut into these sizes.
+
+        Raises:
+            UserError: a dimension of the model is not divisible by a size.
+        """
         hf = folder.config
         if self.expert_model_parallel_size > 1 and not folder.num_experts:
             raise UserError(
@@ -174,7 +182,7 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     offload_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of Adam's state that is kept, and stepped, in the host's memory."""
+    """Share of Adam's state that the host keeps in its memory and steps."""
 
 
 class CheckpointConfig(Section):
@@ -183,9 +191,9 @@ class CheckpointConfig(Section):
     asynchronous: bool = False
     """Write in the background while training goes on."""
     keep_last: PositiveInt | None = None
-    """Only the newest so many are kept; by default all are."""
+    """How many of the newest checkpoints to keep; all by default."""
     keep_every: PositiveInt | None = None
-    """Those of steps divisible by this are kept all the same."""
+    """Also keep the checkpoints of steps divisible by this."""
 
     @model_validator(mode="after")
     def _every_needs_last(self) -> "CheckpointConfig":
@@ -212,23 +220,23 @@ class ModelConfig(Section):
     imports: tuple[str, ...] = ()
     """Modules of your own to import first, such as one that registers an architecture."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights and activations. Optimizer state and gradient sums are float32 either way."""
+    """Dtype of weights and activations. Optimizer state and gradient sums are always float32."""
     tokens_per_micro_batch: PositiveInt = 16384
-    """Sequences are packed up to this many tokens per context-parallel rank; a longer one is a
-    micro-batch of its own."""
+    """Sequences are packed up to this many tokens per context-parallel rank; a longer sequence is
+    a micro-batch by itself."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers in backward, or only `recompute_modules`, instead of keeping them."""
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = (
         "core_attn",
     )
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """Recipe for the matrix products of the layers; log-probabilities stay as they are."""
+    """FP8 recipe for the layers' matrix products; the output layer stays in `dtype`."""
     fp8_param_gather: bool = False
-    """Keep and gather the layers' weights in FP8 as well; master weights stay float32."""
+    """Also keep and gather the layers' weights in FP8; master weights stay float32."""
     moe_aux_loss_coeff: float = Field(0.0, ge=0)
-    """Weight of the load-balancing loss of mixtures of experts, summed over layers. It is computed
-    per micro-batch, as Megatron does, and averaged over tokens: with it on, gradients depend a
-    little on how a mini-batch is packed, but not on the ranks that share a micro-batch."""
+    """Weight of the mixture-of-experts load-balancing loss, summed over layers. As in Megatron, it
+    is computed per micro-batch and averaged over tokens, so gradients depend slightly on packing,
+    but not on the ranks that share a micro-batch."""
     parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")

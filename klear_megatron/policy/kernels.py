@@ -1,7 +1,7 @@
-"""Which kernels a run gets, from what it asks for and what is installed where it runs.
+"""Which kernels a run gets, given what it asks for and what is installed.
 
-Pure: the same answer for the same question on any machine. What is asked for and cannot be had is
-replaced by something that computes the same, and said in one line.
+The choice is pure: the same question has the same answer on any machine. A kernel that is not
+available is replaced by one that computes the same, with a one-line warning.
 """
 
 import importlib.util
@@ -30,17 +30,17 @@ _NEED_TRANSFORMER_ENGINE = ("layernorm", "moe_act")
 
 @dataclass(frozen=True)
 class Installed:
-    """What there is to compute with."""
+    """What is available to compute with."""
 
     compute_capability: tuple[int, int] | None
-    """Of the GPU; None without one."""
+    """The GPU's; None without a GPU."""
     transformer_engine: bool
     apex: bool
-    """NVIDIA's, with its kernel that adds weight gradients up in place."""
+    """NVIDIA's Apex with its kernel that accumulates weight gradients in place."""
 
     @classmethod
     def here(cls) -> "Installed":
-        """In this process."""
+        """What this process finds."""
         return cls(
             torch.cuda.get_device_capability() if HAS_GPU else None,
             importlib.util.find_spec("transformer_engine") is not None,
@@ -50,24 +50,24 @@ class Installed:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The choice."""
+    """The kernels to use."""
 
     transformer: dict[str, Any]
     """Fields of Megatron's TransformerConfig."""
     fp8_param_gather: bool
     token_multiple: int
-    """The tokens of a micro-batch on one rank have to be a multiple of this."""
+    """A rank's tokens of a micro-batch must be a multiple of this."""
     warnings: list[str]
-    """What was asked for and is not to be had, one line each."""
+    """One line for each thing that was asked for and is not available."""
 
     @property
     def mxfp8_param_gather(self) -> bool:
-        """MXFP8 weights cannot be gathered where they lie: Megatron takes the gradients' room."""
+        """MXFP8 weights cannot be gathered in place; Megatron uses the gradient buffer."""
         return self.fp8_param_gather and self.transformer["fp8_recipe"] == "mxfp8"
 
 
 def choose_kernels(config: ModelConfig, installed: Installed, *, experts: bool) -> Kernels:
-    """`experts`: whether the model is a mixture of experts."""
+    """Chooses the kernels of a model; `experts` says whether it is a mixture of experts."""
     gpu = installed.compute_capability is not None
     engine = gpu and installed.transformer_engine
     warnings = []
@@ -77,8 +77,7 @@ def choose_kernels(config: ModelConfig, installed: Installed, *, experts: bool) 
         )
     if gpu and not installed.apex:
         warnings.append(
-            "NVIDIA's Apex is not installed: weight gradients are added up after the product that "
-            "makes them, not in it"
+            "NVIDIA's Apex is not installed: weight gradients are accumulated in a separate kernel"
         )
     recipe = config.fp8
     if recipe and not (

@@ -31,7 +31,7 @@ class Learner:
     Args:
         folder: of `config.path`.
         total_steps: optimizer steps of the learning-rate schedule.
-        temperature, seed: as `Model` takes them.
+        temperature, seed: passed to `Model`.
 
     Raises:
         UserError: an unknown or unfitting model, or weights that do not match their config.
@@ -141,8 +141,8 @@ class Learner:
         return grad_norm
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """Writes a Megatron distributed checkpoint; `path` appears only once it is complete, which
-        with `checkpoint.asynchronous` is at a later step, or at `finish_saves`.
+        """Writes a Megatron distributed checkpoint. `path` appears once it is complete: before this
+        returns, or with `checkpoint.asynchronous` at a later step or in `finish_saves`.
 
         Args:
             state: what the trainer needs to go on, the same on every rank (JSON-like values).

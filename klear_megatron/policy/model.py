@@ -44,9 +44,9 @@ class Model:
     process; they share Megatron's process groups.
 
     Args:
-        folder: the model's config; its weights come with `load`.
-        temperature: of the softmax behind every log-probability.
-        seed: of the random states, where this is the first model of the process.
+        folder: gives the model's config; `load` reads the weights.
+        temperature: divides the logits before the softmax of every log-probability.
+        seed: seeds the random states, if this is the first model of the process.
 
     Raises:
         UserError: an unknown model, or one that cannot be cut as configured.

@@ -12,14 +12,14 @@ from klear_megatron.policy.random_states import seed_random_states
 def initialize_model_parallel(config: ParallelConfig, seed: int) -> None:
     """Joins the default process group if need be and builds Megatron's groups over it.
 
-    Groups that are there already are kept: the models of one process share them.
+    Existing groups are kept, because the models of one process share them.
 
     Args:
-        seed: of the random states, which are seeded together with the first groups.
+        seed: seeds the random states when the groups are first built.
 
     Raises:
-        UserError: the world size is not divisible by TP x PP x CP, or the groups that are there
-            have other sizes.
+        UserError: the world size is not divisible by TP x PP x CP, or the existing groups have
+            other sizes.
     """
     init_distributed()
     config.data_parallel_size(dist.get_world_size())
@@ -59,9 +59,9 @@ def _check_same_sizes(config: ParallelConfig) -> None:
 
 
 def leader_rank() -> tuple[int | None, int]:
-    """Which of the model-parallel groups this rank is the first of, if any, and how many there are.
+    """The number of the model-parallel group that this rank leads, and how many groups there are.
 
-    There are as many as data-parallel ranks.
+    There is one group per data-parallel rank, and its first rank leads; others get None.
     """
     leads = (
         parallel_state.get_tensor_model_parallel_rank()
@@ -74,7 +74,7 @@ def leader_rank() -> tuple[int | None, int]:
 
 
 def parallel_sizes() -> dict[str, int]:
-    """The sizes that decide which part of the model and of the work each rank has."""
+    """The sizes that decide which part of the model and of the work each rank gets."""
     return {
         "TP": parallel_state.get_tensor_model_parallel_world_size(),
         "PP": parallel_state.get_pipeline_model_parallel_world_size(),

@@ -57,7 +57,7 @@ def _table_name(inner: str, config: TransformerConfig) -> str:
 
 
 def _shard_position(row: Weight) -> tuple[int, int]:
-    """This rank's place among those that share a row of the table, and how many they are."""
+    """This rank's index among the ranks that share a row of the table, and their number."""
     if row.expert:
         return (
             parallel_state.get_expert_tensor_parallel_rank(),
@@ -70,7 +70,7 @@ def _shard_position(row: Weight) -> tuple[int, int]:
 
 
 def plain(parameter: torch.nn.Parameter) -> Tensor:
-    """Its value as an ordinary tensor, also where it is kept in FP8."""
+    """The parameter as an ordinary tensor, dequantized if it is kept in FP8."""
     if is_float8tensor(parameter):
         return dequantize_fp8_tensor(parameter.detach())
     return parameter.data
@@ -91,8 +91,8 @@ def load_hf_weights(chunks: Sequence[LanguageModel], table: Sequence[Weight], pa
             full = row.mapping.merge([checkpoint.tensor(name) for name in row.sources])
             shard = row.mapping.shard(full, *_shard_position(row))
             parameter.copy_(shard)
-            # Beside a weight in FP8, Transformer Engine has the value before rounding, which the
-            # optimizer starts from.
+            # Beside an FP8 weight, Transformer Engine keeps the value before rounding. The
+            # optimizer starts from that.
             if (unrounded := getattr(parameter, "get_high_precision_init_val", None)) is not None:
                 unrounded().copy_(shard)
     if parameters:
@@ -104,8 +104,8 @@ def gather_hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Full tensors under their Hugging Face names, one at a time, on global rank 0.
 
-    Collective: every rank must iterate to the end; only rank 0 is given anything. Whatever the
-    layout, each shard is sent point to point by the lowest rank that holds it.
+    Collective: every rank must iterate to the end; only rank 0 receives anything. In every
+    layout, the lowest rank that holds a shard sends it point to point.
 
     Args:
         shards: this rank's shard of each row it holds, by the table's names.

@@ -1,4 +1,4 @@
-"""The conversations of a fine-tuning run, encoded by all of its ranks together."""
+"""The conversations of a fine-tuning run, encoded by all ranks together."""
 
 import dataclasses
 import json
@@ -20,14 +20,14 @@ from klear_megatron.training import run
 
 
 def read_examples(config: SFTConfig, model: ModelFolder) -> EncodedConversations:
-    """Collective. The conversations that are not too long; says how many were left out.
+    """Collective. Encodes the conversations and reports how many are too long and left out.
 
-    They are kept in `encoded/` under the run directory, for a run that goes on with the same data
-    and the same tokenizer.
+    The encoding is kept in `encoded/` under the run directory, and used again by a resumed run with
+    the same data and tokenizer.
 
     Raises:
-        UserError: on all ranks, a malformed row, no conversation short enough, or a limit on their
-            length that is beyond the model's positions.
+        UserError: on all ranks: a malformed row, no conversation short enough, or a length limit
+            beyond the model's positions.
     """
     _check_length(config, model)
     folder = config.run_dir / "encoded"

@@ -14,7 +14,7 @@ from klear_megatron.training import run
 
 
 def train_sft(config: SFTConfig) -> None:
-    """Runs to the end, from the beginning or from the run's newest checkpoint.
+    """Trains to the end, from the start or from the run's newest checkpoint.
 
     Raises:
         UserError: bad data, a bad model, or a config that does not fit them.
