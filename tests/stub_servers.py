@@ -31,7 +31,7 @@ class StubServers:
 
     Args:
         generate: gets a request's prompt, and returns the log-probabilities to answer with when
-            the answer is due.
+            the answer is due. A ConnectionError closes the connection without an answer.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class StubServers:
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            if head.startswith("post /generate"):
-                length = int(head.split("content-length:")[1].split("\r\n")[0])
-                body = json.loads(await reader.readexactly(length))
-                writer.write(await answer(body))
-            else:
-                writer.write(HEALTHY)
-            await writer.drain()
-            writer.close()
+            with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+                if head.startswith("post /generate"):
+                    length = int(head.split("content-length:")[1].split("\r\n")[0])
+                    body = json.loads(await reader.readexactly(length))
+                    writer.write(await answer(body))
+                else:
+                    writer.write(HEALTHY)
+                await writer.drain()
 
         async def answer(body: dict[str, Any]) -> bytes:
             server.prompts.append(body["input_ids"])
@@ -76,8 +76,10 @@ class StubServers:
                 server.waiting -= 1
                 server.working += 1
                 self._seen(self.servers)
-                log_probs = await self._generate(body["input_ids"])
-                server.working -= 1
+                try:
+                    log_probs = await self._generate(body["input_ids"])
+                finally:
+                    server.working -= 1
             self._seen(self.servers)
             return _answer(log_probs, body["sampling_params"]["n"])
 

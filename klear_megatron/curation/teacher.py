@@ -15,14 +15,14 @@ from klear_megatron.data.encoding import encode_prompt
 from klear_megatron.data.files import stamps
 from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.evaluation.benchmark import add_rewards
+from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.evaluation.responses import response_row, write_rows
 from klear_megatron.evaluation.scores import Row
 from klear_megatron.evaluation.stored import RESPONSES, append_row, claim, stored_rows
 from klear_megatron.models.tokenizer import decode_response, read_tokenizer
 from klear_megatron.observability import Progress, say
-from klear_megatron.rewards import RewardPool, check_data_sources, check_ground_truths
+from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout import Response
-from klear_megatron.rollout.external_servers import check_lengths
 from klear_megatron.rollout.generation import generating
 
 _GRADED_AT_ONCE = 1024
@@ -79,8 +79,6 @@ def _missing(
     """How many responses are to be drawn to each prompt, by the digest of its query."""
     missing: Counter[bytes] = Counter()
     for _, prompt in parse_rows(prompts, parse_prompt):
-        check_data_sources([prompt.data_source], teacher.rewards)
-        check_ground_truths([(prompt.data_source, prompt.ground_truth)])
         key = digest(query_of(prompt))
         if len(encode_prompt(tokenizer, prompt.messages)) <= teacher.max_prompt_length:
             missing[key] = teacher.samples_per_prompt - drawn[key]
@@ -96,7 +94,9 @@ def _draw(
     stored: int,
 ) -> None:
     hf, rollout = read_config(teacher.model), teacher.rollout
-    check_lengths(rollout, hf, teacher.max_prompt_length, teacher.sampling)
+    all_prompts = (prompt for _, prompt in parse_rows(prompts, parse_prompt))
+    longest = teacher.max_prompt_length
+    check_prompts(all_prompts, longest, hf, rollout, teacher.sampling, teacher.rewards)
     asked: dict[int, Prompt] = {}
     logs = folder / "logs"
     with (

@@ -1,23 +1,19 @@
 """A benchmark's problems, and responses to them as rows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from klear_megatron.data import LoadedPrompts, load_prompts
 from klear_megatron.evaluation.config import BenchmarkConfig
+from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.evaluation.responses import response_row
 from klear_megatron.evaluation.scores import Row, is_math
 from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.observability import Progress
-from klear_megatron.rewards import (
-    RewardConfig,
-    RewardPool,
-    check_data_sources,
-    check_ground_truths,
-)
-from klear_megatron.rollout import Generator, Response, SamplingConfig
+from klear_megatron.rewards import RewardConfig, RewardPool
+from klear_megatron.rollout import Generator, Response, RolloutConfig, SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -34,18 +30,26 @@ Asked = tuple[Benchmark, int]
 
 
 def load_benchmarks(
-    configs: Mapping[str, BenchmarkConfig],
-    tokenizer: PreTrainedTokenizerBase,
-    rewards: RewardConfig,
+    configs: Mapping[str, BenchmarkConfig], tokenizer: PreTrainedTokenizerBase
 ) -> list[Benchmark]:
-    """Raises UserError where problems cannot be read, encoded or graded."""
-    benchmarks = []
-    for name, config in configs.items():
-        loaded = load_prompts(config, tokenizer)
-        check_data_sources((prompt.data_source for prompt in loaded.prompts), rewards)
-        check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in loaded.prompts)
-        benchmarks.append(Benchmark(name, loaded, config.samples_per_problem))
-    return benchmarks
+    """Raises UserError where problems cannot be read or encoded."""
+    return [
+        Benchmark(name, load_prompts(config, tokenizer), config.samples_per_problem)
+        for name, config in configs.items()
+    ]
+
+
+def check_benchmarks(
+    benchmarks: Iterable[Benchmark],
+    hf: PretrainedConfig,
+    rollout: RolloutConfig,
+    sampling: SamplingConfig,
+    rewards: RewardConfig,
+) -> None:
+    """Raises UserError where responses to the problems cannot be drawn or graded."""
+    for benchmark in benchmarks:
+        longest = max(map(len, benchmark.loaded.token_ids))
+        check_prompts(benchmark.loaded.prompts, longest, hf, rollout, sampling, rewards)
 
 
 def draw(

@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.config import write_config
 from klear_megatron.errors import UserError
-from klear_megatron.evaluation.benchmark import Asked, Benchmark, draw, grade, load_benchmarks
+from klear_megatron.evaluation.benchmark import (
+    Asked,
+    Benchmark,
+    check_benchmarks,
+    draw,
+    grade,
+    load_benchmarks,
+)
 from klear_megatron.evaluation.config import EvalConfig
 from klear_megatron.evaluation.scores import Row, Scores, score
 from klear_megatron.evaluation.stored import (
@@ -29,7 +36,6 @@ from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
-from klear_megatron.rollout.external_servers import check_lengths
 from klear_megatron.rollout.generation import generating
 
 
@@ -47,7 +53,7 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
             that were drawn with other settings.
     """
     tokenizer = read_tokenizer(config.model)
-    benchmarks = load_benchmarks(config.benchmarks, tokenizer, config.rewards)
+    benchmarks = load_benchmarks(config.benchmarks, tokenizer)
     asked: list[Asked] = []
     stored = 0
     for benchmark in benchmarks:
@@ -65,20 +71,23 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
             asked += [(benchmark, i)] * missing
     write_config(config, config_path(config.run_dir))
     if asked:
-        _draw(config, tokenizer, asked, stored)
+        _draw(config, tokenizer, benchmarks, asked, stored)
     return _grade(config)
 
 
 def _draw(
-    config: EvalConfig, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], stored: int
+    config: EvalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Sequence[Benchmark],
+    asked: Sequence[Asked],
+    stored: int,
 ) -> None:
     """Appends the responses that are asked for to the stored ones, of which there are so many."""
     hf = read_config(config.model)
     rollout = config.rollout
     if config.yarn is not None:
         rollout = extend_context(rollout, hf, config.yarn)
-    longest_prompt = max(len(benchmark.loaded.token_ids[i]) for benchmark, i in asked)
-    check_lengths(rollout, hf, longest_prompt, config.sampling)
+    check_benchmarks(benchmarks, hf, rollout, config.sampling, config.rewards)
     if stored:
         say(f"going on: {stored} of {stored + len(asked)} responses are in {config.run_dir}")
     logs = config.run_dir / "logs"

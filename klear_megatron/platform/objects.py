@@ -4,10 +4,13 @@ With NCCL, torch would send them through GPU memory, padded to the largest rank'
 """
 
 import functools
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from klear_megatron.errors import UserError
 
 T = TypeVar("T")
 
@@ -47,3 +50,19 @@ def broadcast(value: T, source: int = 0) -> T:
     holder = [value]
     dist.broadcast_object_list(holder, src=source, group=_group())
     return holder[0]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Collective. Returns what `action` returns on this rank.
+
+    Raises:
+        UserError: on all ranks, if `action` raises one on any of them.
+    """
+    failure: UserError | None = None
+    try:
+        result = action()
+    except UserError as error:
+        failure = error
+    for found in filter(None, all_gather(failure)):
+        raise found
+    return result

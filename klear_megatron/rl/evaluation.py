@@ -1,15 +1,26 @@
-"""Evaluation of the policy between steps of its training."""
+"""Evaluations of the policy between steps of its training, on the same servers."""
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.checkpoints.hf_reader import read_config
-from klear_megatron.evaluation.benchmark import Benchmark, load_benchmarks
-from klear_megatron.evaluation.training import evaluate_policy
-from klear_megatron.observability import Phases, say
+from klear_megatron.evaluation.benchmark import (
+    Benchmark,
+    check_benchmarks,
+    draw,
+    grade,
+    load_benchmarks,
+)
+from klear_megatron.evaluation.responses import write_rows
+from klear_megatron.evaluation.scores import Row, Scores, by_problem, score
+from klear_megatron.observability import Phases, Progress, say
+from klear_megatron.rewards import RewardPool
 from klear_megatron.rl.config import RLConfig
-from klear_megatron.rl.groups import RolloutWorker
-from klear_megatron.rollout import Generator
-from klear_megatron.rollout.external_servers import check_lengths
+from klear_megatron.rl.servers import PolicyServers
+from klear_megatron.rollout import Generator, SamplingConfig
 from klear_megatron.training import run
 
 
@@ -27,20 +38,21 @@ class Evaluations:
         if config.evaluation is None:
             return
         configs = config.evaluation.benchmarks
-        self._benchmarks = load_benchmarks(configs, tokenizer, config.rewards)
+        self._benchmarks = load_benchmarks(configs, tokenizer)
+        for benchmark in self._benchmarks if run.is_main_rank() else ():
+            for note in benchmark.loaded.notes(configs[benchmark.name], benchmark.name):
+                say(note)
         hf = read_config(config.policy.path)
-        for benchmark in self._benchmarks:
-            if run.is_main_rank():
-                for note in benchmark.loaded.notes(configs[benchmark.name], benchmark.name):
-                    say(note)
-            longest_prompt = max(len(ids) for ids in benchmark.loaded.token_ids)
-            check_lengths(config.rollout, hf, longest_prompt, config.evaluation.sampling)
+        sampling = config.evaluation.sampling
+        check_benchmarks(self._benchmarks, hf, config.rollout, sampling, config.rewards)
 
-    def after(self, step: int, worker: RolloutWorker, phases: Phases) -> dict[str, float]:
+    def after(
+        self, step: int, servers: PolicyServers, rewards: RewardPool | None, phases: Phases
+    ) -> dict[str, float]:
         """Collective. `eval/NAME/avg` and others of each benchmark, if an evaluation is due.
 
-        Only the main rank evaluates, through the generator and the graders of its `worker`; the
-        other ranks get nothing. The graded responses are written to `evaluations/`.
+        Only the main rank evaluates; the other ranks get nothing. The graded responses are written
+        to `evaluations/`.
 
         Raises:
             UserError: servers refused a request, or were lost and did not come back.
@@ -53,14 +65,10 @@ class Evaluations:
         def evaluate(generator: Generator) -> None:
             if not run.is_main_rank():
                 return
-            assert worker.rewards is not None
+            assert rewards is not None  # the main rank leads
+            dump_dir = self._config.run_dir / "evaluations" / f"step_{step:08}"
             scores = evaluate_policy(
-                self._benchmarks,
-                generator,
-                worker.rewards,
-                self._tokenizer,
-                config.sampling,
-                self._config.run_dir / "evaluations" / f"step_{step:08}",
+                self._benchmarks, generator, rewards, self._tokenizer, config.sampling, dump_dir
             )
             for name, of_one in scores.items():
                 say(f"step {step}: {name}: {of_one}")
@@ -68,5 +76,50 @@ class Evaluations:
                     metrics[f"eval/{name}/{key}"] = value
 
         with phases("evaluate"):
-            worker.servers.persist(evaluate)
+            servers.persist(evaluate)
         return metrics
+
+
+def evaluate_policy(
+    benchmarks: Sequence[Benchmark],
+    generator: Generator,
+    rewards: RewardPool,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingConfig,
+    dump_dir: Path,
+) -> dict[str, Scores]:
+    """Draws and grades all samples with the weights that the servers have now.
+
+    Not collective: one rank calls it, while no weights are pushed.
+
+    Args:
+        dump_dir: gets a `NAME.jsonl` per benchmark, of its graded responses.
+
+    Returns:
+        The scores of each benchmark.
+
+    Raises:
+        GenerationError: servers refused a request, or are lost.
+    """
+    rows: dict[str, list[Row]] = {benchmark.name: [] for benchmark in benchmarks}
+    asked = [
+        (benchmark, i)
+        for benchmark in benchmarks
+        for i in range(len(benchmark.loaded.prompts))
+        for _ in range(benchmark.samples_per_problem)
+    ]
+    with Progress("  evaluate", len(asked), keep=False) as progress:
+
+        def store(benchmark: Benchmark, row: Row) -> None:
+            rows[benchmark.name].append(row)
+            progress.advance()
+
+        draw(asked, generator, tokenizer, sampling, store)
+    grade(list(chain.from_iterable(rows.values())), rewards, keep_progress=False)
+    dump_dir.mkdir(parents=True, exist_ok=True)
+    scores = {}
+    for name, of_one in rows.items():
+        problems = by_problem(of_one)
+        write_rows(dump_dir / f"{name}.jsonl", chain.from_iterable(problems.values()))
+        scores[name] = score(problems)
+    return scores

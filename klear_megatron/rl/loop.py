@@ -2,26 +2,26 @@
 
 import contextlib
 import socket
-from collections.abc import Iterator
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
+from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.losses import PolicyObjective
 from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.platform import objects
-from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.learner import Learner
-from klear_megatron.policy.model import Model
 from klear_megatron.policy.parallel import leader_rank
-from klear_megatron.rewards import RewardConfig, RewardPool, check_data_sources, check_ground_truths
+from klear_megatron.rewards import RewardConfig, RewardPool
+from klear_megatron.rl.batches import mini_batches
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.evaluation import Evaluations
-from klear_megatron.rl.groups import RolloutWorker
+from klear_megatron.rl.groups import GroupMaker
+from klear_megatron.rl.metrics import log_prob_metrics, throughput, train_metrics
+from klear_megatron.rl.rollouts import Collector, Rollouts
 from klear_megatron.rl.servers import PolicyServers
-from klear_megatron.rollout.external_servers import check_lengths
+from klear_megatron.rollout import Share
 from klear_megatron.training import run
 
 
@@ -51,13 +51,14 @@ def train_rl(config: RLConfig) -> None:
 
     with contextlib.ExitStack() as stack:
         leader, leaders = leader_rank()
-        leads = leader is not None
-        servers = PolicyServers(learner.model, config, tokenizer, stack, leads=leads)
-        pool = make_reward_pool(config.rewards, leads=leads)
-        rewards = stack.enter_context(pool) if pool is not None else None
-        worker = RolloutWorker(
-            config, tokenizer, prompts, sampler, servers, rewards, leader=leader, leaders=leaders
-        )
+        share = Share(leader, leaders) if leader is not None else None
+        servers = PolicyServers(learner.model, config, tokenizer, stack, leads=share is not None)
+        maker = rewards = None
+        if pool := make_reward_pool(config.rewards, leads=share is not None):
+            rewards = stack.enter_context(pool)
+        if share is not None and rewards is not None:
+            maker = stack.enter_context(GroupMaker(config, tokenizer, rewards, share))
+        collector = Collector(config, prompts, sampler, servers, maker, share)
         main = run.is_main_rank()
         next_step = first if state else 0
         recorder = (
@@ -67,24 +68,17 @@ def train_rl(config: RLConfig) -> None:
         servers.sync(version=first - 1)
         phases = Phases()
         if state is None:
-            metrics = evaluations.after(0, worker, phases)
+            metrics = evaluations.after(0, servers, rewards, phases)
             if recorder is not None and metrics:
                 recorder.write(0, metrics)
         for step in range(first, config.steps + 1):
-            rollouts = worker.collect(step, phases)
+            rollouts = collector.collect(step, phases)
             metrics = rollouts.metrics
             if rollouts.groups:
-                with phases("log_probs"):
-                    batch, differences = with_old_log_probs(learner.model, rollouts.batch)
-                with phases("train"):
-                    trained = [
-                        learner.train_step(mini_batch, objective)
-                        for mini_batch in mini_batches(config, batch, rollouts.groups, step)
-                    ]
-                metrics |= differences | summarize(trained)
+                metrics |= train(learner, objective, config, rollouts, step, phases)
             with phases("sync"):
                 servers.sync(version=step)
-            metrics |= evaluations.after(step, worker, phases)
+            metrics |= evaluations.after(step, servers, rewards, phases)
             metrics |= throughput(metrics, phases.take(), rollouts.batch)
             if recorder is not None:
                 recorder.write(step, metrics)
@@ -93,6 +87,29 @@ def train_rl(config: RLConfig) -> None:
                 f"{metrics['reward/accuracy']:.3f} length {metrics['response/length_mean']:.0f}"
             )
             run.save(learner, config, step, config.steps, {"sampler": sampler.state_dict()})
+
+
+def train(
+    learner: Learner,
+    objective: PolicyObjective,
+    config: RLConfig,
+    rollouts: Rollouts,
+    step: int,
+    phases: Phases,
+) -> dict[str, float]:
+    """Collective. The optimizer steps on one step's rollouts, and their metrics.
+
+    The old log-probabilities are the trainer's own, before the first update.
+    """
+    with phases("log_probs"):
+        log_probs, _ = learner.model.log_probs(rollouts.batch)
+    batch = rollouts.batch.with_fields(old_log_probs=log_probs)
+    with phases("train"):
+        trained = [
+            learner.train_step(mini_batch, objective)
+            for mini_batch in mini_batches(config, batch, rollouts.groups, step)
+        ]
+    return log_prob_metrics(batch) | train_metrics(trained)
 
 
 def make_reward_pool(config: RewardConfig, *, leads: bool) -> RewardPool | None:
@@ -110,10 +127,14 @@ def read_training_prompts(config: RLConfig, tokenizer: PreTrainedTokenizerBase) 
             whose context is too short for prompt and response.
     """
     loaded = load_prompts(config.data, tokenizer)
-    hf = read_config(config.policy.path)
-    check_lengths(config.rollout, hf, max(map(len, loaded.token_ids)), config.sampling)
-    check_data_sources((prompt.data_source for prompt in loaded.prompts), config.rewards)
-    check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in loaded.prompts)
+    check_prompts(
+        loaded.prompts,
+        max(map(len, loaded.token_ids)),
+        read_config(config.policy.path),
+        config.rollout,
+        config.sampling,
+        config.rewards,
+    )
     for note in loaded.notes(config.data, "data") if run.is_main_rank() else ():
         say(note)
     return loaded
@@ -127,56 +148,3 @@ def make_sampler(config: RLConfig, loaded: LoadedPrompts) -> PromptSampler:
         [prompt.data_source for prompt in loaded.prompts],
         config.data.stages,
     )
-
-
-def with_old_log_probs(model: Model, batch: Batch) -> tuple[Batch, dict[str, float]]:
-    """Adds the trainer's own log-probabilities before the first update, as `old_log_probs`, and
-    tells how far the servers' are from them."""
-    log_probs, _ = model.log_probs(batch)
-    trained = batch.fields["loss_mask"] > 0
-    metrics = {}
-    if trained.any():
-        difference = (log_probs - batch.fields["rollout_log_probs"])[trained].abs()
-        metrics = {
-            "rollout/log_prob_difference_mean": difference.mean().item(),
-            "rollout/log_prob_difference_max": difference.max().item(),
-        }
-    return batch.with_fields(old_log_probs=log_probs), metrics
-
-
-def mini_batches(config: RLConfig, batch: Batch, groups: int, step: int) -> Iterator[Batch]:
-    """The step's groups in random order, `prompts_per_mini_batch` at a time."""
-    size = config.responses_per_prompt
-    order = np.random.default_rng([config.seed, step]).permutation(groups)
-    for start in range(0, groups, config.prompts_per_mini_batch):
-        chosen = order[start : start + config.prompts_per_mini_batch]
-        yield batch.select([int(group) * size + i for group in chosen for i in range(size)])
-
-
-def summarize(mini_batches: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the mini-batches; of the extremes, the most extreme."""
-    metrics = {}
-    for name in mini_batches[0]:
-        values = [mini_batch[name] for mini_batch in mini_batches]
-        if name.endswith("_min"):
-            metrics[f"train/{name}"] = min(values)
-        elif name.endswith("_max"):
-            metrics[f"train/{name}"] = max(values)
-        else:
-            metrics[f"train/{name}"] = sum(values) / len(values)
-    return metrics
-
-
-def throughput(
-    metrics: dict[str, float], seconds: dict[str, float], batch: Batch
-) -> dict[str, float]:
-    """The seconds, and tokens per second of generation, of training, and of the whole step but its
-    evaluation."""
-    generated = metrics["rollout/tokens"]
-    training = seconds["seconds/total"] - seconds.get("seconds/evaluate", 0.0)
-    rates = {"throughput/tokens_per_second": generated / training}
-    if "seconds/generate" in seconds:
-        rates["throughput/generated_per_second"] = generated / seconds["seconds/generate"]
-    if "seconds/train" in seconds:
-        rates["throughput/trained_per_second"] = len(batch.tokens) / seconds["seconds/train"]
-    return seconds | rates

@@ -110,21 +110,16 @@ class PolicyServers:
         Raises:
             UserError: on all ranks, where a lost server does not come back.
         """
-        failure: UserError | None = None
-        if self._main:
-            try:
-                self._servers.restore(lost)
-            except UserError as error:
-                failure = error
-        # The other ranks wait for that here: in the policy's own groups their time is limited.
-        if failure := objects.broadcast(failure):
-            raise failure
+        # The other ranks wait here while servers start: a collective in the policy's own groups
+        # would time out.
+        objects.together(lambda: self._servers.restore(lost) if self._main else None)
+        failure: str | None = None
         tensors = self._model.named_hf_tensors()
         if self._main:
             try:
                 self._weights.push(tensors, version)
             except WeightSyncError as error:
-                failure = error
+                failure = str(error)
         # All ranks take part until the end, whatever happens to the servers.
         collections.deque(tensors, maxlen=0)
-        return objects.broadcast(None if failure is None else str(failure))
+        return objects.broadcast(failure)

@@ -19,10 +19,10 @@ from klear_megatron.evaluation.benchmark import load_benchmarks
 from klear_megatron.evaluation.compare import compare_runs, format_comparison
 from klear_megatron.evaluation.evaluate import evaluate, regrade
 from klear_megatron.evaluation.scores import Scores
-from klear_megatron.evaluation.training import evaluate_policy
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rewards import RewardPool
+from klear_megatron.rl.evaluation import evaluate_policy
 from klear_megatron.rollout import Generator, serving
 from tests.commands import ROOT, kill_command, prepare_quickstart
 from tests.files import read_lines, read_rows
@@ -217,7 +217,7 @@ def test_only_what_both_runs_have_is_compared(config, killed_and_resumed, tmp_pa
 
 def test_a_policy_in_training_is_measured_as_its_dumped_responses_say(config, tmp_path):
     tokenizer = read_tokenizer(config.model)
-    benchmarks = load_benchmarks(config.benchmarks, tokenizer, config.rewards)
+    benchmarks = load_benchmarks(config.benchmarks, tokenizer)
     generator = Generator.for_model(config.model, tokenizer, config.rollout.urls, config.rollout)
     with RewardPool(config.rewards) as rewards:
         scores = evaluate_policy(
@@ -304,5 +304,5 @@ def test_a_budget_that_no_server_takes_is_refused_before_one_is_started(config, 
 
 
 def longest_prompt(config: EvalConfig) -> int:
-    benchmarks = load_benchmarks(config.benchmarks, read_tokenizer(config.model), config.rewards)
+    benchmarks = load_benchmarks(config.benchmarks, read_tokenizer(config.model))
     return max(len(ids) for benchmark in benchmarks for ids in benchmark.loaded.token_ids)

@@ -1,0 +1,38 @@
+"""Whether responses to some prompts can be drawn and graded, found out before any is drawn."""
+
+from collections.abc import Iterable, Iterator
+
+from transformers import PretrainedConfig
+
+from klear_megatron.data import Prompt
+from klear_megatron.rewards import RewardConfig, check_data_sources, check_ground_truths
+from klear_megatron.rollout import RolloutConfig, SamplingConfig
+from klear_megatron.rollout.external_servers import check_lengths
+
+
+def check_prompts(
+    prompts: Iterable[Prompt],
+    longest_prompt: int,
+    hf: PretrainedConfig,
+    rollout: RolloutConfig,
+    sampling: SamplingConfig,
+    rewards: RewardConfig,
+) -> None:
+    """
+    Args:
+        longest_prompt: in tokens.
+
+    Raises:
+        UserError: the servers' context is too short for prompt and response, a server that should
+            run already does not answer, or a prompt cannot be graded.
+    """
+    check_lengths(rollout, hf, longest_prompt, sampling)
+    data_sources = set()
+
+    def graded() -> Iterator[tuple[str, str | list[str]]]:
+        for prompt in prompts:
+            data_sources.add(prompt.data_source)
+            yield prompt.data_source, prompt.ground_truth
+
+    check_ground_truths(graded())
+    check_data_sources(data_sources, rewards)

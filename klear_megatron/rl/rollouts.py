@@ -1,0 +1,122 @@
+"""What a step trains on: enough informative groups, of all leaders, shared with all ranks.
+
+The first rank of each model-parallel group leads: it makes the groups of its share of the prompts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from klear_megatron.data import LoadedPrompts, PromptSampler
+from klear_megatron.evaluation.responses import response_row, write_rows
+from klear_megatron.observability import Phases, Progress
+from klear_megatron.platform import objects
+from klear_megatron.policy.batch import Batch
+from klear_megatron.rl.batches import batch_of
+from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.groups import Group, GroupMaker
+from klear_megatron.rl.metrics import GroupStatistics
+from klear_megatron.rl.servers import PolicyServers
+from klear_megatron.rollout import Generator, Share
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What a step trains on, the same on every rank."""
+
+    batch: Batch
+    """Groups of `responses_per_prompt` sequences each; see `batch_of`."""
+    groups: int
+    metrics: dict[str, float]
+
+
+class Collector:
+    """Collects the rollouts of a step. Ranks that do not lead only take part in sharing them.
+
+    Args:
+        prompts: the sampler hands out indices into them.
+        share: which leader this rank is; None if it does not lead.
+        maker: None if this rank does not lead.
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        prompts: LoadedPrompts,
+        sampler: PromptSampler,
+        servers: PolicyServers,
+        maker: GroupMaker | None,
+        share: Share | None,
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._sampler = sampler
+        self._servers = servers
+        self._maker = maker
+        self._share = share
+        leads = objects.all_gather(share is not None)
+        self._leading_ranks = [rank for rank, does in enumerate(leads) if does]
+        self._dumps = config.run_dir / "rollouts"
+        self._dumps.mkdir(parents=True, exist_ok=True)
+
+    def collect(self, step: int, phases: Phases) -> Rollouts:
+        """Collective. Makes groups until `prompts_per_step` are informative, as far as the limit on
+        generation batches allows; possibly none is.
+
+        Raises:
+            UserError: a server refused a request, all were lost and did not come back, or a reward
+                function failed.
+        """
+        wanted = self._config.prompts_per_step
+        made: list[Group] = []
+        for _ in range(self._config.max_generation_batches):
+            made += self._make(self._sampler.next_batch(wanted), phases)
+            informative = [group for group in made if group.informative]
+            if sum(objects.all_gather(len(informative))) >= wanted:
+                break
+        if self._share is not None:
+            dump = self._dumps / f"step_{step:08}_{self._share.leader}.jsonl"
+            write_rows(dump, _rows(made))
+        with phases("share"):
+            return self._shared(made, informative)
+
+    def _make(self, rows: Sequence[int], phases: Phases) -> list[Group]:
+        """Collective. The groups of those rows that this rank leads."""
+        if self._share is not None:
+            rows = rows[self._share.leader :: self._share.leaders]
+        making = self._maker.start(self._prompts, rows) if self._maker is not None else None
+
+        def draw(generator: Generator) -> None:
+            assert making is not None
+            making.draw(generator, progress.advance)
+
+        enabled = self._share is not None and self._share.leader == 0
+        with (
+            phases("generate"),
+            Progress("  generate", len(rows), enabled=enabled, keep=False) as progress,
+        ):
+            self._servers.persist(draw)
+        with phases("reward"):
+            return objects.together(making.finish if making is not None else list)
+
+    def _shared(self, made: Sequence[Group], informative: Sequence[Group]) -> Rollouts:
+        """Collective. All leaders' informative groups, no more than are wanted."""
+        crashes = self._maker.crashes if self._maker is not None else 0
+        mine = batch_of(informative, self._config), GroupStatistics.of(made), crashes
+        shared = [objects.broadcast(mine, source) for source in self._leading_ranks]
+        batches, statistics, all_crashes = zip(*shared, strict=True)
+        batch = Batch.concatenate(batches)
+        size = self._config.responses_per_prompt
+        groups = min(self._config.prompts_per_step, len(batch.lengths) // size)
+        metrics = GroupStatistics.concatenate(statistics).metrics()
+        metrics["rollout/groups"] = groups
+        metrics["reward/crashes"] = sum(all_crashes)
+        return Rollouts(batch.select(range(groups * size)), groups, metrics)
+
+
+def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    for group in groups:
+        for text, response, reward, advantage in zip(
+            group.texts, group.responses, group.rewards, group.advantages, strict=True
+        ):
+            yield response_row(group.prompt, text, response, reward, advantage=advantage)
