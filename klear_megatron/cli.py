@@ -6,6 +6,7 @@ the seconds that Megatron-Core takes to import.
 
 import argparse
 import os
+import signal
 import sys
 import time
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 from klear_megatron.config import load_config
 from klear_megatron.conversion import command as conversion
 from klear_megatron.errors import UserError
+from klear_megatron.platform.first_rank import is_first_to_report
 from klear_megatron.release import command as release
 
 _BAD_INPUT = 2
@@ -36,14 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.overrides = rest
         parsed.run(parsed)
     except UserError as error:
-        # Every rank finds the same mistake; one of each host says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        _report(error)
         return _BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def _report(error: UserError) -> None:
+    """Prints the error, unless another rank has printed the same one."""
+    # torchrun sends SIGTERM as soon as one rank has failed; this one may be about to print.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if is_first_to_report(str(error)):
+        rank = os.environ.get("RANK") if error.rank is None else error.rank
+        several = os.environ.get("WORLD_SIZE", "1") != "1"
+        where = f" on rank {rank}" if several else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
 
 
 def _silence_libraries() -> None:

@@ -10,6 +10,9 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2.
     """
 
+    rank: int | None = None
+    """The rank that found it, if it was another than the one that raises it now."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Advice on a name that is not known: the one that was meant, or else all there are."""

@@ -52,17 +52,28 @@ def broadcast(value: T, source: int = 0) -> T:
     return holder[0]
 
 
+def failures(action: Callable[[], object]) -> list[UserError]:
+    """Collective. Runs `action`.
+
+    Returns:
+        The UserErrors that it raised on any rank, by rank.
+    """
+    failure: UserError | None = None
+    try:
+        action()
+    except UserError as error:
+        error.rank = dist.get_rank()
+        failure = error
+    return [found for found in all_gather(failure) if found is not None]
+
+
 def together(action: Callable[[], T]) -> T:
     """Collective. Returns what `action` returns on this rank.
 
     Raises:
         UserError: on all ranks, if `action` raises one on any of them.
     """
-    failure: UserError | None = None
-    try:
-        result = action()
-    except UserError as error:
-        failure = error
-    for found in filter(None, all_gather(failure)):
-        raise found
-    return result
+    results: list[T] = []
+    for failure in failures(lambda: results.append(action())):
+        raise failure
+    return results[0]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
 from klear_megatron.policy.model import Model
@@ -90,13 +89,7 @@ class PolicyServers:
                 lost again and again.
         """
         for attempt in range(1, _MAX_LOSSES_IN_A_ROW + 1):
-            failure: UserError | None = None
-            if self.generator is not None:
-                try:
-                    draw(self.generator)
-                except UserError as error:
-                    failure = error
-            failures = list(filter(None, objects.all_gather(failure)))
+            failures = objects.failures(lambda: draw(self.generator) if self.generator else None)
             if not failures:
                 return
             final = [one for one in failures if not isinstance(one, ServersLostError)]

@@ -1,0 +1,68 @@
+"""Under torchrun every error is printed, and the one that all ranks have only once."""
+
+import json
+import re
+from pathlib import Path
+
+from klear_megatron.data import PromptSampler
+from tests.commands import prepare_quickstart, run_command
+
+ROWS = 4
+
+
+def write_rows(path: Path, wrong: list[int]) -> Path:
+    """Problems, of which the reward function fails at those in `wrong`."""
+    rows = [
+        {
+            "data_source": "mine",
+            "prompt": [{"role": "user", "content": f"Problem {i}"}],
+            "ability": "math",
+            "reward_model": {"ground_truth": "wrong" if i in wrong else "right", "style": "rule"},
+        }
+        for i in range(ROWS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rl_config(folder: Path, wrong: list[int]) -> Path:
+    prepare_quickstart(folder)
+    config = {
+        "run_dir": str(folder / "run"),
+        "policy": {"path": str(folder / "base"), "optimizer": {"lr": 1e-6}},
+        "data": {"path": str(write_rows(folder / "rows.jsonl", wrong))},
+        "steps": 1,
+        "prompts_per_step": ROWS,
+        "prompts_per_mini_batch": ROWS,
+        "responses_per_prompt": 2,
+        "sampling": {"max_response_length": 8},
+        "rollout": {"mem_fraction_static": 0.05, "extra_args": ["--max-total-tokens", "4096"]},
+        "rewards": {"custom": [{"function": "tests.wrong_reward:nothing"}], "workers": 1},
+    }
+    path = folder / "rl.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def errors(stderr: str) -> list[tuple[str, str]]:
+    return re.findall(r"^error on rank (\d): (.*)$", stderr, re.MULTILINE)
+
+
+def test_a_mistake_that_all_ranks_find_is_printed_once(tmp_path):
+    path = tmp_path / "rl.yaml"
+    path.write_text("steps: many\n")
+    result = run_command("rl", str(path), ranks=3)
+    assert result.returncode != 0
+    ((_, message),) = errors(result.stderr)
+    assert "steps" in message
+
+
+def test_a_reward_that_fails_on_another_leader_is_printed_with_its_rank(tmp_path):
+    second_leaders = PromptSampler(ROWS, seed=0).next_batch(ROWS)[1::2]
+    result = run_command("rl", str(rl_config(tmp_path, second_leaders)), ranks=2)
+    assert result.returncode != 0
+    message = (
+        "rewards.custom.function: tests.wrong_reward:nothing returned None; it has to return a "
+        "number or a Reward"
+    )
+    assert errors(result.stderr) == [("1", message)]
