@@ -155,13 +155,23 @@ class Learner:
         self._writer.finish(wait=True)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restores weights, optimizer and schedule from `save`, whatever layout wrote them, and
-        random states if the layout was the same.
+        """Restores weights and optimizer state from `save`, whatever layout wrote them.
+
+        The learning-rate schedule goes on from the step reached, with the settings of this run's
+        config. Random states are restored if the layout is the same.
 
         Returns:
             the trainer's state.
         """
-        return checkpoint.load(path, self.model.chunks, self._optimizer, self._scheduler)
+        state = checkpoint.load(path, self.model.chunks, self._optimizer, self._scheduler)
+        # Everything else about the optimizer is the config's and not the checkpoint's.
+        config = self.config.optimizer
+        for group in self._optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = config.lr, config.min_lr
+            group["betas"] = config.adam_beta1, config.adam_beta2
+            group["eps"] = config.adam_eps
+        self._scheduler.step(increment=0)  # computes lr and weight decay from these
+        return state
 
 
 def _reduce_metrics(sums: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from klear_megatron.rl.rollouts import Collector, Rollouts
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import Share
 from klear_megatron.training import run
+from klear_megatron.training.resume import resume
 
 
 def train_rl(config: RLConfig) -> None:
@@ -45,7 +46,7 @@ def train_rl(config: RLConfig) -> None:
     )
     sampler = make_sampler(config, prompts)
     first = 1
-    if state := run.resume(learner, config.run_dir):
+    if state := resume(learner, config, config.steps):
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
 

@@ -11,6 +11,7 @@ from klear_megatron.policy.learner import Learner
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.sft.data import read_examples
 from klear_megatron.training import run
+from klear_megatron.training.resume import resume
 
 
 def train_sft(config: SFTConfig) -> None:
@@ -31,7 +32,7 @@ def train_sft(config: SFTConfig) -> None:
     sampler = PromptSampler(len(examples), config.seed)
     objective, phases = SFTObjective(), Phases()
     first = 1
-    if state := run.resume(learner, config.run_dir):
+    if state := resume(learner, config, steps):
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
 

@@ -1,0 +1,130 @@
+"""A run that goes on with other settings takes them, and says so, or refuses."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import yaml
+
+from klear_megatron.errors import UserError
+from klear_megatron.losses import SFTObjective
+from klear_megatron.policy.batch import Batch
+from klear_megatron.sft.config import SFTConfig
+from klear_megatron.training import resume as resume_module
+from klear_megatron.training import run
+from klear_megatron.training.resume import resume
+from tests.distributed.laboratory import make_learner
+from tests.distributed.ranks import run_ranks
+from tests.models import tiny
+
+OPTIMIZER = {"lr": 1e-3, "min_lr": 1e-4, "lr_decay_style": "cosine", "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("resume") / "qwen3", tiny.qwen3(num_hidden_layers=2))
+
+
+def _config(path: Path, run_dir: Path, **changes: Any) -> SFTConfig:
+    settings = {
+        "run_dir": run_dir,
+        "save_every": 1,
+        "batch_size": 2,
+        "data": {"path": path / "none.jsonl", "max_length": 64},
+        "policy": {
+            "path": path,
+            "dtype": "float32",
+            "tokens_per_micro_batch": 64,
+            "optimizer": OPTIMIZER | changes.pop("optimizer", {}),
+        },
+    }
+    return SFTConfig.model_validate(settings | changes)
+
+
+def _learner(config: SFTConfig) -> Any:
+    return make_learner(config.policy.path, optimizer=config.policy.optimizer.model_dump())
+
+
+def _step(learner: Any) -> dict[str, float]:
+    sequences = tiny.random_sequences([9, 12])
+    batch = Batch.from_sequences(sequences, loss_mask=[[1.0] * len(s) for s in sequences])
+    return learner.train_step(batch, SFTObjective())
+
+
+def _train_and_save(config: SFTConfig, steps: int) -> None:
+    learner = _learner(config)
+    for step in range(1, steps + 1):
+        _step(learner)
+        run.save(learner, config, step, 10, {})
+
+
+def _resume(config: SFTConfig) -> tuple[dict[str, Any], str, Any]:
+    learner = _learner(config)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        state = resume(learner, config, 10)
+    return state, said.getvalue(), learner
+
+
+def _change_the_schedule(path: Path, run_dir: Path) -> Any:
+    _train_and_save(_config(path, run_dir), 2)
+    changed = {"lr": 4e-4, "min_lr": 2e-4, "lr_decay_style": "linear", "adam_beta2": 0.95}
+    config = _config(path, run_dir, optimizer=changed)
+    _, said, learner = _resume(config)
+    betas = {group["betas"] for group in learner._optimizer.param_groups}
+    resumed = [_step(learner)["lr"] for _ in range(3)]
+    fresh = _learner(config)
+    expected = [_step(fresh)["lr"] for _ in range(5)][2:]
+    return said, betas, resumed, expected
+
+
+def test_a_changed_schedule_is_applied_and_said(checkpoint, tmp_path):
+    ((said, betas, resumed, expected),) = run_ranks(1, _change_the_schedule, checkpoint, tmp_path)
+    assert resumed == expected
+    assert betas == {(0.9, 0.95)}
+    for line in (
+        "policy.optimizer.lr: 0.001 -> 0.0004",
+        "policy.optimizer.min_lr: 0.0001 -> 0.0002",
+        "policy.optimizer.lr_decay_style: cosine -> linear",
+        "policy.optimizer.adam_beta2: 0.999 -> 0.95",
+    ):
+        assert line in said
+    assert said.count(" -> ") == 4
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["policy"]["optimizer"]["lr"] == 4e-4
+
+
+def _refused(path: Path, run_dir: Path) -> list[str]:
+    config = _config(path, run_dir)
+    _train_and_save(config, 2)
+    learner = _learner(config)
+    resume(learner, config, 10)
+    messages = []
+    for changed, last_step in ((_config(path, run_dir, batch_size=3), 10), (config, 1)):
+        with pytest.raises(UserError) as error:
+            resume(learner, changed, last_step)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_cannot_change_is_refused_and_the_config_stays(checkpoint, tmp_path):
+    ((batch_size, steps),) = run_ranks(1, _refused, checkpoint, tmp_path)
+    assert "batch_size: was 2" in batch_size
+    assert "is 3, but cannot change in a run: the number of steps" in batch_size
+    assert "is of step 2, but the config asks for 1 steps" in steps
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["batch_size"] == 2
+
+
+def _one_rank_sees_less(path: Path, run_dir: Path) -> int:
+    config = _config(path, run_dir)
+    _train_and_save(config, 2)
+    if dist.get_rank() == 1:  # as on a network file system, whose cache is behind
+        resume_module.latest_checkpoint = lambda folder: folder / "checkpoints" / "step_00000001"
+    state, *_ = _resume(config)
+    return state["step"]
+
+
+def test_all_ranks_resume_from_the_checkpoint_that_the_first_one_sees(checkpoint, tmp_path):
+    assert run_ranks(2, _one_rank_sees_less, checkpoint, tmp_path) == [2, 2]
