@@ -18,7 +18,7 @@ from klear_megatron.rewards.comparison import outputs_agree, values_agree
 from klear_megatron.rewards.config import CodeRewardConfig
 from klear_megatron.rewards.reward import Reward, answer_of, is_formatted, score_with_format
 from klear_megatron.rewards.sandbox import Sandbox, check_sandbox, memory_file
-from klear_megatron.rewards.sandbox.inside.remote import Connection, Names
+from klear_megatron.rewards.sandbox.inside.remote import Names, Tests
 
 OUTCOMES = ("passed", "wrong", "error", "time", "memory", "output", "ended")
 """Of a test. `time`, `memory` and `output` are limits that it reached, `time` also that of all the
@@ -124,7 +124,7 @@ def _run_call(sandbox: Sandbox, test: CallTest, config: CodeRewardConfig) -> str
         with theirs:
             sandbox.start_test([theirs.fileno()])
         try:
-            value = _call(Names(Connection(ours)), test)
+            value = _call(Names(Tests(ours), others={}), test)
         except Exception:  # whatever the program raises, or sends instead of an answer
             value = None
             answered = False

@@ -333,7 +333,116 @@ CHECKS = {
     ),
     "counters and deques": (
         "from collections import Counter, deque\ndef f(): return Counter('aab'), deque([1])",
-        "assert f() == ({'a': 2, 'b': 1}, [1])",
+        "assert f() == (Counter(b=1, a=2), deque([1]))\nassert f()[0]['z'] == 0 and f()[1] != [1]",
+    ),
+    "isinstance of the program's classes": (
+        "class A: pass\nclass B(A): pass\ndef f(): return B()",
+        "assert isinstance(f(), A) and isinstance(f(), B) and isinstance(A(), A)\n"
+        "assert not isinstance(A(), B) and not isinstance(5, A) and issubclass(type(5), int)",
+    ),
+    "the program's own exceptions": (
+        "class Empty(LookupError):\n"
+        "    def __init__(self, code): super().__init__('empty', code); self.code = code\n"
+        "class Full(Exception): pass\ndef f(): raise Empty(7)",
+        "try:\n    f()\nexcept Full:\n    assert False\nexcept Empty as error:\n"
+        "    assert error.code == 7 and error.args == ('empty', 7)\nelse:\n    assert False\n"
+        "try:\n    f()\nexcept LookupError:\n    pass",
+    ),
+    "the text of an exception": (
+        "def f(): raise ValueError('no such thing')",
+        "try:\n    f()\nexcept ValueError as error:\n    assert str(error) == 'no such thing'\n"
+        "else:\n    assert False",
+    ),
+    "generators": (
+        "def f(n):\n    for i in range(n): yield i * i\ndef g():\n    while True: yield 1",
+        "assert list(f(4)) == [0, 1, 4, 9] and sum(f(3)) == 5\nx = g()\nassert next(x) == 1\n"
+        "assert [a for a, _ in zip(g(), range(2))] == [1, 1]",
+    ),
+    "containers of the program's": (
+        "class A:\n    def __init__(self): self.items = [5, 6]\n"
+        "    def __len__(self): return len(self.items)\n"
+        "    def __getitem__(self, i): return self.items[i]\n"
+        "    def __setitem__(self, i, x): self.items[i] = x",
+        "a = A()\nassert len(a) == 2 and a[1] == 6 and a[:1] == [5] and list(a) == [5, 6]\n"
+        "a[0] = 7\nassert a[0] == 7 and 7 in a and 5 not in a and a\n"
+        "try:\n    a[2]\nexcept IndexError:\n    pass\nelse:\n    assert False",
+    ),
+    "equality and order of the program's objects": (
+        "class A:\n    def __init__(self, n): self.n = n\n"
+        "    def __eq__(self, other): return self.n == other.n\n"
+        "    def __lt__(self, other): return self.n < other.n\n"
+        "    def __hash__(self): return hash(self.n)\n"
+        "    def __add__(self, other): return A(self.n + other.n)\n"
+        "    def __repr__(self): return f'A({self.n})'",
+        "assert A(1) == A(1) and A(1) != A(2) and A(1) < A(2) and A(1) + A(2) == A(3)\n"
+        "assert sorted([A(2), A(1)])[0].n == 1 and len({A(1), A(1)}) == 1 and str(A(4)) == 'A(4)'",
+    ),
+    "identity": (
+        "class A: pass\na = A()\ndef f(): return a",
+        "assert f() is f() and f() is a and f() == a and A() != A()",
+    ),
+    "attributes can be set": (
+        "class A: n = 1\n",
+        "a = A()\na.n = 5\nassert a.n == 5 and A().n == 1",
+    ),
+    "functions as arguments": (
+        "def f(g, x): return [g(i) for i in x]\ndef twice(g): return lambda x: g(g(x))",
+        "assert f(lambda x: x + 1, [1, 2]) == [2, 3] and f(str, [1]) == ['1']\n"
+        "def fail(x): raise KeyError(x)\nassert twice(twice(lambda x: x * 2))(1) == 16\n"
+        "try:\n    f(fail, [1])\nexcept KeyError:\n    pass\nelse:\n    assert False",
+    ),
+    "functions that call the program back": (
+        "def f(g, n): return g(f, n - 1) if n else 'end'",
+        "assert f(lambda g, n: g(lambda h, m: h(None, 0), n), 3) == 'end'",
+    ),
+    "named tuples and enumerations": (
+        "P = namedtuple('P', 'x y')\nimport enum\nclass E(enum.IntEnum): ONE = 1",
+        "assert P(1, 2) == (1, 2) and P(1, 2).y == 2 and E.ONE == 1 and E.ONE.name == 'ONE'\n"
+        "assert isinstance(P(1, 2), P)",
+    ),
+    "names without imports": (
+        "def f(x): return x * 2",
+        "assert f(1) < inf and math.isclose(f(0.5), 1) and isinstance(f([1]), List)\n"
+        "assert Counter(f([1])) == {1: 2} and gcd(f(2), 6) == 2",
+    ),
+    "functions named as those of Python's modules": (
+        "def add(a, b): return a + b + 1\ndef search(x): return x",
+        "assert add(1, 2) == 4 and search(3) == 3",
+    ),
+    "linked lists": (
+        "class Solution:\n  def f(self, head: Optional[ListNode]) -> Optional[ListNode]:\n"
+        "    back = None\n    while head: head.next, back, head = back, head, head.next\n"
+        "    return back",
+        "assert is_same_list(Solution().f(list_node([1, 2, 3])), list_node([3, 2, 1]))\n"
+        "assert not is_same_list(Solution().f(list_node([1, 2, 3])), list_node([3, 2]))\n"
+        "assert not is_same_list(Solution().f(list_node([1, 2])), list_node([1, 2]))\n"
+        "assert Solution().f(list_node([])) is None\nhead = ListNode(1, ListNode(2))\n"
+        "assert Solution().f(head).val == 2 and head.next is None",
+    ),
+    "the program's own class of linked lists": (
+        "class ListNode:\n  def __init__(self, x=None):\n    self.val = x\n    self.next = None\n"
+        "def f(head):\n  n = ListNode(0)\n  n.next = head\n"
+        "  assert isinstance(head, ListNode)\n  return n",
+        "assert is_same_list(f(list_node([1, 2])), list_node([0, 1, 2]))",
+    ),
+    "linked lists that share nodes or go in a circle": (
+        "def f(a, b):\n  seen = set()\n  while a and id(a) not in seen:\n    seen.add(id(a))\n"
+        "    a = a.next\n  return a is not None and a is b",
+        "head = list_node([1, 2, 3])\nassert not f(head, None)\nhead.next.next.next = head\n"
+        "assert not f(head, list_node([1]))",
+    ),
+    "trees": (
+        "class Solution:\n  def f(self, root: Optional[TreeNode]) -> Optional[TreeNode]:\n"
+        "    if root: root.left, root.right = self.f(root.right), self.f(root.left)\n"
+        "    return root",
+        "tree = tree_node([1, 2, 3, None, 4])\n"
+        "assert is_same_tree(Solution().f(tree), tree_node([1, 3, 2, None, None, 4]))\n"
+        "assert tree.left.val == 3 and not is_same_tree(tree, tree_node([1, 2, 3]))\n"
+        "assert Solution().f(tree_node([])) is None",
+    ),
+    "long lists": (
+        "def f(head):\n  n = 0\n  while head: n, head = n + 1, head.next\n  return n",
+        "assert f(list_node(range(20_000))) == 20_000",
     ),
 }
 

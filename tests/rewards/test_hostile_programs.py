@@ -287,6 +287,87 @@ def test_hostile_module_passes_nothing(program, ground_truth):
     assert reward.parts["tests/passed"] == 0
 
 
+AGREES_WITH_ALL = """
+    yes = lambda self, *args: True
+    names = "eq ne lt le gt ge bool contains instancecheck"
+    members = {f"__{name}__": yes for name in names.split()}
+    for name in "add radd sub rsub mul rmul truediv rtruediv abs neg float index round".split():
+        members[f"__{name}__"] = lambda self, *args: self
+    members |= {"__hash__": lambda self: 5, "__len__": lambda self: 5, "__str__": lambda self: "x"}
+    members |= {"__getattr__": lambda self, name: self, "__call__": lambda self, *args: self}
+"""
+CHECKS_OF_A_SUM = [
+    "assert add(2, 3) == 5",
+    "assert 5 == add(2, 3)",
+    "assert not add(2, 3) != 5",
+    "assert abs(add(2, 3) - 5) < 1e-9",
+    "assert 4 < add(2, 3) < 6",
+    "assert math.isclose(add(2, 3), 5)",
+    "assert isclose(add(2, 3), 5)",
+    "assert add(2, 3) in (5,) and 5 in [add(2, 3)]",
+    "assert {add(2, 3)} == {5}",
+    "assert [add(2, 3)] == [5] and {'a': add(2, 3)} == {'a': 5}",
+    "assert Counter([add(2, 3)]) == Counter([5])",
+    "assert add(2, 3) < inf and add(2, 3) == 5",
+    "assert isinstance(add(2, 3), int) and add(2, 3) == 5",
+    "assert is_same_list(add(2, 3), list_node([5]))",
+    "assert is_same_tree(add(2, 3), tree_node([5]))",
+]
+
+
+@pytest.mark.parametrize("base", ["object", "int", "str", "list", "tuple"])
+def test_object_that_agrees_with_everything_is_equal_to_no_data(base):
+    program = (
+        AGREES_WITH_ALL
+        + f"""
+    class Anything({base}): pass
+    for name, member in members.items():
+        setattr(Anything, name, member)
+    def add(a, b): return Anything()
+    inf = isclose = Counter = math = is_same_list = is_same_tree = list_node = tree_node = add
+    ListNode = TreeNode = Anything
+    """
+    )
+    assert grade(program, ["add(2, 3)"]).correct
+    reward = grade(program, CHECKS_OF_A_SUM, CONFIG.model_copy(update={"wall_limit_s": 60.0}))
+    assert reward.parts["tests/passed"] == 0
+
+
+MESSAGES = [
+    {"value": None, "operands": []},
+    {"error": {"classes": [["SystemExit", None]], "args": [0], "object": 0}},
+    {"error": {"classes": [["SystemExit", 1], ["SystemExit", None]], "args": [0], "object": 0}},
+    {"error": {"classes": [["KeyboardInterrupt", None]], "args": [], "object": 0}},
+    {"error": {"classes": [], "args": None, "object": None}},
+    {"error": "SystemExit"},
+    {"do": "call", "function": 0, "with": [[], {}]},
+    {"do": "call", "function": -1, "with": {"tuple": [[0], {}]}},
+    {"value": {"like": [0, {"list": [1]}]}},
+    {"value": {"nodes": []}},
+    {"value": {"exception": [["SystemExit", None]]}},
+    {"value": {"object": {"list": []}}},
+    [],
+    None,
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=str)
+def test_forged_answer_ends_no_test_well(message):
+    program = f"""
+    import json, os
+    data = json.dumps({message!r}).encode()
+    def add(a, b):
+        for fd in range(3, 64):
+            try:
+                os.write(fd, len(data).to_bytes(4, "big") + data)
+            except OSError:
+                pass
+        os._exit(0)
+    """
+    checks = ["assert add(2, 3) == 5", "assert add(2, (lambda x: x)) == 5"]
+    assert grade(program, checks).parts["tests/passed"] == 0
+
+
 TOKEN = "token" + secrets.token_hex(16)
 
 

@@ -137,15 +137,18 @@ def load(kind: str, source: str, paths: "dict[str, str]") -> "Callable[[list[int
     except Exception:
         return None
     # Each kind imports what it needs: `json`, of no use to scripts, takes longer than a test.
-    if kind == "check":
-        from remote import check
-
-        return lambda fds: check(code, _socket.socket(fileno=fds[0]))
     from scripts import import_names, run
 
-    names = import_names(source, paths)
     if kind == "script":
+        names = import_names(source, paths)
         return lambda fds: run(code, names, *fds)
+    import leetcode
+
+    names = import_names(source, paths | leetcode.NAMES)
+    if kind == "check":
+        from checking import check
+
+        return lambda fds: check(code, names, _socket.socket(fileno=fds[0]))
     from serving import serve
 
     return lambda fds: serve(code, names, _socket.socket(fileno=fds[0]))

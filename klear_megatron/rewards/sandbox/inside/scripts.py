@@ -1,6 +1,6 @@
 """Running a program as a script, with the names that competition sites import for it."""
 
-import _symtable  # type: ignore[import-not-found]  # `symtable` takes longer to import
+import _symtable  # `symtable` takes longer to import
 import atexit
 import builtins
 import os
