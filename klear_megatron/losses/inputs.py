@@ -15,9 +15,9 @@ def _unchanged(sums: Tensor) -> Tensor:
 class Sequences:
     """Which sequence each of T tokens belongs to, and sums over whole sequences.
 
-    With context parallelism, a rank holds only some tokens of a sequence. Sums and means are over
-    all of them, wherever they are, and are differentiable. They communicate then, so every rank
-    has to ask for the same ones in the same order.
+    With context parallelism, a rank holds only some tokens of a sequence. Sums and means cover all
+    of them, wherever they are, and are differentiable. They communicate, so every rank has to ask
+    for the same ones in the same order.
     """
 
     ids: Tensor
@@ -56,23 +56,23 @@ class LossInputs:
     """What a policy loss sees of T tokens; all but `sequences` are [T]."""
 
     log_probs: Tensor
-    """Of the policy that is trained, differentiable. Everything else is constant."""
+    """The trained policy's, differentiable. Nothing else here has a gradient."""
     old_log_probs: Tensor
-    """Of the policy before the first update on these responses."""
+    """Those of the policy before its first update on these responses."""
     advantages: Tensor
     mask: Tensor
     """1 where the token is trained, 0 elsewhere."""
     sequences: Sequences
     """A sequence is a prompt and one response to it."""
     entropy: Tensor
-    """Of the policy that is trained, without gradient."""
+    """The trained policy's, over the vocabulary, in nats."""
     rollout_log_probs: Tensor | None = None
-    """Of the server that drew the token; finite. This and what follows are None unless the batch
-    has a field of that name."""
+    """Those of the server that drew the tokens; finite. This and what follows are None unless the
+    batch has a field of that name."""
     ref_log_probs: Tensor | None = None
-    """Of a reference policy."""
+    """A reference policy's."""
     old_entropy: Tensor | None = None
-    """Of the policy before the first update on these responses."""
+    """The entropy before the first update on these responses."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,6 @@ class TokenLoss:
     """What a policy loss makes of the tokens."""
 
     values: Tensor
-    """[T] What is averaged over the trained tokens and minimised."""
+    """[T] What is aggregated over the trained tokens and minimised."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """name -> [T] without gradient, numbers or booleans; reported as means over trained tokens."""

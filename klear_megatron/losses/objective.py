@@ -129,7 +129,6 @@ class PolicyObjective:
             "loss": loss.detach(),
             "policy_loss": policy_loss.detach(),
             "sft_loss": sft_loss.detach(),
-            "tokens_left_out": (fields["loss_mask"] - mask).sum(),
             **{name: (values * weight).sum() for name, values in metrics.items()},
         }
         return Result(loss, sums, {"ratio": ratio})

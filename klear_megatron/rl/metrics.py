@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from klear_megatron.losses import trained_tokens
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.groups import Group
 
@@ -74,14 +75,14 @@ class GroupStatistics:
 
 
 def log_prob_metrics(batch: Batch) -> dict[str, float]:
-    """How far the servers' log-probabilities are from the trainer's, on the tokens that are trained
-    and whose number from the server is finite; and how many are not finite."""
-    trained = batch.fields["loss_mask"] > 0
-    ours, servers = (batch.fields[name][trained] for name in ("old_log_probs", "rollout_log_probs"))
-    finite = servers.isfinite()
-    metrics = {"rollout/log_probs_not_finite": float((~finite).sum())}
-    if finite.any():
-        difference = (ours - servers)[finite].abs()
+    """How far the servers' log-probabilities are from the trainer's on the trained tokens, and how
+    many tokens are not trained because the servers' are not finite."""
+    trained = trained_tokens(batch.fields) > 0
+    left_out = batch.fields["loss_mask"].sum() - trained.sum()
+    metrics = {"rollout/log_probs_not_finite": left_out.item()}
+    if trained.any():
+        ours, servers = batch.fields["old_log_probs"], batch.fields["rollout_log_probs"]
+        difference = (ours - servers)[trained].abs()
         metrics["rollout/log_prob_difference_mean"] = difference.mean().item()
         metrics["rollout/log_prob_difference_max"] = difference.max().item()
     return metrics

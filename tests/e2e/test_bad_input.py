@@ -34,7 +34,7 @@ def refusal(*arguments: str) -> str:
             "nowhere.jsonl: no such data file",
         ),
         (["--evaluation.every", "5"], "evaluation.benchmarks: missing; give it a value"),
-        (["--loss.name", "gpo"], "loss.name: 'gpo' is unknown"),
+        (["--loss.name", "gpo"], "loss.name: there is no loss 'gpo'"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
