@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -23,14 +31,18 @@ from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.policy.config import CheckpointConfig
+from klear_megatron.policy.optimizer_state import (
+    adopt_loaded,
+    load_settings,
+    optimizer_settings,
+    owned_shards,
+    sharded_tensors,
+)
 from klear_megatron.policy.parallel import parallel_sizes
 from klear_megatron.policy.random_states import random_states, restore_random_states
 from klear_megatron.policy.write_queue import prepare_write_queue
 
 _logger = logging.getLogger(__name__)
-
-# How the distributed optimizer's state is cut: loadable in any other layout.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 _PARTIAL = ".partial"
 
@@ -86,17 +98,19 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        sharded = _model_state(chunks)
+        model = _model_state(chunks)
         request = dist_checkpointing.save(
             {
-                **sharded,
-                "optimizer": optimizer.sharded_state_dict(sharded, metadata=_METADATA),
+                **model,
+                "optimizer": optimizer_settings(optimizer),
+                "optimizer_tensors": sharded_tensors(owned_shards(optimizer), model),
                 "scheduler": scheduler.state_dict(),
                 "random_states": random_states(),
                 "parallel_sizes": parallel_sizes(),
                 "trainer": state,
             },
             str(partial),
+            FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _replicas()),
             async_sharded_save=True,
         )
         request.add_finalize_fn(lambda: self._publish(partial, path))
@@ -143,19 +157,21 @@ def load(
         UserError: no checkpoint there.
     """
     _check(path)
-    sharded = _model_state(chunks)
-    saved_sizes = dist_checkpointing.load_common_state_dict(str(path))["parallel_sizes"]
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    saved_sizes = common["parallel_sizes"]
     same_sizes = saved_sizes == parallel_sizes()
-    loaded = dist_checkpointing.load(
+    load_settings(optimizer, common["optimizer"])
+    model, shards = _model_state(chunks), owned_shards(optimizer)
+    loaded = _load(
         {
-            **sharded,
-            "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA),
+            **model,
+            "optimizer_tensors": sharded_tensors(shards, model),
             **({"random_states": random_states()} if same_sizes else {}),
         },
-        str(path),
+        path,
     )
     _load_model_state(chunks, loaded)
-    _load_optimizer(optimizer, loaded["optimizer"])
+    adopt_loaded(shards)
     scheduler.load_state_dict(loaded["scheduler"])
     if same_sizes:
         restore_random_states(loaded["random_states"])
@@ -170,31 +186,6 @@ def load(
 
 def _describe(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
-
-
-def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
-    # With expert parallelism there are two optimizers, numbered, and one otherwise. What they keep
-    # per group of parameters, such as the step, is the same in all groups of a kind.
-    saved = [state, *(state[number] for number in (0, 1) if number in state)]
-    groups = [
-        {**group, "is_expert_parallel": expert}
-        for part in saved
-        if "optimizer" in part
-        for group in part["optimizer"]["param_groups"]
-        for expert in (False, True)
-    ]
-    for number, part in enumerate(optimizer.chained_optimizers):
-        parameter_state = (state if "param_state" in state else state[number])["param_state"]
-        part.load_state_dict({"optimizer": {"param_groups": groups}})
-        # Torch's Adam has a step per parameter, which Megatron-Core sets in the line above and
-        # would now look for in the checkpoint, where it is kept once. It sets the same tensor for
-        # all, which each of them would then count up.
-        states = part.optimizer.state.values()
-        steps = [each.pop("step", None) for each in states]
-        part.load_parameter_state_from_fully_reshardable(parameter_state)
-        for each, step in zip(states, steps, strict=True):
-            if step is not None:
-                each["step"] = step.clone()
 
 
 def load_weights(path: Path, chunks: Sequence[LanguageModel]) -> None:
@@ -212,8 +203,22 @@ def load_weights(path: Path, chunks: Sequence[LanguageModel]) -> None:
         for name, part in state.items()
     }
     nothing = {name: dict.fromkeys(part.keys() - weights[name]) for name, part in state.items()}
-    loaded = dist_checkpointing.load(weights, str(path))
+    loaded = _load(weights, path)
     _load_model_state(chunks, {name: {**nothing[name], **loaded[name]} for name in state})
+
+
+def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Reads each replicated tensor once per data-parallel group."""
+    strategy = get_default_load_sharded_strategy(str(path))
+    loaded: dict[str, Any] = dist_checkpointing.load(
+        state, str(path), FullyParallelLoadStrategyWrapper(strategy, _replicas())
+    )
+    return loaded
+
+
+def _replicas() -> dist.ProcessGroup:
+    """The ranks that hold the same weights."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _check(path: Path) -> None:
