@@ -30,6 +30,7 @@ from klear_megatron.checkpoints.hf_reader import copy_companions
 from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
 from klear_megatron.models.language_model import LanguageModel
+from klear_megatron.observability import say
 from klear_megatron.policy.config import CheckpointConfig
 from klear_megatron.policy.optimizer_state import (
     adopt_loaded,
@@ -70,7 +71,8 @@ class CheckpointWriter:
     """Writes checkpoints beside their final name and renames them when they are complete.
 
     A process that is killed at any moment leaves every earlier checkpoint as it was, and of the
-    one at hand only a `.partial` folder, which is never read and which the next save replaces.
+    one at hand only a `.partial` folder, which is never read and which the next save replaces. A
+    checkpoint is announced once it is complete.
 
     Args:
         companions: Hugging Face checkpoint whose config and tokenizer come along.
@@ -131,6 +133,7 @@ class CheckpointWriter:
             write_checksums(partial, {})
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
+            say(f"checkpoint {path}")
             self._prune(path.parent)
         dist.barrier()
 

@@ -7,7 +7,6 @@ import torch.distributed as dist
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.conversion import export_hf
-from klear_megatron.observability import say
 from klear_megatron.platform import objects
 from klear_megatron.platform.device import init_distributed
 from klear_megatron.platform.files import make_folder
@@ -54,12 +53,9 @@ def save(
         learner.save(path, {**state, "step": step, "config": config.model_dump(mode="json")})
         if step == last_step:
             learner.finish_saves()
-        if is_main_rank():
-            say(f"checkpoint {path}")
     if config.export_every is not None and step % config.export_every == 0:
         out = config.run_dir / "hf" / f"step_{step:08}"
         if is_main_rank():
-            shutil.rmtree(
-                out, ignore_errors=True
-            )  # written before the run was resumed from an earlier step
+            # Written before the run was resumed from an earlier step.
+            shutil.rmtree(out, ignore_errors=True)
         export_hf(learner.model, out)

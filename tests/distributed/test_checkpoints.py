@@ -5,17 +5,23 @@ import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
+from klear_megatron.policy.optimizer_state import owned_shards
+from klear_megatron.training import run
 from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.distributed.reference import make_batch
@@ -153,26 +159,118 @@ def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
     assert run_ranks(2, _resumed, folder / "tied", {}, tmp_path)[0][0] == losses[6:]
 
 
-def _saves(model: Path, run_dir: Path) -> Any:
-    learner = _policy(model, {TP: 2}, asynchronous=True, keep_last=2, keep_every=3)
+def _saves(model: Path, parallel: dict[str, int], run_dir: Path) -> Any:
+    learner = _policy(model, parallel, asynchronous=True, keep_last=2, keep_every=3)
     snapshots = []
     for step, batch in enumerate(BATCHES, start=1):
         learner.train_step(batch, SFTObjective())
-        snapshots.append(weights(learner))
+        snapshots.append(_state(learner))
         learner.save(checkpoint_path(run_dir, step), {"step": step})
     learner.finish_saves()
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     loaded = []
     for name in kept:
         state = learner.load(run_dir / "checkpoints" / name)
-        loaded.append((state["step"], weights(learner)))
+        loaded.append((state["step"], _state(learner)))
     return snapshots, kept, loaded
 
 
-def test_saving_in_the_background_keeps_the_moment_and_the_newest_and_every_nth(folder, tmp_path):
-    snapshots, kept, loaded = run_ranks(2, _saves, folder / "tied", tmp_path)[0]
-    assert kept == ["step_00000003", "step_00000005", "step_00000006"]
-    assert [step for step, _ in loaded] == [3, 5, 6]
-    for step, restored in loaded:
-        for name, tensor in snapshots[step - 1].items():
-            assert torch.equal(restored[name], tensor), (step, name)
+def _state(learner: Any) -> dict[str, torch.Tensor]:
+    """The full weights, on rank 0, and this rank's shard of the optimizer's state."""
+    shards = owned_shards(learner._optimizer)
+    return weights(learner) | {
+        f"{number} {name}": value.detach().clone()
+        for number, shard in enumerate(shards)
+        for name, value in shard.state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "parallel"),
+    [
+        ("tied", 2, {TP: 2}),
+        ("untied", 2, {PP: 2, VPP: 2}),
+        ("moe", 4, {PP: 2, VPP: 2, EP: 2}),
+    ],
+)
+def test_saving_in_the_background_keeps_the_moment_and_the_newest_and_every_nth(
+    name, world_size, parallel, folder, tmp_path
+):
+    ranks = run_ranks(world_size, _saves, folder / name, parallel, tmp_path)
+    for snapshots, kept, loaded in ranks:
+        assert kept == ["step_00000003", "step_00000005", "step_00000006"]
+        assert [step for step, _ in loaded] == [3, 5, 6]
+        for step, restored in loaded:
+            assert restored.keys() == snapshots[step - 1].keys()
+            for key, tensor in snapshots[step - 1].items():
+                assert torch.equal(restored[key], tensor), (step, key)
+
+
+def _announcements(model: Path, run_dir: Path) -> Any:
+    """Lines said before the save was finished and in all, with whether the checkpoint existed."""
+    path = checkpoint_path(run_dir, 1)
+    said: list[tuple[str, bool]] = []
+    checkpoint.say = lambda line: said.append((line, is_megatron_checkpoint(path)))
+    learner = _policy(model, {}, asynchronous=True)
+    config = SimpleNamespace(
+        run_dir=run_dir, save_every=1, export_every=None, model_dump=lambda mode: {}
+    )
+    run.save(learner, config, step=1, last_step=2, state={})
+    early = list(said)
+    learner.finish_saves()
+    return early, said
+
+
+def test_a_checkpoint_is_announced_when_it_exists(folder, tmp_path):
+    ((early, said),) = run_ranks(1, _announcements, folder / "tied", tmp_path)
+    assert early == []
+    assert said == [(f"checkpoint {checkpoint_path(tmp_path, 1)}", True)]
+
+
+def _saved_as_megatron_does(model: Path, path: Path) -> dict[str, torch.Tensor]:
+    learner = _policy(model, {TP: 2})
+    _steps(learner, 0, 2)
+    chunks, optimizer = learner.model.chunks, learner._optimizer
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+    sharded = checkpoint._model_state(chunks)
+    if dist.get_rank() == 0:
+        path.mkdir(parents=True)
+    dist.barrier()
+    state = {
+        **sharded,
+        "optimizer": optimizer.sharded_state_dict(sharded, metadata=metadata),
+        "scheduler": learner._scheduler.state_dict(),
+        "parallel_sizes": {},
+        "trainer": {"step": 2},
+    }
+    dist_checkpointing.save(state, str(path))
+    return _state(learner)
+
+
+def _loaded(model: Path, path: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    learner = _policy(model, {TP: 2})
+    learner.load(path)
+    return _state(learner), sorted(dist_checkpointing.load_tensors_metadata(str(path)))
+
+
+def _saved(model: Path, path: Path) -> Any:
+    learner = _policy(model, {TP: 2})
+    learner.save(path, {"step": 0})
+    return sorted(dist_checkpointing.load_tensors_metadata(str(path)))
+
+
+def test_the_format_is_megatrons_fully_reshardable(folder, tmp_path):
+    theirs = tmp_path / "theirs"
+    model = folder / "untied"
+    saved = run_ranks(4, _saved_as_megatron_does, model, theirs)
+    loaded = run_ranks(4, _loaded, model, theirs)
+    for before, (after, _) in zip(saved, loaded, strict=True):
+        assert before.keys() == after.keys()
+        for key in before:
+            assert torch.equal(before[key], after[key]), key
+    names = loaded[0][1]
+    assert any(name.startswith("optimizer.state.exp_avg.decoder.layers.") for name in names)
+    assert run_ranks(4, _saved, model, tmp_path / "ours")[0] == names
