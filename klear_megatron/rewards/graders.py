@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from klear_megatron.errors import UserError
+from klear_megatron.rewards.answers import agrees
 from klear_megatron.rewards.code import code_reward, score_program
 from klear_megatron.rewards.code_tests import parse_tests
 from klear_megatron.rewards.config import (
@@ -16,8 +17,8 @@ from klear_megatron.rewards.config import (
 )
 from klear_megatron.rewards.custom import as_reward, import_function, is_async
 from klear_megatron.rewards.limits import Limits
-from klear_megatron.rewards.math import math_reward, score_answer
-from klear_megatron.rewards.reward import Reward
+from klear_megatron.rewards.math import score_answer
+from klear_megatron.rewards.reward import Reward, answer_of
 from klear_megatron.rewards.sandbox import check_sandbox
 
 GroundTruth = str | list[str]
@@ -54,7 +55,8 @@ class MathGrader:
         return Limits(self.config.cpu_limit_s, self.config.wall_limit_s)
 
     def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
-        return math_reward(response, ground_truth, self.config)
+        correct = agrees(answer_of(response), ground_truth)
+        return score_answer(response, self.config, correct=correct)
 
     def failed(self, response: str, *, timed_out: bool) -> Reward:
         return score_answer(response, self.config, correct=False, timed_out=timed_out)

@@ -1,17 +1,13 @@
 """Is the final answer of a response right?"""
 
-import logging
 from collections.abc import Sequence
 
-from math_verify import parse, verify
-
 from klear_megatron.rewards.config import MathRewardConfig
+from klear_megatron.rewards.limits import Limits
 from klear_megatron.rewards.reward import Reward, answer_of, is_formatted, score_with_format
+from klear_megatron.rewards.verifier import Verifier
 
-# math-verify warns once per process that its own time limits are off. They are off on purpose: they
-# are signals to the main thread, and cannot interrupt a long integer operation. RewardPool's can.
-for _module in ("math_verify.parser", "math_verify.grader"):
-    logging.getLogger(_module).setLevel(logging.ERROR)
+_verifier = Verifier()
 
 
 def math_reward(
@@ -25,11 +21,12 @@ def math_reward(
     several `\boxed{}`, math-verify takes them together as a set; where it has none, it takes the
     last expression of the text. With several ground truths, one that agrees is enough.
 
-    Here nothing limits the time, and an answer such as `\boxed{9^{9^{9}}}` takes for ever: grade a
-    model's responses with RewardPool, which applies `config.timeout_s`.
+    The comparison runs in a process of its own, one call at a time, within the config's limits.
+    To grade many responses at once, use RewardPool.
     """
-    correct = _agrees(answer_of(response), ground_truth)
-    return score_answer(response, config, correct=correct)
+    limits = Limits(config.cpu_limit_s, config.wall_limit_s)
+    correct = _verifier.agrees(answer_of(response), ground_truth, limits)
+    return score_answer(response, config, correct=bool(correct), timed_out=correct is None)
 
 
 def score_answer(
@@ -41,16 +38,4 @@ def score_answer(
         correct=correct,
         formatted=is_formatted(response),
         timed_out=timed_out,
-    )
-
-
-def _agrees(answer: str, ground_truth: str | Sequence[str]) -> bool:
-    golds = [ground_truth] if isinstance(ground_truth, str) else ground_truth
-    parsed_answer = parse(answer, parsing_timeout=None)
-    # Boxed, a ground truth is read as the LaTeX it is: bare, "2\sqrt{2}" would be read as 2.
-    return any(
-        verify(
-            parse(f"\\boxed{{{gold}}}", parsing_timeout=None), parsed_answer, timeout_seconds=None
-        )
-        for gold in golds
     )

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
-from klear_megatron.rewards.answers import math_answer
+from klear_megatron.rewards.answers import agrees, math_answer
 from klear_megatron.rewards.config import RewardConfig
 from klear_megatron.rewards.graders import (
     CustomGrader,
@@ -21,7 +21,6 @@ from klear_megatron.rewards.graders import (
     graders_of,
 )
 from klear_megatron.rewards.limits import Limits, prepare_process, reached, run_within
-from klear_megatron.rewards.math import math_reward
 from klear_megatron.rewards.reward import Reward
 
 T = TypeVar("T")
@@ -189,4 +188,4 @@ def _as_finished(futures: Collection["Future[T]"], pool: ProcessPool) -> Iterato
 
 def _prepare_worker() -> None:
     prepare_process()
-    math_reward("<think></think>\\boxed{1}", "1")  # imports the rest of sympy
+    agrees("\\boxed{1}", "1")  # imports the rest of sympy

@@ -1,8 +1,14 @@
+import subprocess
+import sys
+import time
+
+import psutil
 import pytest
 from math_verify import parse, verify
 
 from klear_megatron.rewards import MathRewardConfig, math_reward
 from tests.rewards.hard_answers import HARD_ANSWERS, MATH_VERIFY_DIFFERS
+from tests.rewards.test_pool import in_thread
 
 ANSWERS = [
     # ground truth, what follows </think>, right?
@@ -81,7 +87,65 @@ def test_hard_answers_are_judged_as_by_hand_and_as_by_math_verify(ground_truth, 
     verdict = math_reward(f"<think></think>{answer}", ground_truth).correct
     assert verdict is (right ^ ((ground_truth, answer) in MATH_VERIFY_DIFFERS))
     golds = ground_truth if isinstance(ground_truth, list) else [ground_truth]
-    assert verdict is any(verify(parse(rf"\boxed{{{gold}}}"), parse(answer)) for gold in golds)
+    parsed = parse(answer, parsing_timeout=None)
+    assert verdict is any(
+        verify(parse(rf"\boxed{{{gold}}}", parsing_timeout=None), parsed, timeout_seconds=None)
+        for gold in golds
+    )
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        (r"\frac{\mathrm{e}}{2}", r"\boxed{\frac{\mathrm{e}}{3}}", False),
+        (r"\frac{\mathrm{e}}{2}", r"\boxed{\dfrac{ \mathrm{e} }{2}}", True),
+        (r"\frac{\mathrm{e}}{2}", r"It is $\frac{\mathrm{e}}{2}$. So: $\boxed{\frac{e}{2}}$", True),
+        (
+            r"\frac{\mathrm{e}}{2}",
+            r"\boxed{\frac{\mathrm{e}}{2}} \boxed{\frac{\mathrm{e}}{3}}",
+            False,
+        ),
+        (r"\frac{\mathrm{e}}{2}", r"\boxed{\frac{\mathrm{e}}{3}}, and 5", False),
+        (r"\frac{\mathrm{e}}{2}", r"\boxed{\frac{", False),
+        (r"\operatorname{Re}(z)", r"\boxed{\operatorname{Re} \left(z\right)}", True),
+        (r"\operatorname{Re}(z)", r"\boxed{\operatorname{Im}(z)}", False),
+    ],
+)
+def test_answers_that_are_read_as_text_only_have_to_be_the_same_text(gold, answer, right):
+    assert math_reward(f"<think></think>{answer}", gold).correct is right
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (lambda function: function(), r"\boxed{10^{10^{10^{10}}}}"),
+        (in_thread, r"\boxed{10^{10^{10^{10}}}}"),
+        (in_thread, r"\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}"),
+    ],
+    ids=["main thread", "thread", "parsing"],
+)
+def test_plain_function_does_not_hang(call, answer):
+    config = MathRewardConfig(cpu_limit_s=1)
+    reward = call(lambda: math_reward(f"<think></think>{answer}", "4", config))
+    assert reward.timed_out
+    assert not reward.correct
+    assert call(lambda: math_reward(r"<think></think>\boxed{4}", "4")).correct
+
+
+def test_plain_function_works_in_any_script_and_leaves_no_process(tmp_path):
+    script = tmp_path / "script.py"  # without a guard, which new processes of other kinds need
+    script.write_text(
+        "import psutil\nfrom klear_megatron.rewards import math_reward\n"
+        "print(math_reward('<think></think>4', '4').correct)\n"
+        "print(*[child.pid for child in psutil.Process().children()])\n"
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    correct, verifier = said.stdout.split()
+    assert correct == "True"
+    gone = time.monotonic() + 20
+    while psutil.pid_exists(int(verifier)):
+        assert time.monotonic() < gone
+        time.sleep(0.05)
 
 
 def test_there_are_enough_hard_answers_and_each_exception_is_one_of_them():

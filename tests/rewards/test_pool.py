@@ -21,7 +21,7 @@ from klear_megatron.rewards import (
 
 SOURCE = "math_longcot_math_verify"
 HANGING = r"<think>big</think>\boxed{9^{9^{9^{9}}}}"
-LIMIT_S = 3.0
+LIMIT_S = 2.0
 
 
 def job(response: str, ground_truth: str = "4") -> tuple[str, str, str]:
@@ -106,7 +106,7 @@ def test_hanging_answer_ends_at_its_limit_while_others_are_graded(call, tmp_path
     assert hanging.formatted
     assert hanging.score == -1.0
     assert all(reward.correct and not reward.timed_out for reward in others)
-    assert LIMIT_S <= done_at[0] < 4 * LIMIT_S
+    assert LIMIT_S <= done_at[0] < config.math.wall_limit_s
     assert max(done_at[i] for i in range(1, 21)) < done_at[0]
 
 
@@ -173,7 +173,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
 from klear_megatron.rewards import MathRewardConfig, RewardConfig, RewardPool
 
 if __name__ == "__main__":
-    config = RewardConfig(math=MathRewardConfig(cpu_limit_s=5), workers=2)
+    config = RewardConfig(math=MathRewardConfig(cpu_limit_s=2), workers=2)
     with RewardPool(config) as pool:
         pool.grade([{job("")!r}])
         print("ready", flush=True)
@@ -187,7 +187,7 @@ if __name__ == "__main__":
         workers = workers_of(parent.pid)
         assert len(workers) == 2
         parent.kill()
-    _, alive = psutil.wait_procs(workers, timeout=15)
+    _, alive = psutil.wait_procs(workers, timeout=50)
     assert not alive
 
 
