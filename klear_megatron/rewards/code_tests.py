@@ -7,7 +7,7 @@ import json
 import pickle
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,12 @@ def parse_tests(ground_truth: str | Sequence[str]) -> list[Test]:
     * `{"public_test_cases": ..., "private_test_cases": ..., "metadata": ...}`: LiveCodeBench's,
       each a list of the kind before as JSON, private ones perhaps compressed.
     * `{"functional": code}`, `{"functional": [code, ...]}`, or a list of assertions.
+    * `{"test": code, "entry_point": expression}`: LeetCodeDataset's and HumanEval's; the code
+      defines `check(candidate)`.
+    * `{"input_output": ...}`: TACO's and APPS's, an object of the first form, or its JSON.
+    * `{"official_tests": [...], ...}`: Codeforces's, if comparing the output is enough.
+
+    In these and LiveCodeBench's, other keys do not matter: all of a published row may be given.
 
     Raises:
         UserError: it is of no such form, or has no tests.
@@ -89,23 +95,68 @@ def _tests(parsed: Any) -> list[Test]:
         return _test_cases(parsed, function=None)
     if not isinstance(parsed, dict):
         raise ValueError("neither a list nor an object")
-    if "functional" in parsed:
-        return [CheckTest(code) for code in _strings(parsed["functional"])]
-    if "private_test_cases" in parsed or "public_test_cases" in parsed:
-        metadata = parsed.get("metadata") or {}
-        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
-        cases = [
-            case
-            for name in ("public_test_cases", "private_test_cases")
-            for case in _unpack(parsed.get(name) or [])
-        ]
-        return _test_cases(cases, metadata.get("func_name"))
-    inputs, outputs = parsed["inputs"], parsed["outputs"]
+    for key, read in _FORMS.items():
+        if key in parsed:
+            return read(parsed)
+    return _inputs_and_outputs(parsed)
+
+
+def _functional(row: dict[str, Any]) -> list[Test]:
+    codes = row["functional"]
+    codes = [codes] if isinstance(codes, str) else codes
+    if not isinstance(codes, list) or not all(isinstance(code, str) for code in codes):
+        raise ValueError("functional: neither a text nor a list of texts")
+    return [CheckTest(code) for code in codes]
+
+
+def _livecodebench(row: dict[str, Any]) -> list[Test]:
+    metadata = row.get("metadata") or {}
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    cases = [
+        case
+        for name in ("public_test_cases", "private_test_cases")
+        for case in _unpack(row.get(name) or [])
+    ]
+    return _test_cases(cases, metadata.get("func_name"))
+
+
+def _leetcode(row: dict[str, Any]) -> list[Test]:
+    return [CheckTest(f"{row['test']}\n\ncheck({row['entry_point']})")]
+
+
+def _taco(row: dict[str, Any]) -> list[Test]:
+    tests = row["input_output"]
+    return _inputs_and_outputs(json.loads(tests) if isinstance(tests, str) else tests)
+
+
+def _codeforces(row: dict[str, Any]) -> list[Test]:
+    if row.get("interaction_format"):
+        raise ValueError("an interactive problem, which a list of tests cannot grade")
+    if row.get("generated_checker"):
+        raise ValueError("several outputs are right, and generated_checker is not supported")
+    if row.get("input_mode", "stdio") != "stdio":
+        raise ValueError("the program has to read a file, but there is only standard input")
+    return _test_cases(row["official_tests"], function=None)
+
+
+_FORMS: dict[str, Callable[[dict[str, Any]], list[Test]]] = {
+    "functional": _functional,
+    "public_test_cases": _livecodebench,
+    "private_test_cases": _livecodebench,
+    "entry_point": _leetcode,
+    "input_output": _taco,
+    "official_tests": _codeforces,
+}
+"""How to read an object that has this key."""
+
+
+def _inputs_and_outputs(tests: dict[str, Any]) -> list[Test]:
+    inputs, outputs = tests["inputs"], tests["outputs"]
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs, but {len(outputs)} outputs")
     pairs = list(zip(inputs, outputs, strict=True))
-    if parsed.get("fn_name"):
-        return [_call(parsed["fn_name"], *pair) for pair in pairs]
+    if tests.get("fn_name"):
+        return [_call(tests["fn_name"], *pair) for pair in pairs]
     return [ScriptTest(_text(stdin), _text(expected)) for stdin, expected in pairs]
 
 
@@ -121,14 +172,6 @@ def _test_cases(cases: list[dict[str, Any]], function: str | None) -> list[Test]
     return [ScriptTest(_text(case["input"]), _text(case["output"])) for case in cases]
 
 
-def _strings(value: Any) -> list[str]:
-    """A text alone, or a list of texts."""
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
-        raise ValueError("functional: neither a text nor a list of texts")
-    return strings
-
-
 def _text(lines: str | list[Any]) -> str:
     return lines if isinstance(lines, str) else "\n".join(str(line) for line in lines)
 
@@ -137,9 +180,18 @@ def _call(function: str, arguments: Any, result: Any) -> CallTest:
     if isinstance(arguments, str):  # LiveCodeBench's: JSON throughout
         values = [json.loads(line) for line in arguments.split("\n") if line.strip()]
         return CallTest(function, values, (_json_or_text(result),))
-    # The older data sets wrap a result in a list, or do not.
+    # The older data sets wrap a result in a list, or do not, and mean whole numbers by such keys.
+    arguments, result = [_whole_keys(argument) for argument in arguments], _whole_keys(result)
     wrapped = isinstance(result, list) and len(result) == 1
-    return CallTest(function, arguments, (result, result[0]) if wrapped else (result,))
+    return CallTest(function, arguments, (result, _whole_keys(result[0])) if wrapped else (result,))
+
+
+def _whole_keys(value: Any) -> Any:
+    """A dict whose keys are all whole numbers, written as texts, has them as numbers."""
+    try:
+        return {int(key): x for key, x in value.items()} if isinstance(value, dict) else value
+    except ValueError:
+        return value
 
 
 def _json_or_text(result: Any) -> Any:

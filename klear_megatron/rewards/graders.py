@@ -171,17 +171,21 @@ def check_data_sources(data_sources: Iterable[str], config: RewardConfig = Rewar
 
 
 def check_ground_truths(pairs: Iterable[tuple[str, GroundTruth]]) -> None:
-    """Raises UserError where the tests of a programming problem are malformed.
+    """Raises UserError where the tests of programming problems are malformed, with their number.
 
     Args:
         pairs: data_source and ground truth of each row. This takes as long as parsing them does.
     """
+    bad: list[str] = []
     for i, (data_source, ground_truth) in enumerate(pairs):
         if verifier_of(data_source) == "code":
             try:
                 parse_tests(ground_truth)
             except UserError as error:
-                raise UserError(f"row {i}: {error}") from error
+                bad.append(f"row {i}: {error}")
+    if bad:
+        more = [f"and {len(bad) - 5} more"] if len(bad) > 5 else []
+        raise UserError("\n".join([f"rows that cannot be graded: {len(bad)}", *bad[:5], *more]))
 
 
 def combine(graders: Sequence[Grader], rewards: Sequence[Reward]) -> Reward:

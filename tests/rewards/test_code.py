@@ -65,6 +65,71 @@ FORMATS = {
         ADD,
     ),
     "functional list": ({"functional": ["assert add(2, 3) == 5", "assert add(3, 4) == 7"]}, ADD),
+    "LeetCodeDataset": (
+        {
+            "task_id": "add-two",
+            "question_id": 1,
+            "starter_code": "class Solution:\n    def add(self, a: int, b: int) -> int:\n        ",
+            "entry_point": "Solution().add",
+            "test": "def check(candidate):\n    assert candidate(a = 2,b = 3) == 5\n"
+            "    assert candidate(a = 3,b = 4) == 7\n",
+            "input_output": [{"input": "a = 2, b = 3", "output": "5"}],
+        },
+        ADD_METHOD,
+    ),
+    "HumanEval": (
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "def add(a, b):\n",
+            "entry_point": "add",
+            "test": "METADATA = {}\n\ndef check(candidate):\n    assert candidate(2, 3) == 5\n",
+        },
+        ADD,
+    ),
+    "TACO": (
+        {
+            "question": "Add.",
+            "starter_code": "",
+            "input_output": '{"inputs": ["2 3\\n", "3 4\\n"], "outputs": ["5\\n", "7\\n"]}',
+            "difficulty": "EASY",
+            "time_limit": "2.0 seconds",
+        },
+        ADD_NUMBERS,
+    ),
+    "APPS calls": (
+        {
+            "problem_id": 1,
+            "starter_code": "def add(a, b):\n\t",
+            "input_output": '{"fn_name": "add", "inputs": [[2, 3], [3, 4]], "outputs": [[5], 7]}',
+        },
+        ADD,
+    ),
+    "APPS calls with dicts": (
+        {
+            "input_output": {
+                "fn_name": "add",
+                "inputs": [[{"1": 2}, {"1": 3}]],
+                "outputs": [{"1": 5}],
+            }
+        },
+        "def add(x, y):\n    a, b = x[1], y[1]\n    return {1: a + b}",
+    ),
+    "Codeforces": (
+        {
+            "id": "1/A",
+            "contest_name": "Codeforces Round 1",
+            "input_mode": "stdio",
+            "interaction_format": None,
+            "generated_checker": None,
+            "examples": [{"input": "2 3", "output": "5"}],
+            "official_tests": [
+                {"input": "2 3\n", "output": "5\n"},
+                {"input": "3 4\n", "output": "7\n"},
+            ],
+            "official_tests_complete": True,
+        },
+        ADD_NUMBERS,
+    ),
     "LiveCodeBench stdin": (
         {
             "public_test_cases": json.dumps(STDIN_CASES[:1]),
@@ -605,6 +670,13 @@ def lcb_private(payload):
         ('[{"input": "1"}]', "output"),
         ('[{"input": "1", "output": "1", "testtype": "functional"}]', "metadata"),
         (json.dumps([CALL_CASES[0], STDIN_CASES[0]]), "some tests call a function"),
+        ('{"input_output": ""}', "JSONDecodeError"),
+        ('{"input_output": "{}"}', "inputs"),
+        ('{"entry_point": "f"}', "test"),
+        ('{"official_tests": []}', "no tests"),
+        ('{"official_tests": [], "interaction_format": "Ask."}', "an interactive problem"),
+        ('{"official_tests": [], "generated_checker": "import sys"}', "generated_checker is not"),
+        ('{"official_tests": [], "input_mode": "file"}', "only standard input"),
         ('{"functional": 4}', "neither a text nor a list"),
         ('{"functional": [4]}', "neither a text nor a list"),
         ("[" * 100_000, "Recursion"),
@@ -625,6 +697,11 @@ def test_malformed_tests_are_found_before_training():
     check_ground_truths([math, ("coder1_longcot", SIXTEEN)])
     with pytest.raises(UserError, match=r"row 1: reward_model\.ground_truth: not the tests"):
         check_ground_truths([math, ("coder1_longcot_lcbv5", "4")])
+    bad = [("coder1_longcot", '{"official_tests": []}')] * 7
+    with pytest.raises(
+        UserError, match=r"graded: 7\nrow 1: (.*\n)*row 5: .*no tests.*\nand 2 more"
+    ):
+        check_ground_truths([math, *bad])
 
 
 def test_interpreter_that_does_not_run_is_refused(tmp_path):
