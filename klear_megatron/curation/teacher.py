@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.curation.config import TeacherConfig
 from klear_megatron.curation.text import digest, query_of
 from klear_megatron.data import Prompt
@@ -19,7 +19,7 @@ from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.evaluation.responses import response_row, write_rows
 from klear_megatron.evaluation.scores import Row
 from klear_megatron.evaluation.stored import RESPONSES, append_row, claim, stored_rows
-from klear_megatron.models.tokenizer import decode_response, read_tokenizer
+from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout import Response
@@ -49,13 +49,13 @@ def ask(teacher: TeacherConfig, prompts: Path, folder: Path) -> Path:
     path = folder / RESPONSES
     drawn: Counter[bytes] = Counter()
     write_rows(path, _counted(folder, drawn))  # without what was half-written
-    tokenizer = read_tokenizer(teacher.model)
-    missing = _missing(teacher, tokenizer, prompts, drawn)
+    model = ModelFolder(teacher.model)
+    missing = _missing(teacher, model.tokenizer, prompts, drawn)
     stored = drawn.total()
     if missing:
         if stored:
             say(f"going on: {stored} of {stored + missing.total()} responses are in {folder}")
-        _draw(teacher, tokenizer, prompts, folder, missing, stored)
+        _draw(teacher, model, prompts, folder, missing, stored)
     with (
         RewardPool(teacher.rewards) as rewards,
         Progress("grade", stored + missing.total()) as progress,
@@ -87,32 +87,30 @@ def _missing(
 
 def _draw(
     teacher: TeacherConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    model: ModelFolder,
     prompts: Path,
     folder: Path,
     missing: Counter[bytes],
     stored: int,
 ) -> None:
-    hf, rollout = read_config(teacher.model), teacher.rollout
+    rollout = teacher.rollout
     all_prompts = (prompt for _, prompt in parse_rows(prompts, parse_prompt))
     longest = teacher.max_prompt_length
-    check_prompts(all_prompts, longest, hf, rollout, teacher.sampling, teacher.rewards)
+    check_prompts(all_prompts, longest, model.config, rollout, teacher.sampling, teacher.rewards)
     asked: dict[int, Prompt] = {}
     logs = folder / "logs"
     with (
-        generating(
-            teacher.model, tokenizer, rollout, logs, seed=teacher.seed, drawn_before=stored
-        ) as generator,
+        generating(model, rollout, logs, seed=teacher.seed, drawn_before=stored) as generator,
         Progress("teacher", stored + missing.total(), start=stored) as progress,
     ):
 
         def token_ids() -> Iterator[list[int]]:
-            for i, (prompt, ids) in enumerate(_wanted(tokenizer, prompts, missing)):
+            for i, (prompt, ids) in enumerate(_wanted(model.tokenizer, prompts, missing)):
                 asked[i] = prompt
                 yield ids
 
         def store(i: int, responses: list[Response]) -> None:
-            text = decode_response(tokenizer, responses[0].token_ids)
+            text = decode_response(model.tokenizer, responses[0].token_ids)
             append_row(folder, response_row(asked.pop(i), text, responses[0], None))
             progress.advance()
 

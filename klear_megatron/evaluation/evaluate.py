@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
-from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.config import write_config
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation.benchmark import (
@@ -33,7 +31,6 @@ from klear_megatron.evaluation.stored import (
     write_problems,
 )
 from klear_megatron.evaluation.yarn import extend_context
-from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout.generation import generating
@@ -52,8 +49,8 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
         UserError: bad data, a bad model, a server that fails, or a run directory with responses
             that were drawn with other settings.
     """
-    tokenizer = read_tokenizer(config.model)
-    benchmarks = load_benchmarks(config.benchmarks, tokenizer)
+    model = ModelFolder(config.model)
+    benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
     asked: list[Asked] = []
     stored = 0
     for benchmark in benchmarks:
@@ -71,30 +68,27 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
             asked += [(benchmark, i)] * missing
     write_config(config, config_path(config.run_dir))
     if asked:
-        _draw(config, tokenizer, benchmarks, asked, stored)
+        _draw(config, model, benchmarks, asked, stored)
     return _grade(config)
 
 
 def _draw(
     config: EvalConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    model: ModelFolder,
     benchmarks: Sequence[Benchmark],
     asked: Sequence[Asked],
     stored: int,
 ) -> None:
     """Appends the responses that are asked for to the stored ones, of which there are so many."""
-    hf = read_config(config.model)
     rollout = config.rollout
     if config.yarn is not None:
-        rollout = extend_context(rollout, hf, config.yarn)
-    check_benchmarks(benchmarks, hf, rollout, config.sampling, config.rewards)
+        rollout = extend_context(rollout, model.config, config.yarn)
+    check_benchmarks(benchmarks, model.config, rollout, config.sampling, config.rewards)
     if stored:
         say(f"going on: {stored} of {stored + len(asked)} responses are in {config.run_dir}")
     logs = config.run_dir / "logs"
     with (
-        generating(
-            config.model, tokenizer, rollout, logs, seed=config.seed, drawn_before=stored
-        ) as generator,
+        generating(model, rollout, logs, seed=config.seed, drawn_before=stored) as generator,
         Progress("generate", stored + len(asked), start=stored) as progress,
     ):
 
@@ -102,7 +96,7 @@ def _draw(
             append_row(folder_of(config.run_dir, benchmark.name), row)
             progress.advance()
 
-        draw(asked, generator, tokenizer, config.sampling, store)
+        draw(asked, generator, model.tokenizer, config.sampling, store)
 
 
 def regrade(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Scores]:

@@ -25,11 +25,18 @@ def this_device() -> torch.device:
     return torch.device("cpu")
 
 
+def ranks_on_this_host() -> int:
+    """Ranks of the trainer on this host; without torchrun, the one of this process."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def init_distributed() -> None:
     """Joins the process group that torchrun describes; without torchrun, makes a world of one.
 
     Call it before making any of Megatron-Core's models, optimizers or process groups.
     """
+    # SGLang's servers set the same unless it is set; a group of both fails where it differs.
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     if not HAS_GPU:
         cpu.install()
     if dist.is_initialized():

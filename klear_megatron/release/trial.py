@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.conversion.logits import Logits, megatron_logits, transformers_logits
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
@@ -56,7 +57,7 @@ def greedy_answers(folder: Path, *, log_dir: Path) -> list[Answer]:
         extra_args=["--max-total-tokens", "4096"],
     )
     greedy = SamplingConfig(temperature=0, max_response_length=_LENGTH)
-    with generating(folder, tokenizer, rollout, log_dir) as generator:
+    with generating(ModelFolder(folder), rollout, log_dir) as generator:
         responses = [group[0].token_ids for group in generator.generate(prompts, greedy)]
     return list(map(Answer, prompts, responses))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.evaluation.benchmark import (
     Benchmark,
     check_benchmarks,
@@ -31,20 +31,19 @@ class Evaluations:
         UserError: problems cannot be read, encoded or graded, or the servers' context is too short.
     """
 
-    def __init__(self, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: RLConfig, folder: ModelFolder) -> None:
         self._config = config
-        self._tokenizer = tokenizer
+        self._tokenizer = folder.tokenizer
         self._benchmarks: list[Benchmark] = []
         if config.evaluation is None:
             return
         configs = config.evaluation.benchmarks
-        self._benchmarks = load_benchmarks(configs, tokenizer)
+        self._benchmarks = load_benchmarks(configs, folder.tokenizer)
         for benchmark in self._benchmarks if run.is_main_rank() else ():
             for note in benchmark.loaded.notes(configs[benchmark.name], benchmark.name):
                 say(note)
-        hf = read_config(config.policy.path)
         sampling = config.evaluation.sampling
-        check_benchmarks(self._benchmarks, hf, config.rollout, sampling, config.rewards)
+        check_benchmarks(self._benchmarks, folder.config, config.rollout, sampling, config.rewards)
 
     def after(
         self, step: int, servers: PolicyServers, rewards: RewardPool | None, phases: Phases

@@ -3,9 +3,7 @@
 import contextlib
 import socket
 
-from transformers import PreTrainedTokenizerBase
-
-from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
 from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.losses import PolicyObjective
@@ -33,9 +31,8 @@ def train_rl(config: RLConfig) -> None:
         UserError: bad data, a bad model, a config that does not fit them, or a server that fails.
     """
     folder = run.start(config)
-    tokenizer = folder.tokenizer
-    prompts = read_training_prompts(config, tokenizer)
-    evaluations = Evaluations(config, tokenizer)
+    prompts = read_training_prompts(config, folder)
+    evaluations = Evaluations(config, folder)
     objective = PolicyObjective(config.loss)
     learner = Learner(
         config.policy,
@@ -53,12 +50,12 @@ def train_rl(config: RLConfig) -> None:
     with contextlib.ExitStack() as stack:
         leader, leaders = leader_rank()
         share = Share(leader, leaders) if leader is not None else None
-        servers = PolicyServers(learner.model, config, tokenizer, stack, leads=share is not None)
+        servers = PolicyServers(learner.model, config, folder, stack, leads=share is not None)
         maker = rewards = None
         if pool := make_reward_pool(config.rewards, leads=share is not None):
             rewards = stack.enter_context(pool)
         if share is not None and rewards is not None:
-            maker = stack.enter_context(GroupMaker(config, tokenizer, rewards, share))
+            maker = stack.enter_context(GroupMaker(config, folder.tokenizer, rewards, share))
         collector = Collector(config, prompts, sampler, servers, maker, share)
         main = run.is_main_rank()
         next_step = first if state else 0
@@ -120,18 +117,18 @@ def make_reward_pool(config: RewardConfig, *, leads: bool) -> RewardPool | None:
     return RewardPool(config, sharers=leaders_here) if leads else None
 
 
-def read_training_prompts(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedPrompts:
+def read_training_prompts(config: RLConfig, folder: ModelFolder) -> LoadedPrompts:
     """The prompts to train on; says how many rows were left out or cut.
 
     Raises:
         UserError: a malformed row, a row that cannot be graded, prompts all too long, or servers
             whose context is too short for prompt and response.
     """
-    loaded = load_prompts(config.data, tokenizer)
+    loaded = load_prompts(config.data, folder.tokenizer)
     check_prompts(
         loaded.prompts,
         max(map(len, loaded.token_ids)),
-        read_config(config.policy.path),
+        folder.config,
         config.rollout,
         config.sampling,
         config.rewards,

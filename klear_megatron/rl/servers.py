@@ -4,8 +4,7 @@ import collections
 import contextlib
 from collections.abc import Callable, Collection
 
-from transformers import PreTrainedTokenizerBase
-
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
 from klear_megatron.policy.model import Model
@@ -34,7 +33,7 @@ class PolicyServers:
         self,
         model: Model,
         config: RLConfig,
-        tokenizer: PreTrainedTokenizerBase,
+        folder: ModelFolder,
         stack: contextlib.ExitStack,
         *,
         leads: bool,
@@ -45,18 +44,12 @@ class PolicyServers:
         urls: list[str] = []
         if self._main:
             logs = config.run_dir / "logs"
-            servers = serving(
-                config.rollout, config.policy.path, logs, seed=config.seed, own_weights=True
-            )
+            servers = serving(config.rollout, folder.path, logs, seed=config.seed, own_weights=True)
             self._servers = stack.enter_context(servers)
             urls = self._servers.urls
             self._weights = stack.enter_context(WeightSync(urls, config.rollout))
         self._urls = objects.broadcast(urls)
-        self.generator = (
-            Generator.for_model(config.policy.path, tokenizer, self._urls, config.rollout)
-            if leads
-            else None
-        )
+        self.generator = Generator.for_model(folder, self._urls, config.rollout) if leads else None
 
     def sync(self, version: int) -> None:
         """Collective. Gives all servers the policy's weights, those that were lost included.

@@ -27,8 +27,8 @@ class RolloutConfig(Section):
     num_servers: PositiveInt = 1
     tensor_parallel_size: PositiveInt = 1
     """Ranks of one server."""
-    base_gpu_id: int = Field(0, ge=0)
-    """First GPU of the first server."""
+    base_gpu_id: int | None = Field(None, ge=0)
+    """First GPU of the first server; by default the first one that no rank of the trainer uses."""
     host: str = "127.0.0.1"
     """Address the servers listen on."""
     port: int | None = Field(None, ge=1, le=65535)

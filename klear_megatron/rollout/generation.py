@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
-from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
-from klear_megatron.models.tokenizer import read_stop_token_ids
 from klear_megatron.observability import say
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.rollout.dispatch import Dispatch, Share
@@ -68,18 +66,17 @@ class Generator:
     @classmethod
     def for_model(
         cls,
-        model: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        folder: ModelFolder,
         urls: Sequence[str],
         config: RolloutConfig,
         servers: Servers | None = None,
     ) -> "Generator":
-        """With the vocabulary and the stop tokens of a Hugging Face checkpoint."""
+        """With the vocabulary and the stop tokens of the model that the servers serve."""
         return cls(
             urls,
             config,
-            vocab_size=read_config(model).vocab_size,
-            stop_token_ids=read_stop_token_ids(model, tokenizer),
+            vocab_size=folder.config.vocab_size,
+            stop_token_ids=folder.stop_token_ids,
             servers=servers,
         )
 
@@ -279,8 +276,7 @@ class _Drawing:
 
 @contextlib.contextmanager
 def generating(
-    model: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    folder: ModelFolder,
     config: RolloutConfig,
     log_dir: Path,
     *,
@@ -290,13 +286,13 @@ def generating(
     """A generator with servers of its own, which run while it is used; see `serving`.
 
     Args:
-        model: Hugging Face checkpoint.
         drawn_before: responses that servers with this seed have drawn already. It changes the
             servers' seeds; with the same ones they would draw the same responses again.
     """
+    _ = folder.stop_token_ids  # so that a bad tokenizer is reported before servers start
     server_seed = seed + drawn_before * config.num_servers
-    with serving(config, model, log_dir, seed=server_seed) as servers:
-        yield Generator.for_model(model, tokenizer, servers.urls, config, servers)
+    with serving(config, folder.path, log_dir, seed=server_seed) as servers:
+        yield Generator.for_model(folder, servers.urls, config, servers)
 
 
 def _first(failures: ExceptionGroup[Exception]) -> Exception:

@@ -15,7 +15,7 @@ import httpx
 
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
-from klear_megatron.platform.device import HAS_GPU
+from klear_megatron.platform.device import HAS_GPU, ranks_on_this_host
 from klear_megatron.platform.files import make_folder
 from klear_megatron.rollout import external_servers, guard
 from klear_megatron.rollout.config import RolloutConfig
@@ -69,13 +69,16 @@ def serving(
             f"rollout.python: {config.python} is not there; install SGLang into an environment of "
             "its own (`make setup` does) or name its interpreter"
         )
+    first_gpu = choose_first_gpu(config, trainer_ranks=ranks_on_this_host() if own_weights else 0)
     make_folder(log_dir)
     many = f"{config.num_servers} SGLang server{'s' if config.num_servers > 1 else ''}"
     say(f"starting {many} of {model_path}; logs in {log_dir}")
     with contextlib.ExitStack() as stack:
         processes = {}
         for index, port in enumerate(_take_ports(config)):
-            command = partial(server_command, config, model_path, port, index=index)
+            command = partial(
+                server_command, config, model_path, port, index=index, first_gpu=first_gpu
+            )
             process = _Process(command, seed, log_dir / f"sglang_{index}.log")
             stack.callback(process.stop)
             processes[f"http://{config.host}:{port}"] = process
@@ -196,9 +199,15 @@ class _Process:
 
 
 def server_command(
-    config: RolloutConfig, model_path: Path, port: int, *, index: int = 0, seed: int = 0
+    config: RolloutConfig,
+    model_path: Path,
+    port: int,
+    *,
+    index: int = 0,
+    first_gpu: int = 0,
+    seed: int = 0,
 ) -> list[str]:
-    """The command line of server `index`."""
+    """The command line of server `index`; `first_gpu` is server 0's first."""
     options = {
         # Servers tell it, also to who runs in another folder.
         "model-path": str(model_path.absolute()),
@@ -215,7 +224,7 @@ def server_command(
     flags = []
     if HAS_GPU:
         gpus = config.tensor_parallel_size
-        options["base-gpu-id"] = str(config.base_gpu_id + index * gpus)
+        options["base-gpu-id"] = str(first_gpu + index * gpus)
     else:
         options |= {
             "device": "cpu",
@@ -225,6 +234,22 @@ def server_command(
         flags = ["--disable-overlap-schedule"]
     pairs = [word for key, value in options.items() for word in (f"--{key}", value)]
     return [str(config.python), "-m", "sglang.launch_server", *pairs, *flags, *config.extra_args]
+
+
+def choose_first_gpu(config: RolloutConfig, *, trainer_ranks: int) -> int:
+    """The first GPU of the first server, on a host where the trainer's ranks have the first GPUs.
+
+    Raises:
+        UserError: `base_gpu_id` is the GPU of a rank. NCCL makes no group of two processes on one
+            GPU, so weights could not be sent.
+    """
+    first = trainer_ranks if config.base_gpu_id is None else config.base_gpu_id
+    if HAS_GPU and first < trainer_ranks:
+        raise UserError(
+            f"rollout.base_gpu_id: GPU {first} is a trainer rank's: this host's ranks have GPUs 0 "
+            f"to {trainer_ranks - 1}; give {trainer_ranks} or more, or leave it out"
+        )
+    return first
 
 
 def server_environment() -> dict[str, str]:

@@ -101,12 +101,17 @@ class WeightSync:
         answers = {url: self._request("GET", f"{url}/model_info") for url in self._urls}
         return {url: answer.json().get("weight_version") for url, answer in answers.items()}
 
+    def _ranks(self, url: str) -> int:
+        """The ranks of a server, which may be started with another size than the config has."""
+        size: int = self._request("GET", f"{url}/server_info").json()["tp_size"]
+        return size
+
     def _join(self) -> None:
         """Makes the group, with all servers."""
         self._leave()
         host = _address_towards(self._urls[0])
-        ranks = self._config.tensor_parallel_size
-        world_size = 1 + ranks * len(self._urls)
+        sizes = [self._ranks(url) for url in self._urls]
+        world_size = 1 + sum(sizes)
         listener = socket.create_server((host, 0))
         # The store owns the listening socket from here on.
         store = TCPStore(
@@ -124,7 +129,7 @@ class WeightSync:
             {
                 "master_address": host,
                 "master_port": store.port,
-                "rank_offset": 1 + index * ranks,
+                "rank_offset": 1 + sum(sizes[:index]),
                 "world_size": world_size,
                 "group_name": self._group_name,
                 "backend": BACKEND,

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation import EvalConfig, YarnConfig
 from klear_megatron.evaluation.benchmark import load_benchmarks
@@ -218,7 +219,7 @@ def test_only_what_both_runs_have_is_compared(config, killed_and_resumed, tmp_pa
 def test_a_policy_in_training_is_measured_as_its_dumped_responses_say(config, tmp_path):
     tokenizer = read_tokenizer(config.model)
     benchmarks = load_benchmarks(config.benchmarks, tokenizer)
-    generator = Generator.for_model(config.model, tokenizer, config.rollout.urls, config.rollout)
+    generator = Generator.for_model(ModelFolder(config.model), config.rollout.urls, config.rollout)
     with RewardPool(config.rewards) as rewards:
         scores = evaluate_policy(
             benchmarks, generator, rewards, tokenizer, config.sampling, tmp_path / "step_1"

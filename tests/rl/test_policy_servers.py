@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.losses import SFTObjective
-from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.servers import PolicyServers
@@ -52,9 +52,7 @@ def _scenario(checkpoint: Path, folder: Path) -> Any:
         learner.model.named_hf_tensors = stream
 
     with contextlib.ExitStack() as stack:
-        servers = PolicyServers(
-            learner.model, config, read_tokenizer(checkpoint), stack, leads=main
-        )
+        servers = PolicyServers(learner.model, config, ModelFolder(checkpoint), stack, leads=main)
         learner.model.named_hf_tensors = stream_and_kill
         with contextlib.redirect_stdout(io.StringIO()) as said:
             servers.sync(1)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from klear_megatron.rollout import RolloutConfig
-from klear_megatron.rollout.servers import server_command, server_environment
+from klear_megatron.errors import UserError
+from klear_megatron.platform.device import ranks_on_this_host
+from klear_megatron.rollout import RolloutConfig, serving
+from klear_megatron.rollout.servers import choose_first_gpu, server_command, server_environment
 
 
 def options(config: RolloutConfig, **arguments) -> dict[str, str]:
@@ -19,13 +21,42 @@ def options(config: RolloutConfig, **arguments) -> dict[str, str]:
 
 def test_on_gpus_each_server_has_its_own(monkeypatch):
     monkeypatch.setattr("klear_megatron.rollout.servers.HAS_GPU", True)
-    config = RolloutConfig(num_servers=3, tensor_parallel_size=2, base_gpu_id=1)
-    servers = [options(config, index=index, seed=5) for index in range(3)]
-    assert [server["base-gpu-id"] for server in servers] == ["1", "3", "5"]
+    config = RolloutConfig(num_servers=3, tensor_parallel_size=2)
+    servers = [options(config, index=index, first_gpu=4, seed=5) for index in range(3)]
+    assert [server["base-gpu-id"] for server in servers] == ["4", "6", "8"]
     assert {server["tp-size"] for server in servers} == {"2"}
     assert len({server["random-seed"] for server in servers}) == 3
     assert "device" not in servers[0]
     assert "PYTHONPATH" not in server_environment()
+
+
+def test_servers_have_the_gpus_after_the_trainers(monkeypatch):
+    monkeypatch.setattr("klear_megatron.rollout.servers.HAS_GPU", True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert choose_first_gpu(RolloutConfig(), trainer_ranks=ranks_on_this_host()) == 4
+    assert choose_first_gpu(RolloutConfig(base_gpu_id=6), trainer_ranks=4) == 6
+    assert choose_first_gpu(RolloutConfig(), trainer_ranks=0) == 0  # an evaluation has no ranks
+    with pytest.raises(UserError, match=r"rollout.base_gpu_id: GPU 3 .* GPUs 0 to 3; give 4 or"):
+        choose_first_gpu(RolloutConfig(base_gpu_id=3), trainer_ranks=4)
+
+
+def started_on(config: RolloutConfig, folder: Path, *, own_weights: bool) -> str:
+    """The first GPU that `serving` asks for, by the command line of a stand-in for SGLang."""
+    with (
+        pytest.raises(UserError) as error,
+        serving(config, folder, folder / "logs", own_weights=own_weights),
+    ):
+        pass
+    words = str(error.value).split()
+    return words[words.index("--base-gpu-id") + 1]
+
+
+def test_a_trainers_server_does_not_start_on_the_trainers_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr("klear_megatron.rollout.servers.HAS_GPU", True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = RolloutConfig(python=Path("/bin/echo"))  # prints its command line and ends
+    assert started_on(config, tmp_path, own_weights=True) == "2"
+    assert started_on(config, tmp_path, own_weights=False) == "0"
 
 
 def test_on_a_cpu_nothing_needs_cuda():

@@ -93,6 +93,13 @@ def _push(checkpoint: Path, urls: list[str], config: RolloutConfig, change: Any)
     return None, time.monotonic() - start
 
 
+def test_servers_may_have_another_size_than_the_config_says(servers):
+    # Those of rollout.urls: a group with more ranks than they have would wait for its time limit.
+    config = servers.config.model_copy(update={"tensor_parallel_size": 2, "sync_timeout_s": 30})
+    ((message, _),) = run_ranks(1, _push, servers.checkpoint, servers.urls, config, _unchanged)
+    assert message is None
+
+
 def _unchanged(tensors: dict[str, Any]) -> dict[str, Any]:
     return tensors
 
