@@ -1,7 +1,7 @@
 """The command line: `klear-megatron VERB ...`.
 
-Each verb imports what it needs when it runs, so that a mistake is reported at once and not after
-the seconds that Megatron-Core takes to import.
+Each verb imports what it needs when it runs, so that a mistake in its arguments is reported at once
+and not after the seconds that Megatron-Core takes to import.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
     Returns:
-        0, or 2 after bad input and 130 after Ctrl-C, each with one message on standard error.
+        0 on success; 2 after bad input and 130 after Ctrl-C, with one message on standard error.
     """
     parsed, rest = _parser().parse_known_args(arguments)
     if rest and not parsed.takes_overrides:
@@ -58,9 +58,9 @@ def _report(error: UserError) -> None:
 
 
 def _silence_libraries() -> None:
-    """Warnings that Megatron-Core and torch give at every start, on every rank, about themselves.
+    """Hides the warnings that Megatron-Core and torch print about themselves at every start.
 
-    Which optional libraries are missing is `doctor`'s to say, once.
+    `doctor` reports which optional libraries are missing.
     """
     for module in (r"megatron\.core", r"torch\.distributed", r"klear_megatron\.platform\.cpu"):
         warnings.filterwarnings("ignore", module=module)
@@ -82,14 +82,14 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("config", type=Path, help="YAML file")
         verb.epilog = (
             f"The file's keys are described in klear_megatron/{package}/config.py ({config}); "
-            "examples/ has files to start from. Any key can be given as --section.key value."
+            "examples/ has files to start from. Any key can be set with --section.key value."
         )
     regrade = _add_verb(verbs, _regrade, takes_overrides=True)
-    regrade.add_argument("run_dir", type=Path, help="of `klear-megatron eval`")
-    regrade.epilog = "Its config's rewards can be changed, as --rewards.key value."
+    regrade.add_argument("run_dir", type=Path, help="run_dir of `klear-megatron eval`")
+    regrade.epilog = "The rewards of its config can be changed with --rewards.key value."
     compare = _add_verb(verbs, _compare)
-    compare.add_argument("run_a", type=Path, help="of `klear-megatron eval`")
-    compare.add_argument("run_b", type=Path, help="another, of the same problems")
+    compare.add_argument("run_a", type=Path, help="run_dir of `klear-megatron eval`")
+    compare.add_argument("run_b", type=Path, help="another run_dir, with the same problems")
     conversion.add_arguments(_add_verb(verbs, _convert))
     conversion.add_verify_arguments(_add_verb(verbs, _verify))
     release.add_arguments(_add_verb(verbs, _release))
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_verb(
     verbs: Any, run: Callable[[argparse.Namespace], None], *, takes_overrides: bool = False
 ) -> argparse.ArgumentParser:
-    """A verb named and described after the function that carries it out."""
+    """Adds a verb with the name and the docstring of the function that carries it out."""
     verb: argparse.ArgumentParser = verbs.add_parser(
         run.__name__.removeprefix("_"), help=run.__doc__, description=run.__doc__
     )
@@ -129,7 +129,7 @@ def _rl(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    """Accuracy of a Hugging Face checkpoint on benchmarks."""
+    """Measure the accuracy of a Hugging Face checkpoint on benchmarks."""
     from klear_megatron.evaluation import EvalConfig
 
     config = load_config(EvalConfig, arguments.config, arguments.overrides)
@@ -139,7 +139,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _regrade(arguments: argparse.Namespace) -> None:
-    """Grade the stored responses of an evaluation anew, without a server."""
+    """Grade the stored responses of an evaluation again, without a server."""
     from klear_megatron.evaluation.evaluate import regrade
 
     _print_scores(regrade(arguments.run_dir, arguments.overrides), arguments.run_dir)
@@ -152,7 +152,7 @@ def _print_scores(scores: Mapping[str, object], run_dir: Path) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    """Compare two evaluations of the same problems, by a paired test."""
+    """Compare two evaluations of the same problems with a paired test."""
     from klear_megatron.evaluation.compare import compare_runs, format_comparison
 
     print(format_comparison(compare_runs(arguments.run_a, arguments.run_b)))
@@ -164,7 +164,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from klear_megatron.rollout import ServeConfig, serving
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
-    read_config(config.model)  # SGLang takes long to tell of a mistake
+    read_config(config.model)  # SGLang takes long to report a mistake
     logs = config.run_dir / "logs"
     with serving(config.rollout, config.model, logs, seed=config.seed) as servers:
         print("\n".join(["serving; stop with Ctrl-C", *servers.urls]), flush=True)
@@ -174,29 +174,29 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _curate(arguments: argparse.Namespace) -> None:
-    """Choose the prompts to train on: no duplicates, no contamination, hard enough."""
+    """Choose prompts to train on: without duplicates and contamination, and hard enough."""
     from klear_megatron.curation import CurateConfig, curate
 
     print(curate(load_config(CurateConfig, arguments.config, arguments.overrides)))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    """Between Hugging Face and Megatron checkpoints."""
+    """Convert between Hugging Face and Megatron checkpoints."""
     conversion.run(arguments)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    """Whether two checkpoints, of Hugging Face or Megatron, have the same weights."""
+    """Check that two checkpoints, Hugging Face or Megatron, have the same weights."""
     conversion.verify(arguments)
 
 
 def _release(arguments: argparse.Namespace) -> None:
-    """A folder to publish from a training checkpoint, checked with transformers and SGLang."""
+    """Make a folder to publish from a checkpoint, and check it with transformers and SGLang."""
     release.run(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    """What is installed, what would be used for what, and what is wrong."""
+    """Show what is installed and what it is used for, and what is wrong."""
     from klear_megatron.doctor import examine
 
     problems = examine()

@@ -1,4 +1,4 @@
-"""Settings of reinforcement learning."""
+"""Settings for reinforcement learning."""
 
 import math
 
@@ -17,16 +17,16 @@ class RLConfig(RunConfig):
 
     data: DataConfig
     steps: PositiveInt
-    """Each draws responses once and takes several optimizer steps on them."""
+    """Each step draws responses once and takes several optimizer steps on them."""
     prompts_per_step: PositiveInt = 128
     responses_per_prompt: PositiveInt = 8
     prompts_per_mini_batch: PositiveInt = 16
     """Prompts per optimizer step; fewer than `prompts_per_step` makes training off-policy."""
     max_generation_batches: PositiveInt = 2
     """Groups whose responses all have the same reward are dropped. While fewer than
-    `prompts_per_step` are left, another batch of prompts is drawn, up to this many in all."""
+    `prompts_per_step` are left, another batch of prompts is drawn, up to this many batches."""
     mask_truncated: bool = False
-    """Keep responses that hit the length limit out of the loss; advised below 32K."""
+    """Leave responses that hit the length limit out of the loss; recommended below 32K tokens."""
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
@@ -38,18 +38,18 @@ class RLConfig(RunConfig):
         if self.prompts_per_mini_batch > self.prompts_per_step:
             raise ValueError(
                 f"prompts_per_mini_batch ({self.prompts_per_mini_batch}) is larger than "
-                f"prompts_per_step ({self.prompts_per_step}); make it a part of it"
+                f"prompts_per_step ({self.prompts_per_step}); use at most that"
             )
         if self.responses_per_prompt < 2:
             raise ValueError("responses_per_prompt must be at least 2 to compare responses")
         if self.sampling.top_p < 1 or self.sampling.temperature == 0:
             raise ValueError(
-                "sampling: responses to train on are drawn from the whole distribution; use "
-                "top_p 1.0 and a temperature above 0"
+                "sampling: training needs responses from the whole distribution; use top_p 1.0 "
+                "and a temperature above 0"
             )
         return self
 
     @property
     def optimizer_steps(self) -> int:
-        """At most; a step whose groups were dropped takes fewer."""
+        """The largest possible number; a step whose groups were dropped takes fewer."""
         return self.steps * math.ceil(self.prompts_per_step / self.prompts_per_mini_batch)

@@ -1,4 +1,4 @@
-"""The servers that a policy in training draws its responses from."""
+"""The servers that generate for a policy in training."""
 
 import collections
 import contextlib
@@ -18,12 +18,12 @@ _MAX_LOSSES_IN_A_ROW = 3
 
 
 class PolicyServers:
-    """Servers that answer with the policy's weights after each `sync`. Collective.
+    """Servers that have the policy's weights after each `sync`. Collective.
 
-    The main rank starts them and, when `stack` is left, stops them; it is the one that pushes.
+    The main rank starts the servers, pushes the weights, and stops the servers when `stack` ends.
 
     Args:
-        leads: whether this rank draws responses, and so has a `generator`.
+        leads: whether this rank draws responses and therefore has a `generator`.
 
     Raises:
         UserError: servers do not start or do not answer.
@@ -52,11 +52,10 @@ class PolicyServers:
         self.generator = Generator.for_model(folder, self._urls, config.rollout) if leads else None
 
     def sync(self, version: int) -> None:
-        """Collective. Gives all servers the policy's weights, those that were lost included.
+        """Collective. Gives all servers the policy's weights.
 
-        Those are started again first, so that none gets work before it has current weights. If
-        that happens to one while weights are pushed, all are started again, and pushed to once
-        more.
+        Lost servers are started again first, so that no server gets work before it has current
+        weights. If a server is lost during the push, all are started again and get one more push.
 
         Raises:
             UserError: a lost server does not come back, or the servers do not take the weights.
@@ -74,12 +73,13 @@ class PolicyServers:
         self._version = version
 
     def persist(self, draw: Callable[[Generator], None]) -> None:
-        """Collective. On ranks that lead, calls `draw` with the generator; again, if all servers
-        were lost in it on any rank, when they are back with the weights of the last `sync`.
+        """Collective. Calls `draw` with the generator on the ranks that lead. If any rank loses all
+        servers, they are started again with the weights of the last `sync`, and `draw` is called
+        again.
 
         Raises:
-            UserError: on all ranks, where `draw` raises another on one of them, or the servers are
-                lost again and again.
+            UserError: on all ranks, if `draw` raises another error on one of them, or all servers
+                are lost several times in a row.
         """
         for attempt in range(1, _MAX_LOSSES_IN_A_ROW + 1):
             failures = objects.failures(lambda: draw(self.generator) if self.generator else None)
@@ -91,10 +91,10 @@ class PolicyServers:
             self.sync(self._version)
 
     def _push(self, version: int, lost: Collection[str]) -> str | None:
-        """Tells why it failed, if it did.
+        """Returns the reason if the push failed.
 
         Raises:
-            UserError: on all ranks, where a lost server does not come back.
+            UserError: on all ranks, if a lost server does not come back.
         """
         # The other ranks wait here while servers start: a collective in the policy's own groups
         # would time out.
@@ -106,6 +106,6 @@ class PolicyServers:
                 self._weights.push(tensors, version)
             except WeightSyncError as error:
                 failure = str(error)
-        # All ranks take part until the end, whatever happens to the servers.
+        # All ranks must finish the stream, whatever happens to the servers.
         collections.deque(tensors, maxlen=0)
         return objects.broadcast(failure)

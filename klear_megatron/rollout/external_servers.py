@@ -1,4 +1,4 @@
-"""Servers that run already, those of `rollout.urls`: what they serve, and whether it is wanted."""
+"""Checks on the servers of `rollout.urls`, which are already running."""
 
 from pathlib import Path
 from typing import Any
@@ -12,67 +12,69 @@ from klear_megatron.models import get_architecture, padded_vocab_size
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 
 _FIRST_VERSION = "default"
-"""What SGLang calls the weights that a server has from its checkpoint."""
+"""SGLang's name for the weights that a server has read from its checkpoint."""
 
 
 def check_serves(url: str, model: Path) -> None:
-    """Whether the server answers as this checkpoint does.
+    """Checks that the server serves this checkpoint, with its original weights.
 
     Raises:
-        UserError: it serves another, a trainer has given it other weights, or it does not answer.
+        UserError: it serves another checkpoint, a trainer has replaced its weights, or it does not
+            answer.
     """
-    told = _ask(url, "model_info")
-    served, version = told["model_path"], told["weight_version"]
+    info = _ask(url, "model_info")
+    served, version = info["model_path"], info["weight_version"]
     if Path(served).resolve() != model.resolve():
         raise UserError(
             f"rollout.urls: {url} serves {served}, but {model} is asked for; give the address of a "
-            "server of that (`klear-megatron serve`), name as model what is served, or leave "
-            "rollout.urls out to have servers started"
+            "server of that (`klear-megatron serve`), set model to what is served, or leave "
+            "rollout.urls out to start servers"
         )
     if version != _FIRST_VERSION:
         raise UserError(
-            f"rollout.urls: {url} was started with {served}, but its weights have been replaced "
-            f"since (weight version {version}), as training does; start it again to have those of "
-            f"{model}, or leave rollout.urls out to have servers started"
+            f"rollout.urls: {url} was started with {served}, but training has replaced its "
+            f"weights since (weight version {version}); restart it to get those of {model}, or "
+            "leave rollout.urls out to start servers"
         )
 
 
 def check_takes(url: str, model: Path) -> None:
-    """Whether the server can be given the weights of a model like this checkpoint.
+    """Checks that the weights of this checkpoint's architecture and size fit the server.
 
-    SGLang itself does not refuse weights that it has no place for, and keeps what it is not given.
-    A server whose checkpoint is not to be seen from here is judged by its architecture's name.
+    SGLang ignores weights that it has no place for and keeps those that it is not given, so it
+    would not notice. If the server's checkpoint cannot be read from this host, only the name of
+    its architecture is compared.
 
     Raises:
-        UserError: its model has other weights, by name or shape, or it does not answer.
+        UserError: its weights have other names or shapes, or it does not answer.
     """
-    told = _ask(url, "model_info")
-    served, hf = Path(told["model_path"]), read_config(model)
-    same = told["architectures"] == hf.architectures
+    info = _ask(url, "model_info")
+    served, hf = Path(info["model_path"]), read_config(model)
+    same = info["architectures"] == hf.architectures
     if same and (served / "config.json").is_file():
         same = _shapes(read_config(served)) == _shapes(hf)
     if not same:
         raise UserError(
-            f"rollout.urls: {url} serves {served}, whose weights are not of the names and shapes "
-            f"of those of {model}, and so cannot be replaced by them; serve {model} there "
-            "(`klear-megatron serve`), or leave rollout.urls out to have servers started"
+            f"rollout.urls: {url} serves {served}, whose weights have other names or shapes than "
+            f"those of {model} and cannot be replaced by them; serve {model} there "
+            "(`klear-megatron serve`), or leave rollout.urls out to start servers"
         )
 
 
 def check_lengths(
     config: RolloutConfig, hf: PretrainedConfig, longest_prompt: int, sampling: SamplingConfig
 ) -> None:
-    """Whether the servers take a prompt and its response together.
+    """Checks that the servers' context is long enough for a prompt and its response.
 
     Args:
-        longest_prompt: in tokens.
+        longest_prompt: tokens.
 
     Raises:
-        UserError: they do not, or one that should run already does not answer.
+        UserError: it is not, or a server of `rollout.urls` does not answer.
     """
     limits = [config.context_length or hf.max_position_embeddings]
     if config.urls:
-        # Theirs may have been extended, and that is no mistake unless the config says less.
+        # Their context may have been extended; only a smaller context_length here limits it.
         limits = [config.context_length] if config.context_length else []
         limits += [_ask(url, "v1/models")["data"][0]["max_model_len"] for url in config.urls]
     longest = longest_prompt + sampling.max_response_length
@@ -80,8 +82,8 @@ def check_lengths(
         raise UserError(
             f"sampling.max_response_length: {sampling.max_response_length} tokens after the "
             f"longest prompt's {longest_prompt} make {longest}, but the servers take {min(limits)} "
-            "(rollout.context_length, or what the servers at rollout.urls were started with, or "
-            "the model's max_position_embeddings); choose less"
+            "(rollout.context_length, or what the servers of rollout.urls were started with, or "
+            "the model's max_position_embeddings); use a smaller one"
         )
 
 
@@ -97,6 +99,6 @@ def _ask(url: str, path: str) -> Any:
 
 
 def _shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Of a checkpoint's weights, by name."""
+    """The shapes of a checkpoint's weights, by name."""
     table = get_architecture(hf).weights(hf, padded_vocab_size(hf.vocab_size, 1))
     return {name: shape for row in table for name, shape in row.sources.items()}

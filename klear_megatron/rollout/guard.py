@@ -1,9 +1,9 @@
 """Runs a command that must not outlive its parent: `python guard.py COMMAND...`; see `guarded`.
 
-The parent holds the writing end of this process's standard input. When that closes, because the
-parent asks for it or because it died in whatever way, the command and everything it started are
-ended: SIGTERM, and SIGKILL to what is left after ten seconds. Only the standard library is
-imported, so a guard costs a few milliseconds and megabytes.
+The parent holds the write end of this process's standard input. When that closes, because the
+parent wants it or has died, the command and everything it started get SIGTERM, and after ten
+seconds SIGKILL. A guard imports only the standard library, so it costs a few milliseconds and
+megabytes.
 """
 
 import contextlib
@@ -20,24 +20,24 @@ _GRACE_S = 10.0
 
 
 def guarded(command: list[str]) -> list[str]:
-    """The command line that runs `command` under a guard, and that one under another.
+    """The command line that runs `command` under a guard, which itself runs under another guard.
 
-    Should one of them be killed, the other ends the command and everything it started: the outer
-    one because the inner one has ended, or the inner one because its parent died.
+    If one of them is killed, the other ends the command and everything it started: the outer one
+    because the inner one has ended, the inner one because its parent has died.
     """
     guard = [sys.executable, "-I", "-S", __file__]
     return [*guard, *guard, *command]
 
 
 def main() -> int:
-    # Ctrl-C and hang-ups go to the whole terminal group; the parent decides what they mean.
+    # Ctrl-C and hang-ups reach the whole terminal group; the parent decides what happens.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # Orphans of the command become children of this process, so that none can hide.
+    # Orphans of the command become children of this process, so none can hide.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     command = subprocess.Popen(
         sys.argv[1:],
-        stdin=subprocess.PIPE,  # which closes when this process ends, in whatever way
+        stdin=subprocess.PIPE,  # closes when this process ends, however it ends
         start_new_session=True,
         preexec_fn=_begin,
     )
@@ -65,7 +65,7 @@ def _parent_is_done() -> bool:
 
 
 def _reap() -> bool:
-    """Collects children that have ended; are there others?"""
+    """Collects the children that have ended. Returns whether any are left."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

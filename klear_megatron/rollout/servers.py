@@ -1,4 +1,4 @@
-"""Starting SGLang servers, waiting until they answer, and stopping them for certain."""
+"""Starts SGLang servers, waits until they answer, and makes sure that they stop."""
 
 import contextlib
 import itertools
@@ -23,15 +23,14 @@ from klear_megatron.rollout.config import RolloutConfig
 _CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
 _LOG_LINES, _LOG_BYTES = 20, 1 << 16
 _SEEDS = 1_000_000
-"""Between those of a server's starts; more than there are servers."""
+"""Step between the seeds of a server's starts; larger than the number of servers."""
 _FREE_PORTS = range(15000, 31000)
-"""Below those that the kernel gives to outgoing connections: a server listens only seconds after
-its port was chosen, and SGLang hangs where the port has been taken in the meantime."""
+"""Below the ports that the kernel gives to outgoing connections. A server starts to listen seconds
+after its port was chosen, and SGLang hangs if the port has been taken in the meantime."""
 
 
 FRESH_CONNECTIONS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-"""None is used again: a server closes one that was idle for five seconds, perhaps just as a request
-is sent on it."""
+"""No keep-alive: the server closes idle connections after 5 s and may race with our request."""
 
 
 @contextlib.contextmanager
@@ -43,18 +42,19 @@ def serving(
     seed: int = 0,
     own_weights: bool = False,
 ) -> Iterator["Servers"]:
-    """Servers that all answer; those started here are stopped at the end.
+    """Servers that all answer. Servers started here are stopped at the end.
 
     Args:
         model_path: Hugging Face checkpoint to serve.
-        log_dir: gets one `sglang_N.log` per started server.
-        own_weights: the caller replaces the servers' weights before it asks anything of them, so
-            that those of `rollout.urls` may have any, of a model of the same shape.
+        log_dir: folder for one `sglang_N.log` per started server.
+        own_weights: the caller is a trainer that replaces the servers' weights before it asks them
+            anything. Servers of `rollout.urls` may then have any weights of the right shapes, and
+            servers started here keep off the trainer's GPUs.
 
     Raises:
-        UserError: a port is in use, there is no SGLang, a server ends or does not answer in time
-            (with the last lines of its log), or one of `rollout.urls` does not answer or serves
-            something else.
+        UserError: a port or a GPU is in use, SGLang is not installed, a server ends or does not
+            answer in time (with the last lines of its log), or a server of `rollout.urls` does not
+            answer or serves something else.
     """
     if config.urls:
         for url in config.urls:
@@ -66,8 +66,8 @@ def serving(
         return
     if not config.python.is_file():
         raise UserError(
-            f"rollout.python: {config.python} is not there; install SGLang into an environment of "
-            "its own (`make setup` does) or name its interpreter"
+            f"rollout.python: {config.python} does not exist; install SGLang into an environment "
+            "of its own (`make setup` does) or give its interpreter"
         )
     first_gpu = choose_first_gpu(config, trainer_ranks=ranks_on_this_host() if own_weights else 0)
     make_folder(log_dir)
@@ -89,7 +89,7 @@ def serving(
 
 
 class Servers:
-    """The servers of a run, and bringing them back; see `serving`."""
+    """The servers of a run; starts them again when they are lost. See `serving`."""
 
     def __init__(
         self, config: RolloutConfig, urls: list[str], processes: Mapping[str, "_Process"]
@@ -99,13 +99,13 @@ class Servers:
         self._processes = processes
 
     def restore(self, lost: Collection[str] = ()) -> None:
-        """Returns when all of them answer.
+        """Returns when all servers answer.
 
-        Those that have ended, and those in `lost` (URLs), are started again, with the weights of
-        their checkpoint; what was not started here is waited for.
+        Servers that have ended, and those in `lost` (URLs), are started again with the weights of
+        their checkpoint. Servers that were not started here are only waited for.
 
         Raises:
-            UserError: one does not start or does not answer in time.
+            UserError: a server does not start or does not answer in time.
         """
         for url, process in self._processes.items():
             if url in lost or (process.ended and process.answered):
@@ -115,7 +115,7 @@ class Servers:
                 time.sleep(0.25)
 
     def start_again(self, url: str) -> None:
-        """Stops and starts the server, if that can be done here and is not under way; `coming`
+        """Stops and starts the server if it was started here and is not already starting. `coming`
         waits for it."""
         process = self._processes.get(url)
         if process is not None and (process.ended or process.answered):
@@ -123,12 +123,12 @@ class Servers:
             process.start()
 
     def coming(self, url: str) -> Iterator[None]:
-        """Is empty once the server answers; until then, sleep a little for every item.
+        """Ends once the server answers; until then, sleep a little after each item.
 
         A server that ends after it has answered is started again.
 
         Raises:
-            UserError: it does not start, or does not answer in time.
+            UserError: the server does not start or does not answer in time.
         """
         process = self._processes.get(url)
         deadline = time.monotonic() + self._timeout_s
@@ -151,10 +151,10 @@ class Servers:
 
 
 class _Process:
-    """A server under a guard, so that it ends when this process does."""
+    """A server under a guard, so that it ends when this process ends."""
 
     answered = False
-    """Whether it has, since it was started."""
+    """Whether it has answered since it was started."""
 
     def __init__(self, command: Callable[..., list[str]], seed: int, log: Path) -> None:
         self._command = command
@@ -164,9 +164,9 @@ class _Process:
         self._guard: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it, again if it has been started before; its log goes on then."""
+        """Starts the server, or restarts it and appends to its log."""
         self.stop()
-        # With the same seed it would draw the same responses again.
+        # With its old seed the server would draw the same responses again.
         command = self._command(seed=self._seed + _SEEDS * self._starts)
         with self._log.open("ab" if self._starts else "wb") as output:
             self._guard = subprocess.Popen(
@@ -185,13 +185,15 @@ class _Process:
         return self._guard is None or self._guard.poll() is not None
 
     def stop(self) -> None:
-        """Returns when it and all it started have ended."""
+        """Returns when the server and everything it started have ended."""
         if self._guard is not None:
-            self._guard.__exit__(None, None, None)  # closes its standard input, which ends it
+            self._guard.__exit__(
+                None, None, None
+            )  # closes the guard's standard input, which ends it
             self._guard = None
 
     def last_lines(self) -> str:
-        """Of its log, after a line that says so."""
+        """The last lines of the log, after a line that names the log."""
         with self._log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_BYTES))
             lines = file.read().decode(errors="replace").splitlines()[-_LOG_LINES:]
@@ -209,7 +211,7 @@ def server_command(
 ) -> list[str]:
     """The command line of server `index`; `first_gpu` is server 0's first."""
     options = {
-        # Servers tell it, also to who runs in another folder.
+        # Absolute, because servers report it to clients that run in other folders.
         "model-path": str(model_path.absolute()),
         "host": config.host,
         "port": str(port),
@@ -253,7 +255,7 @@ def choose_first_gpu(config: RolloutConfig, *, trainer_ranks: int) -> int:
 
 
 def server_environment() -> dict[str, str]:
-    """The environment of a server: this process's, less what belongs to torchrun's ranks."""
+    """The environment of a server: that of this process without torchrun's variables."""
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {
         name: value
@@ -270,9 +272,9 @@ def server_environment() -> dict[str, str]:
 
 
 def _take_ports(config: RolloutConfig) -> list[int]:
-    """Ports that nobody listens on now, one per server."""
+    """Free ports, one per server."""
     if config.port is None:
-        # Not of the run's seed: runs beside each other must not try the same ones.
+        # Not from the run's seed: runs on the same host must not try the same ports.
         start = random.SystemRandom().choice(_FREE_PORTS)
         free = (port for port in range(start, start + 1000) if not _why_taken(config.host, port))
         return list(itertools.islice(free, config.num_servers))
@@ -281,7 +283,7 @@ def _take_ports(config: RolloutConfig) -> list[int]:
         if reason := _why_taken(config.host, port):
             raise UserError(
                 f"rollout.port: cannot listen on {config.host}:{port}: {reason}; stop what uses "
-                "it, choose another port, or leave rollout.port out to have a free one taken"
+                "it, choose another port, or leave rollout.port out to use a free one"
             )
     return ports
 
@@ -297,9 +299,9 @@ def _why_taken(host: str, port: int) -> str | None:
 
 
 def _is_there(url: str, *, ready: bool) -> bool:
-    """Whether the server answers; with `ready`, whether it generates, too.
+    """Whether the server answers; with `ready`, whether it also generates.
 
-    It does not while a trainer that has failed, or is pushing weights, has it paused.
+    A server does not generate while it is paused, because a trainer pushes weights or has failed.
     """
     path = "/health" if ready else "/model_info"
     try:

@@ -1,4 +1,4 @@
-"""Broadcasting the trainer's weights to the SGLang servers."""
+"""Broadcasts the trainer's weights to the SGLang servers."""
 
 import contextlib
 import socket
@@ -28,14 +28,14 @@ from klear_megatron.rollout.servers import FRESH_CONNECTIONS
 
 
 class WeightSyncError(UserError):
-    """The servers' weights are not, or not all, the trainer's."""
+    """At least one server does not have the trainer's weights."""
 
 
 class WeightSync:
     """A process group of this process (rank 0) and every rank of every server; a context manager.
 
-    Of the trainer, only the process that streams the full weights has one. The group is made anew
-    when a server has been started again.
+    Only the trainer's rank that holds the stream of full weights has one. After a server has
+    restarted, a new group is made.
     """
 
     def __init__(self, urls: Sequence[str], config: RolloutConfig) -> None:
@@ -44,7 +44,7 @@ class WeightSync:
         self._timeout = timedelta(seconds=config.sync_timeout_s)
         timeout = httpx.Timeout(config.sync_timeout_s, connect=30)
         self._http = httpx.Client(timeout=timeout, limits=FRESH_CONNECTIONS)
-        # One thread a server, so that all of them receive a bucket at the same time.
+        # One thread per server, so that all receive a bucket at the same time.
         self._threads = ThreadPoolExecutor(len(urls), thread_name_prefix="weight-sync")
         self._group: dist.ProcessGroup | None = None
         self._version: str | None = None
@@ -58,21 +58,21 @@ class WeightSync:
         self._leave()
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replaces the servers' weights, all or none of them seen by any request.
+        """Replaces the servers' weights. No request sees a part of the new ones.
 
-        Requests under way are taken back, and go on afterwards with the new weights.
+        Running requests are interrupted and continue afterwards with the new weights.
 
         Args:
-            named_tensors: every tensor of the model under its Hugging Face name, as a stream.
-            version: what the servers call the new weights; responses carry it.
+            named_tensors: a stream of every tensor of the model with its Hugging Face name.
+            version: the servers' name for the new weights; responses carry it.
 
         Raises:
             WeightSyncError: a server refused, failed or does not report the version. Servers may
-                hold a part of the new weights then, and stay paused: end the run, or push again.
+                then hold a part of the new weights and stay paused: end the run or push again.
         """
         if self._group is None or any(v != self._version for v in self._versions().values()):
             self._join()
-        # Until all of it has been done, nobody knows what the servers have.
+        # Unknown until the push is complete.
         self._version = None
         self._everywhere("/pause_generation", {"mode": "retract"})
         self._everywhere("/flush_cache")
@@ -81,7 +81,7 @@ class WeightSync:
             for bucket in _buckets(named_tensors, self._config.sync_bucket_bytes):
                 self._broadcast(bucket, version)
         except WeightSyncError:
-            # While this session is open, no other push could begin.
+            # No other push could begin while this update is open.
             with contextlib.suppress(WeightSyncError):
                 self._everywhere("/end_weight_update")
             raise
@@ -96,8 +96,8 @@ class WeightSync:
         self._version = str(version)
 
     def _versions(self) -> dict[str, str | None]:
-        """URL -> the version that the server calls its weights; one that was started again does not
-        know the last one that was sent."""
+        """URL -> the server's weight version. A server that restarted by itself does not report the
+        last pushed one."""
         answers = {url: self._request("GET", f"{url}/model_info") for url in self._urls}
         return {url: answer.json().get("weight_version") for url, answer in answers.items()}
 
@@ -107,13 +107,13 @@ class WeightSync:
         return size
 
     def _join(self) -> None:
-        """Makes the group, with all servers."""
+        """Makes the group with all servers."""
         self._leave()
         host = _address_towards(self._urls[0])
         sizes = [self._ranks(url) for url in self._urls]
         world_size = 1 + sum(sizes)
         listener = socket.create_server((host, 0))
-        # The store owns the listening socket from here on.
+        # The store owns the listening socket from now on.
         store = TCPStore(
             host,
             listener.getsockname()[1],
@@ -123,7 +123,7 @@ class WeightSync:
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
-        # Servers may still know earlier groups, of this run or of others.
+        # Unique, because servers may still know groups of earlier runs.
         self._group_name = f"klear_megatron_{time.time_ns()}"
         bodies = [
             {
@@ -141,8 +141,8 @@ class WeightSync:
             self._group = _join_group(store, world_size, self._group_name, self._timeout)
 
     def _leave(self) -> None:
-        """Ends this process's part of the group. The servers' parts end with it, or with them: they
-        would wait for each other if one of them was gone."""
+        """Leaves the group. The servers are not asked to leave: they would wait for each other, and
+        one of them may be gone."""
         if self._group is not None:
             self._group.abort()
             dist.destroy_process_group(self._group)
@@ -163,7 +163,7 @@ class WeightSync:
         with self._explained_by(answers):
             sent = dist.broadcast(data, src=0, group=self._group, async_op=True)
             assert sent is not None
-            # A server that refuses never joins the broadcast, which then would not end either.
+            # A server that refuses never joins the broadcast, which then would never end.
             while not sent.is_completed():
                 if any(_has_failed(answer) for answer in answers):
                     return
@@ -172,10 +172,10 @@ class WeightSync:
 
     @contextlib.contextmanager
     def _explained_by(self, answers: Sequence[Future[httpx.Response]]) -> Iterator[None]:
-        """Around what the servers take part in: where it fails, their answers tell why.
+        """Wraps a collective with the servers: if it fails, their answers explain why.
 
         Raises:
-            WeightSyncError: a server's answer, or else torch's reason.
+            WeightSyncError: with a server's answer, or with torch's reason if no server has one.
         """
         failure = None
         try:
@@ -209,7 +209,7 @@ class WeightSync:
         return answer
 
     def _finish(self, answers: Sequence[Future[httpx.Response]]) -> None:
-        # The one that failed first tells why; others may only have waited for it in vain.
+        # Report the server that has already failed; the others may only be waiting for it.
         for answer in sorted(answers, key=lambda answer: not _has_failed(answer)):
             answer.result()
 
@@ -219,7 +219,7 @@ def _has_failed(answer: Future[httpx.Response]) -> bool:
 
 
 def _address_towards(url: str) -> str:
-    """This host's address as the server at `url` sees it: loopback for one on loopback."""
+    """This host's address as the server at `url` sees it: loopback if the server is on loopback."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))  # sends nothing
@@ -228,9 +228,10 @@ def _address_towards(url: str) -> str:
 
 
 def _join_group(store: Store, world_size: int, name: str, timeout: timedelta) -> dist.ProcessGroup:
-    """Rank 0 of a group beside the default one, as SGLang's `init_custom_process_group` makes it.
+    """Joins as rank 0 a group beside the default one, made as SGLang's
+    `init_custom_process_group` makes it.
 
-    PyTorch has no public function for a group whose ranks have no default group in common.
+    PyTorch has no public function for a group of ranks without a common default group.
     """
     group, _ = _new_process_group_helper(
         world_size,

@@ -1,4 +1,4 @@
-"""Servers that run already are used where they serve what is wanted of them, and only there."""
+"""Servers that are already running are used if they serve what is wanted, and refused if not."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ def version_of(url: str) -> str:
 
 @pytest.fixture
 def fresh(servers: SharedServers) -> Iterator[SharedServers]:
-    """They say of their weights what they say at first, whatever other tests gave them."""
+    """Servers that report the weight version of a start, whatever other tests have pushed."""
     before = {url: version_of(url) for url in servers.urls}
     for url in servers.urls:
         set_version(url, "default")
@@ -61,12 +61,12 @@ def test_another_model_than_the_one_that_is_served_is_refused(fresh, tmp_path):
     assert f"{fresh.urls[0]} serves {fresh.checkpoint}, but {tmp_path / 'other'} is" in message
 
 
-def test_weights_that_were_replaced_are_refused_by_all_but_who_replaces_them(fresh, tmp_path):
+def test_replaced_weights_are_refused_unless_the_caller_replaces_them_again(fresh, tmp_path):
     set_version(fresh.urls[1], "12")
     message = refusal(fresh.urls, fresh.checkpoint, tmp_path)
     assert message.startswith(f"rollout.urls: {fresh.urls[1]} was started with {fresh.checkpoint}")
     assert "(weight version 12)" in message
-    # Of a path of its own: a policy's checkpoint need not be the one that servers started with.
+    # The policy's checkpoint may be another folder than the one that the servers started with.
     like = tiny.write(tmp_path / "like", tiny.qwen3(num_hidden_layers=2), seed=5)
     with serving(given(fresh.urls), like, tmp_path / "logs", own_weights=True) as running:
         assert running.urls == fresh.urls
@@ -84,7 +84,7 @@ def test_weights_that_were_replaced_are_refused_by_all_but_who_replaces_them(fre
 def test_servers_of_a_model_of_another_shape_take_no_weights(fresh, tmp_path, config):
     model = tiny.write(tmp_path / "model", config)
     message = refusal(fresh.urls, model, tmp_path, own_weights=True)
-    assert "whose weights are not of the names and shapes" in message
+    assert "whose weights have other names or shapes" in message
 
 
 def test_a_response_longer_than_the_servers_take_is_refused(servers):
@@ -93,13 +93,13 @@ def test_a_response_longer_than_the_servers_take_is_refused(servers):
     check_lengths(given(servers.urls), hf, 6, fits)
     with pytest.raises(UserError, match="make 257, but the servers take 256"):
         check_lengths(given(servers.urls), hf, 7, fits)
-    # The user may know of a reason for less.
+    # The user may set a lower limit.
     less = given(servers.urls).model_copy(update={"context_length": 128})
     with pytest.raises(UserError, match="but the servers take 128"):
         check_lengths(less, hf, 6, fits)
 
 
 @pytest.mark.parametrize("url", ["node7:30000", "127.0.0.1", "ftp://node7"])
-def test_what_is_no_address_is_refused(url):
+def test_anything_but_an_address_is_refused(url):
     with pytest.raises(ValidationError, match="write it as http://HOST:PORT"):
         RolloutConfig(urls=[url])
