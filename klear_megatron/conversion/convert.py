@@ -28,9 +28,7 @@ from klear_megatron.checkpoints.hf_writer import (
 from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.megatron_writer import WrittenChunk, write_metadata, write_row
 from klear_megatron.checkpoints.plan import SHARD_BYTES, Move, describe, in_shards
-from klear_megatron.conversion.job import carry_out
-from klear_megatron.conversion.processes import Processes
-from klear_megatron.conversion.read_ahead import read_ahead
+from klear_megatron.conversion.job import Processes, carry_out, read_ahead
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, get_architecture, padded_vocab_size
 from klear_megatron.observability import Progress

@@ -1,15 +1,14 @@
 """An output folder that appears under its name only when it is complete, and can be resumed.
 
-Files are written in `<out>.partial`. Each gets its final name there once all its bytes are on the
-disk, together with a receipt under `.receipts/`; whatever is left without one was being written
-when the process ended, and is written again.
+Files are written in `<out>.partial`. A file gets its final name there once all its bytes are on the
+disk, together with a receipt under `.receipts/`. A file without a receipt was being written when
+the process ended, and is written again.
 """
 
 import contextlib
 import errno
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,18 +16,19 @@ from typing import Any, BinaryIO, cast
 
 from klear_megatron.conversion.streamed_file import StreamedFile
 from klear_megatron.errors import UserError
+from klear_megatron.platform.files import sync_to_disk, write_atomically
 
 _RECEIPTS = ".receipts"
 _PLAN, _LOCK = "plan.json", "lock"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-"""Of file systems that know none, as those of clusters may be mounted: there nobody is told."""
+"""Errors of file systems without locks, as clusters may mount them: nobody can be warned there."""
 
 
 class Staging:
-    """The folder in the making; a context manager.
+    """The unfinished folder; a context manager.
 
-    One process begins and finishes it, and has it for itself while in the context; those that it
-    shares the work with only write.
+    One process begins and finishes it, and holds its lock inside the context. The processes that
+    share the work only write files.
     """
 
     def __init__(self, out: Path) -> None:
@@ -44,11 +44,11 @@ class Staging:
         self._claims.close()
 
     def begin(self, plan: dict[str, Any], *, needed_bytes: int, resume: bool) -> None:
-        """Makes the folder, or takes up the one of an interrupted run.
+        """Makes the folder, or goes on with that of an interrupted run.
 
         Args:
             plan: what is being written, from what; JSON-like. Only the same plan is resumed.
-            needed_bytes: of all files together.
+            needed_bytes: size of all files together.
 
         Raises:
             UserError: `out` exists or cannot be made; another process is writing it; nothing to
@@ -63,7 +63,8 @@ class Staging:
             if not resume or not plan_file.is_file():
                 shutil.rmtree(self.partial)
                 self._claim()
-                _write_durably(plan_file, json.dumps(plan).encode())
+                with write_atomically(plan_file) as file:
+                    json.dump(plan, file)
         except OSError as error:
             raise UserError(
                 f"{self.out}: {error.strerror} ({error.filename}); choose another output"
@@ -82,7 +83,7 @@ class Staging:
             )
 
     def _claim(self) -> None:
-        """Makes the folder this process's."""
+        """Makes the folder and locks it for this process."""
         self._receipts.mkdir(parents=True, exist_ok=True)
         lock = self._claims.enter_context((self._receipts / _LOCK).open("w"))
         try:
@@ -97,7 +98,7 @@ class Staging:
                 raise
 
     def receipt(self, name: str) -> Any | None:
-        """What `write` returned for this file, if that is complete and still as long."""
+        """What `write` returned for this file; None unless it is complete and unshortened."""
         path, receipt = self.partial / name, self._receipts / f"{name}.json"
         if not receipt.is_file():
             return None
@@ -121,10 +122,11 @@ class Staging:
             raise
         with self._disk_may_be_full():
             unfinished.rename(self.partial / name)
-            _write_durably(self._receipts / f"{name}.json", json.dumps([size, receipt]).encode())
+            with write_atomically(self._receipts / f"{name}.json") as receipt_file:
+                json.dump([size, receipt], receipt_file)
 
     def finish(self, body: Callable[[Path], None]) -> None:
-        """Lets `body` write what else belongs in the folder, and gives the folder its name.
+        """Lets `body` write the rest of the folder's content, and gives the folder its name.
 
         Raises:
             UserError: the disk is full.
@@ -132,11 +134,11 @@ class Staging:
         with self._disk_may_be_full():
             body(self.partial)
             for path in self.partial.rglob("*"):
-                _sync(path)
+                sync_to_disk(path)
         shutil.rmtree(self._receipts)
         self.partial.rename(self.out)
-        _sync(self.out)
-        _sync(self.out.absolute().parent)
+        sync_to_disk(self.out)
+        sync_to_disk(self.out.absolute().parent)
 
     @contextlib.contextmanager
     def _disk_may_be_full(self) -> Iterator[None]:
@@ -152,28 +154,9 @@ class Staging:
 
 
 def _says_disk_full(error: BaseException | None) -> bool:
-    """Itself or underneath: torch.save complains of the archive that it could not finish."""
+    """Whether this error, or one behind it, is of a full disk; torch.save raises its own on top."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         error = error.__context__
     return False
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """All of it or nothing, whatever happens."""
-    temporary = path.with_name(path.name + ".unfinished")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

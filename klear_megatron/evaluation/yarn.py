@@ -1,11 +1,11 @@
-"""More context than a model was trained with, by YaRN (Peng et al. 2023, arXiv 2309.00071)."""
+"""Evaluating a model on longer contexts than it was trained with."""
 
 import json
 
 from transformers import PretrainedConfig
 
-from klear_megatron.errors import UserError
 from klear_megatron.evaluation.config import YarnConfig
+from klear_megatron.models.yarn import yarn_fields
 from klear_megatron.rollout.config import RolloutConfig
 
 
@@ -15,25 +15,12 @@ def extend_context(config: RolloutConfig, hf: PretrainedConfig, yarn: YarnConfig
     Raises:
         UserError: the model's rotary embedding is scaled already.
     """
-    rope = hf.rope_parameters
-    if rope["rope_type"] != "default":
-        raise UserError(
-            f"yarn: the model's config.json has rope type {rope['rope_type']} already; leave yarn "
-            "out, or give a model without"
-        )
     original = yarn.original_length or hf.max_position_embeddings
-    length = int(yarn.factor * original)
-    override = {
-        "rope_parameters": {
-            **rope,
-            "rope_type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": original,
-        },
-        # SGLang takes no longer context than this.
-        "max_position_embeddings": length,
-    }
+    override = yarn_fields(hf.rope_parameters, factor=yarn.factor, original_length=original)
     arguments = ["--json-model-override-args", json.dumps(override)]
     return config.model_copy(
-        update={"context_length": length, "extra_args": [*config.extra_args, *arguments]}
+        update={
+            "context_length": override["max_position_embeddings"],
+            "extra_args": [*config.extra_args, *arguments],
+        }
     )

@@ -7,12 +7,13 @@ from pathlib import Path
 from klear_megatron.checkpoints.checksums import write_checksums
 from klear_megatron.conversion.convert import megatron_to_hf
 from klear_megatron.errors import UserError
+from klear_megatron.models.yarn import yarn_fields
 from klear_megatron.observability import say
 from klear_megatron.release.model_card import model_card
 from klear_megatron.release.trial import try_out
 
-_YARN = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 32768}
-_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # the paper's evaluations
+_YARN_FACTOR, _TRAINED_LENGTH = 2.5, 32768  # as in the paper's evaluations, and so is:
+_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 
 
 def release(
@@ -56,18 +57,17 @@ def release(
 
 def _extend_context(path: Path) -> None:
     config = json.loads(path.read_text())
-    trained, found = _YARN["original_max_position_embeddings"], config["max_position_embeddings"]
-    if found < trained:
+    if config["max_position_embeddings"] < _TRAINED_LENGTH:
         raise UserError(
-            f"--yarn: extends a model of {trained} tokens, and this one's max_position_embeddings "
-            f"is {found}; leave --yarn out"
+            f"--yarn: extends a model of {_TRAINED_LENGTH} tokens, but this model's "
+            f"max_position_embeddings is {config['max_position_embeddings']}; leave --yarn out"
         )
-    length = int(_YARN["factor"] * _YARN["original_max_position_embeddings"])  # type: ignore[operator]
-    if "rope_parameters" in config:
-        rope = {"rope_theta": config["rope_parameters"]["rope_theta"], **_YARN}
-        _update_json(path, rope_parameters=rope, max_position_embeddings=length)
-    else:  # as transformers wrote it before version 5
-        _update_json(path, rope_scaling=_YARN, max_position_embeddings=length)
+    key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"  # before version 5
+    fields = yarn_fields(
+        config.get(key) or {}, factor=_YARN_FACTOR, original_length=_TRAINED_LENGTH
+    )
+    rope, length = fields["rope_parameters"], fields["max_position_embeddings"]
+    _update_json(path, **{key: rope, "max_position_embeddings": length})
 
 
 def _update_json(path: Path, **changes: object) -> None:

@@ -11,10 +11,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from klear_megatron.conversion import hf_to_megatron, megatron_to_hf, trial
+from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
 from klear_megatron.conversion.logits import megatron_logits, transformers_logits
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
+from klear_megatron.release import trial
 from klear_megatron.release.model_card import model_card
 from klear_megatron.release.release import release
 from tests.conversion.folders import same_weights, weights_of
