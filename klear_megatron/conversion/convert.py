@@ -27,10 +27,11 @@ from klear_megatron.checkpoints.hf_writer import (
 )
 from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.megatron_writer import WrittenChunk, write_metadata, write_row
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.checkpoints.plan import SHARD_BYTES, Move, describe, in_shards
 from klear_megatron.conversion.job import Processes, carry_out, read_ahead
 from klear_megatron.errors import UserError
-from klear_megatron.models import Weight, get_architecture, padded_vocab_size
+from klear_megatron.models import Weight, padded_vocab_size
 from klear_megatron.observability import Progress
 
 if TYPE_CHECKING:
@@ -130,18 +131,8 @@ def hf_to_megatron(
     Raises:
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
-    if tensor_parallel_size < 1:
-        raise UserError(f"{tensor_parallel_size} tensor-parallel ranks: at least 1 is needed")
     check_companions(hf_dir)
-    hf = read_config(hf_dir)
-    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(hf, field) % tensor_parallel_size:
-            raise UserError(
-                f"{hf_dir}: {field} {getattr(hf, field)} cannot be divided between "
-                f"{tensor_parallel_size} tensor-parallel ranks"
-            )
-    padded = padded_vocab_size(hf.vocab_size, tensor_parallel_size)
-    table = list(get_architecture(hf).weights(hf, padded))
+    table = _table_for_ranks(hf_dir, tensor_parallel_size)
     source = HFCheckpoint(hf_dir)
     source.check(table)
     moves = [Move(row, DTYPES[dtype] if dtype else _common_dtype(source, row)) for row in table]
@@ -182,6 +173,20 @@ def hf_to_megatron(
             resume=resume,
             processes=processes,
         )
+
+
+def _table_for_ranks(hf_dir: Path, tensor_parallel_size: int) -> list[Weight]:
+    """The model's table, with the vocabulary padded for so many tensor-parallel ranks."""
+    if tensor_parallel_size < 1:
+        raise UserError(f"{tensor_parallel_size} tensor-parallel ranks: at least 1 is needed")
+    folder = ModelFolder(hf_dir)
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(folder.config, field) % tensor_parallel_size:
+            raise UserError(
+                f"{hf_dir}: {field} {getattr(folder.config, field)} cannot be divided between "
+                f"{tensor_parallel_size} tensor-parallel ranks"
+            )
+    return folder.table(padded_vocab_size(folder.config.vocab_size, tensor_parallel_size))
 
 
 def _hf_files(moves: Sequence[Move], shard_bytes: int) -> dict[str, list[Move]]:

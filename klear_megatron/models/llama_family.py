@@ -115,12 +115,8 @@ def weights(
     feed_forward_norm: str = "mlp.linear_fc1.layer_norm_weight",
 ) -> Iterator[Weight]:
     """The table: embedding, each layer's attention and feed-forward, final norm, output."""
-    hidden, head, groups = hf.hidden_size, head_dim(hf), hf.num_key_value_heads
+    hidden = hf.hidden_size
     vocabulary = Vocabulary(size=hf.vocab_size, padded_size=padded_vocab_size)
-    norm = Replicated()
-    qkv = QKV(groups=groups, heads_per_group=hf.num_attention_heads // groups)
-    rows = {"q": hf.num_attention_heads * head, "k": groups * head, "v": groups * head}
-
     yield Weight(
         "embedding.word_embeddings.weight",
         {"model.embed_tokens.weight": (hf.vocab_size, hidden)},
@@ -128,40 +124,50 @@ def weights(
     )
     for i in range(hf.num_hidden_layers):
         megatron, source = f"decoder.layers.{i}.", f"model.layers.{i}."
-        yield Weight(
-            megatron + "self_attention.linear_qkv.layer_norm_weight",
-            {source + "input_layernorm.weight": (hidden,)},
-            norm,
-        )
-        yield Weight(
-            megatron + "self_attention.linear_qkv.weight",
-            {source + f"self_attn.{x}_proj.weight": (n, hidden) for x, n in rows.items()},
-            qkv,
-        )
-        if qkv_bias:
-            yield Weight(
-                megatron + "self_attention.linear_qkv.bias",
-                {source + f"self_attn.{x}_proj.bias": (n,) for x, n in rows.items()},
-                qkv,
-            )
-        if qk_norm:
-            for x in ("q", "k"):
-                yield Weight(
-                    megatron + f"self_attention.{x}_layernorm.weight",
-                    {source + f"self_attn.{x}_norm.weight": (head,)},
-                    norm,
-                )
-        yield Weight(
-            megatron + "self_attention.linear_proj.weight",
-            {source + "self_attn.o_proj.weight": (hidden, rows["q"])},
-            Row,
-        )
+        yield from _attention(hf, megatron, source, qk_norm=qk_norm, qkv_bias=qkv_bias)
         yield Weight(
             megatron + feed_forward_norm,
             {source + "post_attention_layernorm.weight": (hidden,)},
-            norm,
+            Replicated(),
         )
         yield from feed_forward(hf, megatron + "mlp.", source + "mlp.")
-    yield Weight("decoder.final_layernorm.weight", {"model.norm.weight": (hidden,)}, norm)
+    yield Weight("decoder.final_layernorm.weight", {"model.norm.weight": (hidden,)}, Replicated())
     if not hf.tie_word_embeddings:
         yield Weight("output_layer.weight", {"lm_head.weight": (hf.vocab_size, hidden)}, vocabulary)
+
+
+def _attention(
+    hf: PretrainedConfig, megatron: str, source: str, *, qk_norm: bool, qkv_bias: bool
+) -> Iterator[Weight]:
+    """Rows of one layer's attention, and of the norm before it."""
+    hidden, head, groups = hf.hidden_size, head_dim(hf), hf.num_key_value_heads
+    qkv = QKV(groups=groups, heads_per_group=hf.num_attention_heads // groups)
+    rows = {"q": hf.num_attention_heads * head, "k": groups * head, "v": groups * head}
+    yield Weight(
+        megatron + "self_attention.linear_qkv.layer_norm_weight",
+        {source + "input_layernorm.weight": (hidden,)},
+        Replicated(),
+    )
+    yield Weight(
+        megatron + "self_attention.linear_qkv.weight",
+        {source + f"self_attn.{x}_proj.weight": (n, hidden) for x, n in rows.items()},
+        qkv,
+    )
+    if qkv_bias:
+        yield Weight(
+            megatron + "self_attention.linear_qkv.bias",
+            {source + f"self_attn.{x}_proj.bias": (n,) for x, n in rows.items()},
+            qkv,
+        )
+    if qk_norm:
+        for x in ("q", "k"):
+            yield Weight(
+                megatron + f"self_attention.{x}_layernorm.weight",
+                {source + f"self_attn.{x}_norm.weight": (head,)},
+                Replicated(),
+            )
+    yield Weight(
+        megatron + "self_attention.linear_proj.weight",
+        {source + "self_attn.o_proj.weight": (hidden, rows["q"])},
+        Row,
+    )

@@ -157,7 +157,13 @@ def build_optimizer(
         model,
     )
     _allocate_state(optimizer)
-    scheduler = OptimizerParamScheduler(
+    return optimizer, _schedule(optimizer, config, total_steps)
+
+
+def _schedule(
+    optimizer: ChainedOptimizer, config: OptimizerConfig, total_steps: int
+) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
@@ -173,7 +179,6 @@ def build_optimizer(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
-    return optimizer, scheduler
 
 
 def _allocate_state(optimizer: ChainedOptimizer) -> None:

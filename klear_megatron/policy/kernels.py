@@ -70,7 +70,7 @@ def choose_kernels(config: ModelConfig, installed: Installed, *, experts: bool) 
     """Chooses the kernels of a model; `experts` says whether it is a mixture of experts."""
     gpu = installed.compute_capability is not None
     engine = gpu and installed.transformer_engine
-    warnings = []
+    warnings: list[str] = []
     if gpu and not engine:
         warnings.append(
             "Transformer Engine is not installed: layers are plain PyTorch, slower and without FP8"
@@ -79,28 +79,8 @@ def choose_kernels(config: ModelConfig, installed: Installed, *, experts: bool) 
         warnings.append(
             "NVIDIA's Apex is not installed: weight gradients are accumulated in a separate kernel"
         )
-    recipe = config.fp8
-    if recipe and not (
-        engine and (installed.compute_capability or (0, 0)) >= _FP8_CAPABILITY[recipe]
-    ):
-        major, minor = _FP8_CAPABILITY[recipe]
-        warnings.append(
-            f"policy.fp8: {recipe} needs Transformer Engine and a GPU of compute capability "
-            f"{major}.{minor} or newer: training in {config.dtype} instead"
-        )
-        recipe = None
-    modules = list(config.recompute_modules)
-    if config.recompute_granularity == "selective":
-        missing = {
-            **({} if engine else dict.fromkeys(_NEED_TRANSFORMER_ENGINE, "Transformer Engine")),
-            **({} if experts else {"moe_act": "a mixture of experts"}),
-        }
-        for module in sorted(set(modules) & missing.keys()):
-            modules.remove(module)
-            warnings.append(
-                f"policy.recompute_modules: {module} needs {missing[module]}: its activations are "
-                "kept"
-            )
+    recipe = _fp8_recipe(config, installed, warnings)
+    modules = _recompute_modules(config, warnings, engine=engine, experts=experts)
     return Kernels(
         transformer={
             "transformer_impl": "transformer_engine" if engine else "local",
@@ -122,6 +102,38 @@ def choose_kernels(config: ModelConfig, installed: Installed, *, experts: bool) 
         token_multiple={None: 1, "mxfp8": 32}.get(recipe, 16),
         warnings=warnings,
     )
+
+
+def _fp8_recipe(config: ModelConfig, installed: Installed, warnings: list[str]) -> str | None:
+    recipe, capability = config.fp8, installed.compute_capability
+    if recipe is None or (
+        installed.transformer_engine and capability and capability >= _FP8_CAPABILITY[recipe]
+    ):
+        return recipe
+    major, minor = _FP8_CAPABILITY[recipe]
+    warnings.append(
+        f"policy.fp8: {recipe} needs Transformer Engine and a GPU of compute capability "
+        f"{major}.{minor} or newer: training in {config.dtype} instead"
+    )
+    return None
+
+
+def _recompute_modules(
+    config: ModelConfig, warnings: list[str], *, engine: bool, experts: bool
+) -> list[str]:
+    modules: list[str] = list(config.recompute_modules)
+    if config.recompute_granularity != "selective":
+        return modules
+    missing = {
+        **({} if engine else dict.fromkeys(_NEED_TRANSFORMER_ENGINE, "Transformer Engine")),
+        **({} if experts else {"moe_act": "a mixture of experts"}),
+    }
+    for module in sorted(set(modules) & missing.keys()):
+        modules.remove(module)
+        warnings.append(
+            f"policy.recompute_modules: {module} needs {missing[module]}: its activations are kept"
+        )
+    return modules
 
 
 def choose_offload(config: OptimizerConfig, installed: Installed) -> tuple[float, list[str]]:
