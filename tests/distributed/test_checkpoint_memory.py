@@ -64,16 +64,6 @@ def test_a_rank_needs_memory_for_its_own_part(data_parallel, folder, tmp_path):
     for parameters, largest, saving, loading in ranks:
         weights, optimizer = 2 * parameters, 12 * parameters // data_parallel
         one_tensor = 3 * 4 * largest  # what is read at a time, and how uneven the division may be
-        print(
-            "M",
-            data_parallel,
-            parameters,
-            largest,
-            saving,
-            loading,
-            weights // data_parallel + optimizer + one_tensor,
-            2 * weights + one_tensor,
-        )
         assert saving <= weights // data_parallel + optimizer + one_tensor
         # Weights that another rank has read arrive in a buffer; gate and up are put together.
         assert loading <= 2 * weights + one_tensor
