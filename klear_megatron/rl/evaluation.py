@@ -19,6 +19,7 @@ from klear_megatron.evaluation.scores import Row, Scores, by_problem, score
 from klear_megatron.observability import Phases, Progress, say
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.groups import GroupMaker
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import Generator, SamplingConfig
 from klear_megatron.training import run
@@ -46,7 +47,7 @@ class Evaluations:
         check_benchmarks(self._benchmarks, folder.config, config.rollout, sampling, config.rewards)
 
     def after(
-        self, step: int, servers: PolicyServers, rewards: RewardPool | None, phases: Phases
+        self, step: int, servers: PolicyServers, maker: GroupMaker | None, phases: Phases
     ) -> dict[str, float]:
         """Collective. `eval/NAME/avg` and others of each benchmark, if an evaluation is due.
 
@@ -64,10 +65,15 @@ class Evaluations:
         def evaluate(generator: Generator) -> None:
             if not run.is_main_rank():
                 return
-            assert rewards is not None  # the main rank leads
+            assert maker is not None  # the main rank leads
             dump_dir = self._config.run_dir / "evaluations" / f"step_{step:08}"
             scores = evaluate_policy(
-                self._benchmarks, generator, rewards, self._tokenizer, config.sampling, dump_dir
+                self._benchmarks,
+                generator,
+                maker.rewards,
+                self._tokenizer,
+                config.sampling,
+                dump_dir,
             )
             for name, of_one in scores.items():
                 say(f"step {step}: {name}: {of_one}")

@@ -54,8 +54,8 @@ class GroupMaker:
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._rewards = rewards
-        self._share = share
+        self.rewards = rewards
+        self.share = share
         self._threads = ThreadPoolExecutor(_GRADED_AT_ONCE, thread_name_prefix="grade")
 
     def __enter__(self) -> "GroupMaker":
@@ -63,11 +63,6 @@ class GroupMaker:
 
     def __exit__(self, *exception: object) -> None:
         self._threads.shutdown(cancel_futures=True)
-
-    @property
-    def crashes(self) -> int:
-        """Answers that made the process that graded them crash, since the run was started."""
-        return self._rewards.crashes
 
     def start(self, prompts: LoadedPrompts, rows: Sequence[int]) -> "Making":
         """The groups of these rows of the prompts, none of them drawn yet."""
@@ -86,7 +81,7 @@ class GroupMaker:
             self._config.sampling,
             keep,
             responses_per_prompt=self._config.responses_per_prompt,
-            share=self._share,
+            share=self.share,
         )
 
     def grade(
@@ -97,7 +92,7 @@ class GroupMaker:
         def grade() -> Group:
             texts = [decode_response(self._tokenizer, one.token_ids) for one in responses]
             jobs = [(prompt.data_source, text, prompt.ground_truth) for text in texts]
-            rewards = self._rewards.grade(jobs)
+            rewards = self.rewards.grade(jobs)
             scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
             one_group = torch.zeros(len(rewards), dtype=torch.int64)
             advantages = group_advantages(scores, one_group).tolist()

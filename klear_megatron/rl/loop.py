@@ -48,42 +48,31 @@ def train_rl(config: RLConfig) -> None:
         first = state["step"] + 1
 
     with contextlib.ExitStack() as stack:
-        leader, leaders = leader_rank()
-        share = Share(leader, leaders) if leader is not None else None
-        servers = PolicyServers(learner.model, config, folder, stack, leads=share is not None)
-        maker = rewards = None
-        if pool := make_reward_pool(config.rewards, leads=share is not None):
-            rewards = stack.enter_context(pool)
-        if share is not None and rewards is not None:
-            maker = stack.enter_context(GroupMaker(config, folder.tokenizer, rewards, share))
-        collector = Collector(config, prompts, sampler, servers, maker, share)
-        main = run.is_main_rank()
-        next_step = first if state else 0
-        recorder = (
-            stack.enter_context(Recorder(config.run_dir, next_step=next_step)) if main else None
-        )
+        leads = leader_rank()[0] is not None
+        servers = PolicyServers(learner.model, config, folder, stack, leads=leads)
+        maker = make_group_maker(config, folder, stack)
+        collector = Collector(config, prompts, sampler, servers, maker)
+        recorder = None
+        if main := run.is_main_rank():
+            next_step = first if state else 0
+            recorder = stack.enter_context(Recorder(config.run_dir, next_step=next_step))
         progress = stack.enter_context(Progress("RL", config.steps, start=first - 1, enabled=main))
         servers.sync(version=first - 1)
         phases = Phases()
         if state is None:
-            metrics = evaluations.after(0, servers, rewards, phases)
+            metrics = evaluations.after(0, servers, maker, phases)
             if recorder is not None and metrics:
                 recorder.write(0, metrics)
         for step in range(first, config.steps + 1):
             rollouts = collector.collect(step, phases)
-            metrics = rollouts.metrics
-            if rollouts.groups:
-                metrics |= train(learner, objective, config, rollouts, step, phases)
+            metrics = rollouts.metrics | train(learner, objective, config, rollouts, step, phases)
             with phases("sync"):
                 servers.sync(version=step)
-            metrics |= evaluations.after(step, servers, rewards, phases)
+            metrics |= evaluations.after(step, servers, maker, phases)
             metrics |= throughput(metrics, phases.take(), rollouts.batch)
             if recorder is not None:
                 recorder.write(step, metrics)
-            progress.advance(
-                note=f"reward {metrics['reward/mean']:.3f} accuracy "
-                f"{metrics['reward/accuracy']:.3f} length {metrics['response/length_mean']:.0f}"
-            )
+            progress.advance(note=note(metrics))
             run.save(learner, config, step, config.steps, {"sampler": sampler.state_dict()})
 
 
@@ -95,10 +84,15 @@ def train(
     step: int,
     phases: Phases,
 ) -> dict[str, float]:
-    """Collective. The optimizer steps on one step's rollouts, and their metrics.
+    """Collective. Takes the optimizer steps on one step's rollouts, if there are any groups.
 
     The old log-probabilities are the trainer's own, before the first update.
+
+    Returns:
+        Metrics of the steps, by name.
     """
+    if not rollouts.groups:
+        return {}
     with phases("log_probs"):
         log_probs, _ = learner.model.log_probs(rollouts.batch)
     batch = rollouts.batch.with_fields(old_log_probs=log_probs)
@@ -108,6 +102,27 @@ def train(
             for mini_batch in mini_batches(config, batch, rollouts.groups, step)
         ]
     return log_prob_metrics(batch) | train_metrics(trained)
+
+
+def make_group_maker(
+    config: RLConfig, folder: ModelFolder, stack: contextlib.ExitStack
+) -> GroupMaker | None:
+    """Collective. The maker of groups on a rank that leads; None on others. `stack` ends it."""
+    leader, leaders = leader_rank()
+    pool = make_reward_pool(config.rewards, leads=leader is not None)
+    if leader is None or pool is None:
+        return None
+    rewards = stack.enter_context(pool)
+    share = Share(leader, leaders)
+    return stack.enter_context(GroupMaker(config, folder.tokenizer, rewards, share))
+
+
+def note(metrics: dict[str, float]) -> str:
+    """What the progress of training shows beside the step."""
+    return (
+        f"reward {metrics['reward/mean']:.3f} accuracy {metrics['reward/accuracy']:.3f} "
+        f"length {metrics['response/length_mean']:.0f}"
+    )
 
 
 def make_reward_pool(config: RewardConfig, *, leads: bool) -> RewardPool | None:

@@ -17,7 +17,7 @@ from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.groups import Group, GroupMaker
 from klear_megatron.rl.metrics import GroupStatistics
 from klear_megatron.rl.servers import PolicyServers
-from klear_megatron.rollout import Generator, Share
+from klear_megatron.rollout import Generator
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Collector:
 
     Args:
         prompts: the sampler hands out indices into them.
-        share: which leader this rank is; None if it does not lead.
-        maker: None if this rank does not lead.
+        maker: makes the groups of this rank's share of the prompts; None on a rank that does not
+            lead.
     """
 
     def __init__(
@@ -46,15 +46,13 @@ class Collector:
         sampler: PromptSampler,
         servers: PolicyServers,
         maker: GroupMaker | None,
-        share: Share | None,
     ) -> None:
         self._config = config
         self._prompts = prompts
         self._sampler = sampler
         self._servers = servers
         self._maker = maker
-        self._share = share
-        leads = objects.all_gather(share is not None)
+        leads = objects.all_gather(maker is not None)
         self._leading_ranks = [rank for rank, does in enumerate(leads) if does]
         self._dumps = config.run_dir / "rollouts"
         self._dumps.mkdir(parents=True, exist_ok=True)
@@ -74,23 +72,25 @@ class Collector:
             informative = [group for group in made if group.informative]
             if sum(objects.all_gather(len(informative))) >= wanted:
                 break
-        if self._share is not None:
-            dump = self._dumps / f"step_{step:08}_{self._share.leader}.jsonl"
+        if self._maker is not None:
+            dump = self._dumps / f"step_{step:08}_{self._maker.share.leader}.jsonl"
             write_rows(dump, _rows(made))
         with phases("share"):
             return self._shared(made, informative)
 
     def _make(self, rows: Sequence[int], phases: Phases) -> list[Group]:
         """Collective. The groups of those rows that this rank leads."""
-        if self._share is not None:
-            rows = rows[self._share.leader :: self._share.leaders]
-        making = self._maker.start(self._prompts, rows) if self._maker is not None else None
+        making, enabled = None, False
+        if self._maker is not None:
+            share = self._maker.share
+            rows = rows[share.leader :: share.leaders]
+            making = self._maker.start(self._prompts, rows)
+            enabled = share.leader == 0
 
         def draw(generator: Generator) -> None:
-            assert making is not None
+            assert making is not None  # only ranks that lead draw
             making.draw(generator, progress.advance)
 
-        enabled = self._share is not None and self._share.leader == 0
         with (
             phases("generate"),
             Progress("  generate", len(rows), enabled=enabled, keep=False) as progress,
@@ -101,7 +101,7 @@ class Collector:
 
     def _shared(self, made: Sequence[Group], informative: Sequence[Group]) -> Rollouts:
         """Collective. All leaders' informative groups, no more than are wanted."""
-        crashes = self._maker.crashes if self._maker is not None else 0
+        crashes = self._maker.rewards.crashes if self._maker is not None else 0
         mine = batch_of(informative, self._config), GroupStatistics.of(made), crashes
         shared = [objects.broadcast(mine, source) for source in self._leading_ranks]
         batches, statistics, all_crashes = zip(*shared, strict=True)
