@@ -1,4 +1,4 @@
-"""Finding the processes of SGLang servers, to kill them, and judging what servers answer."""
+"""Finds the processes of SGLang servers and checks what servers answer."""
 
 import contextlib
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from tests.models import tiny
 
 
 def servers_among(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """The servers themselves, not the guards that they run under."""
+    """The servers themselves, without the guards that they run under."""
     servers = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -23,7 +23,7 @@ def servers_among(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def server_at(url: str) -> psutil.Process:
-    """The one that listens there."""
+    """The process of the server that listens at this address."""
     port = url.rpartition(":")[2]
     everyone = psutil.Process().children(recursive=True)
     (server,) = (server for server in servers_among(everyone) if port in server.cmdline())
@@ -31,7 +31,7 @@ def server_at(url: str) -> psutil.Process:
 
 
 def log_prob_difference(model: PreTrainedModel, prompt: list[int], response: Response) -> float:
-    """Largest, of the server's log-probabilities from Hugging Face's."""
+    """The largest difference between the server's log-probabilities and Hugging Face's."""
     with torch.no_grad():
         log_probs, _ = tiny.hf_log_probs(model, [prompt + response.token_ids])
     return (torch.tensor(response.log_probs) - log_probs[len(prompt) :]).abs().max().item()

@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _stale_batch(log_probs: torch.Tensor, log_ratio: float, advantage: float) -> Batch:
-    """All tokens at the given log-ratio to a policy of long ago, with the given advantage."""
+    """A batch in which all tokens have this log-ratio to the old policy and this advantage."""
     ones = [[1.0] * LENGTH for _ in SEQUENCES]
     batch = Batch.from_sequences(SEQUENCES, loss_mask=ones, correct=[[0.0] * LENGTH] * 4)
     advantages = torch.full_like(log_probs, advantage)
@@ -31,7 +31,7 @@ def _stale_batch(log_probs: torch.Tensor, log_ratio: float, advantage: float) ->
 
 
 def _step(checkpoint: Path, loss: str, log_ratio: float, advantage: float) -> Any:
-    """Change of each token's log-probability in one optimizer step, and the step's metrics."""
+    """The change of each token's log-probability in one optimizer step, and the step's metrics."""
     learner = make_learner(checkpoint, optimizer={"lr": 1e-3, "weight_decay": 0.0})
     plain = Batch.from_sequences(SEQUENCES)
     before, _ = learner.model.log_probs(plain)

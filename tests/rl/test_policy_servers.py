@@ -1,4 +1,4 @@
-"""A server that is killed while it is given weights has them in the end all the same."""
+"""A server that is killed during a push still gets the weights."""
 
 import contextlib
 import io
@@ -25,8 +25,8 @@ PROMPTS = tiny.random_sequences([5] * 16, seed=3)
 
 
 def _scenario(checkpoint: Path, folder: Path) -> Any:
-    """On rank 0, the policy's weights, what was drawn from the servers after a sync in which one of
-    them was killed, and what was said in the meantime."""
+    """On rank 0: the policy's weights, the responses drawn after a sync in which one of the servers
+    was killed, and what was printed during the sync."""
     learner = make_learner(
         checkpoint, parallel={"pipeline_model_parallel_size": 2}, optimizer={"lr": 1e-2}
     )

@@ -1,4 +1,4 @@
-"""What comes back from real servers is what was asked for, and what Hugging Face would compute."""
+"""Real servers return what was asked for, with the numbers that Hugging Face computes."""
 
 import httpx
 import pytest
@@ -41,7 +41,7 @@ def test_greedy_is_hugging_faces_argmax(servers):
 
 
 def test_a_response_ends_with_its_stop_token_or_is_truncated(servers):
-    # Half of the vocabulary ends a response, so that it soon does.
+    # Half of the vocabulary ends a response, so it ends soon.
     stops = list(range(0, tiny.VOCAB, 2))
     generator = Generator(servers.urls, servers.config, vocab_size=tiny.VOCAB, stop_token_ids=stops)
     (stopped,) = generator.generate([[1, 2]], SamplingConfig(max_response_length=60))

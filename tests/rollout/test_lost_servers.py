@@ -1,4 +1,4 @@
-"""Servers that are killed lose no prompt, and come back with the trainer's weights."""
+"""No prompt is lost when servers are killed, and they come back with the trainer's weights."""
 
 from pathlib import Path
 from threading import Timer
@@ -25,13 +25,13 @@ PROMPTS = tiny.random_sequences([5] * 60, seed=3)
 
 
 def generator(urls: list[str], **options: Any) -> Generator:
-    # A few at a time, so that most prompts are still to be drawn when a server is killed.
+    # Few at a time, so that most prompts are not drawn yet when a server is killed.
     config = CONFIG.model_copy(update={"max_running_requests": 8})
     return Generator(urls, config, vocab_size=tiny.VOCAB, stop_token_ids=[], **options)
 
 
 def kill_when_done(count: int, urls: list[str], then: dict[int, list[Response]]) -> Any:
-    """An `on_done` that keeps responses, each position once, and kills servers after `count`."""
+    """An `on_done` that stores the responses to each prompt and kills servers after `count`."""
 
     def on_done(position: int, responses: list[Response]) -> None:
         assert position not in then
@@ -44,7 +44,7 @@ def kill_when_done(count: int, urls: list[str], then: dict[int, list[Response]])
 
 
 def difference(model: PreTrainedModel, drawn: dict[int, list[Response]]) -> float:
-    """Largest, of the servers' log-probabilities from Hugging Face's."""
+    """The largest difference between the servers' log-probabilities and Hugging Face's."""
     return max(
         log_prob_difference(model, PROMPTS[position], response)
         for position, (response,) in drawn.items()
@@ -59,9 +59,9 @@ def test_prompts_of_a_killed_server_are_answered_and_it_comes_back(servers):
     client.stream(PROMPTS, SAMPLING, kill_when_done(10, [url], drawn))
     assert sorted(drawn) == list(range(len(PROMPTS)))
     assert difference(tiny.load(servers.checkpoint), drawn) < 1e-4
-    # It is on its way, and is waited for where it is alone.
+    # The killed server is starting; a generator that has no other waits for it.
     assert len(generator([url], servers=servers.running).generate(PROMPTS[:4], SAMPLING)) == 4
-    # Or it would draw again what it drew before.
+    # With its old seed it would draw the same responses again.
     after = server_at(url).cmdline()
     seed = before.index("--random-seed") + 1
     assert after[:seed] + after[seed + 1 :] == before[:seed] + before[seed + 1 :]
@@ -87,7 +87,7 @@ def test_what_is_missing_can_be_drawn_when_all_servers_were_killed_and_are_back(
 
 
 def _weights(checkpoint: Path, seed: int) -> dict[str, torch.Tensor]:
-    """Of a model like the checkpoint's, but not the same."""
+    """The checkpoint's weights with noise added."""
     torch.manual_seed(seed)
     named = tiny.load(checkpoint).named_parameters()
     return {name: (tensor + 0.1 * torch.randn_like(tensor)).detach() for name, tensor in named}
@@ -101,7 +101,7 @@ def test_server_that_comes_back_is_not_used_before_it_has_current_weights(server
         sync.push(_weights(servers.checkpoint, 1).items(), version=1)
         server_at(killed).kill()
         servers.running.restore()
-        # It answers, but with the weights that it was started with.
+        # It answers, but with the weights of its checkpoint.
         client = generator(servers.urls)
         client.weight_version = "1"
         drawn = client.generate(PROMPTS, SAMPLING)
@@ -129,7 +129,7 @@ def test_prompt_that_is_never_answered_is_named(servers, capsys):
 
 
 def test_one_prompt_alone_is_not_to_blame_for_two_servers(servers):
-    # Seven of a server's eight tasks have nothing to do, and could try the prompt in vain.
+    # The prompt must not be given to a server that is known to be lost.
     client = servers.generator()
 
     def kill() -> None:

@@ -1,4 +1,4 @@
-"""Servers start, or say why not; and they never outlive whoever started them."""
+"""Servers start or say why they cannot, and never outlive the process that started them."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def gone_within(seconds: float, processes: list[psutil.Process]) -> bool:
 
 
 def test_servers_end_when_the_process_that_started_them_is_killed(servers, tmp_path):
-    # A copy of the checkpoint's path makes its processes findable by their command lines.
+    # A path of its own makes the servers' processes easy to find by their command lines.
     model = tmp_path / "model"
     model.symlink_to(servers.checkpoint)
     script = (
@@ -109,8 +109,8 @@ time.sleep(600)
 
 @pytest.fixture
 def stubborn(tmp_path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """Who had the stubborn command started, in a process group of its own; and the guards, the
-    outer one first, the command, and its orphan."""
+    """The parent, in a process group of its own, and the processes below it: the outer guard, the
+    inner guard, the command, and the command's orphan."""
     marker = str(tmp_path / "stubborn.py")
     Path(marker).write_text(STUBBORN)
     script = (

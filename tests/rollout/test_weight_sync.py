@@ -23,7 +23,7 @@ SAMPLING = SamplingConfig(max_response_length=24)
 
 
 def _difference(learner: Learner, urls: list[str], config: RolloutConfig) -> list[float]:
-    """Largest difference of log-probabilities between the trainer and each server, on the
+    """The largest difference in log-probability between the trainer and each server, on the
     server's own samples."""
     differences = []
     for url in urls:
@@ -76,7 +76,7 @@ def test_log_probs_agree_after_each_sync_and_not_before(servers, parallel):
     seen, _ = run_ranks(2, _scenario, servers.checkpoint, servers.urls, servers.config, parallel)
     for version in (1, 2):
         assert all(difference < 1e-4 for difference in seen[f"after {version}"])
-        # Without the broadcast the same comparison fails: the weights have moved that far.
+        # Before the broadcast the comparison fails, because the weights have changed enough.
         assert all(difference > 1e-2 for difference in seen[f"before {version}"])
     for responses in servers.generator().generate(PROMPTS, SAMPLING):
         assert responses[0].weight_version == "2"
@@ -94,7 +94,7 @@ def _push(checkpoint: Path, urls: list[str], config: RolloutConfig, change: Any)
 
 
 def test_servers_may_have_another_size_than_the_config_says(servers):
-    # Those of rollout.urls: a group with more ranks than they have would wait for its time limit.
+    # As with rollout.urls. A group with more ranks than they have would wait until its time-out.
     config = servers.config.model_copy(update={"tensor_parallel_size": 2, "sync_timeout_s": 30})
     ((message, _),) = run_ranks(1, _push, servers.checkpoint, servers.urls, config, _unchanged)
     assert message is None
