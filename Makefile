@@ -11,6 +11,7 @@ quickstart: setup
 	bash examples/quickstart/run.sh
 
 test: setup lint
+	@bash tools/install_slurm.sh
 	@echo "==> tests"
 	.venv/bin/python -m pytest
 
