@@ -4,10 +4,12 @@ Functions here run on ranks started by `tests.distributed.ranks.run_ranks`, many
 another in the same processes.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,12 +30,7 @@ from klear_megatron.policy.weights import gather_hf_tensors, local_parameters
 
 
 def make_learner(path: Path, *, temperature: float = 1.0, **settings: Any) -> Learner:
-    """A float32 policy with groups of its own; those of the policy before are given up.
-
-    Overlapped communication goes in many small buckets, where Megatron would make one of a model
-    as small as the tests'.
-    """
-    build.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=5000)
+    """A learner, in float32 unless told otherwise, with its own groups; destroys earlier groups."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel = settings.pop("parallel", {})
@@ -43,7 +40,16 @@ def make_learner(path: Path, *, temperature: float = 1.0, **settings: Any) -> Le
         {**defaults, "path": path, "parallel": parallel, "optimizer": optimizer, **settings}
     )
     import_extensions(config)
-    return Learner(config, ModelFolder(path), total_steps=10, temperature=temperature)
+    buckets = small_buckets() if config.parallel.overlap_grad_reduce else contextlib.nullcontext()
+    with buckets:
+        return Learner(config, ModelFolder(path), total_steps=10, temperature=temperature)
+
+
+def small_buckets() -> Any:
+    """While it lasts, overlapped communication goes in many small buckets; Megatron's default is
+    larger than the tests' models."""
+    small = partial(DistributedDataParallelConfig, bucket_size=5000)
+    return mock.patch.object(build, "DistributedDataParallelConfig", small)
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:

@@ -3,7 +3,10 @@
 from typing import Any
 
 import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
 
+from klear_megatron.policy import build
+from tests.distributed import laboratory
 from tests.distributed.comparison import DEEP, DENSE, MOE, deviations
 from tests.distributed.ranks import run_ranks
 
@@ -95,3 +98,16 @@ LAYOUTS = [
 def test_every_layout_gives_hugging_faces_answer(world_size, settings, cases, folder):
     for rank, found in enumerate(run_ranks(world_size, deviations, folder, settings, cases)):
         assert not found, f"rank {rank}:\n" + "\n".join(found)
+
+
+def _overlap(folder: Any) -> tuple[int, bool]:
+    """A learner's number of buckets, and whether Megatron's default holds again afterwards."""
+    learner = laboratory.make_learner(folder / "untied", parallel=OVERLAP)
+    buckets = [len(buffer.buckets) for m in learner.model.modules for buffer in m.buffers]
+    return sum(buckets), build.DistributedDataParallelConfig is DistributedDataParallelConfig
+
+
+def test_overlap_has_several_buckets_and_leaves_megatrons_default(folder):
+    for buckets, restored in run_ranks(2, _overlap, folder):
+        assert buckets > 3
+        assert restored
