@@ -21,8 +21,8 @@ from klear_megatron.rewards.sandbox import Sandbox, check_sandbox, memory_file
 from klear_megatron.rewards.sandbox.inside.remote import Names, Tests
 
 OUTCOMES = ("passed", "wrong", "error", "time", "memory", "output", "ended")
-"""Of a test. `time`, `memory` and `output` are limits that it reached, `time` also that of all the
-tests of a program; `ended` is one that brought down its sandbox."""
+"""How a test can end. `time`, `memory` and `output` are limits that it reached; `time` includes the
+limit on all tests of a program. `ended` means that it brought down its sandbox."""
 
 
 def code_reward(
@@ -32,9 +32,9 @@ def code_reward(
 ) -> Reward:
     """Grade the last program of a response's answer by the tests in `ground_truth`.
 
-    The program is the last block fenced by ``` that is marked as Python, or else the last that is
-    not marked at all, of what follows the last `</think>`. `parse_tests` has the formats of tests.
-    `parts` is the share of the tests with each of OUTCOMES.
+    The answer is what follows the last `</think>`. Its program is the last block fenced by ```
+    that is marked as Python; without one, the last block without a mark. `parse_tests` lists the
+    formats of tests. `parts` has the share of the tests with each of OUTCOMES.
 
     Raises:
         UserError: the ground truth has no tests, or there is no sandbox to run programs in.
@@ -70,7 +70,7 @@ def score_program(
 
 
 def extract_program(answer: str) -> str | None:
-    """The last fenced block marked as Python, or else the last unmarked one; None without any."""
+    """The last fenced block marked as Python; without one, the last unmarked block, or None."""
     programs: dict[bool, str] = {}
     block: list[str] | None = None
     mark = ""
@@ -93,7 +93,7 @@ def run_tests(program: str, tests: Sequence[Test], config: CodeRewardConfig) -> 
         sandbox = stack.enter_context(Sandbox(config, config.wall_limit_s))
         sandbox.load("script" if isinstance(tests[0], ScriptTest) else "module", program)
         if isinstance(tests[0], CheckTest):
-            # Of its own: a test's code may be hostile as well, and the program must not see it.
+            # A second sandbox: the program must not see the tests' code, which may be hostile too.
             checker = stack.enter_context(Sandbox(config, config.wall_limit_s))
         for test in tests:
             if isinstance(test, ScriptTest):
@@ -125,7 +125,7 @@ def _run_call(sandbox: Sandbox, test: CallTest, config: CodeRewardConfig) -> str
             sandbox.start_test([theirs.fileno()])
         try:
             value = _call(Names(Tests(ours), others={}), test)
-        except Exception:  # whatever the program raises, or sends instead of an answer
+        except Exception:  # the program may raise anything, or send something else than an answer
             value = None
             answered = False
         else:

@@ -1,4 +1,4 @@
-"""The tests of a programming problem, in the formats they come in."""
+"""The tests of a programming problem, in all formats that data sets use."""
 
 import base64
 import binascii
@@ -35,7 +35,7 @@ class CallTest:
 
 @dataclass(frozen=True)
 class CheckTest:
-    """Python code that raises nothing where the names of the program that it uses are right."""
+    """Python code that uses the program's names, and raises nothing if the program is right."""
 
     code: str
 
@@ -58,10 +58,10 @@ def parse_tests(ground_truth: str | Sequence[str]) -> list[Test]:
 
     * `{"inputs": [...], "outputs": [...]}`: standard input and output, each a text or a list of
       lines; with `"fn_name"`, arguments (a list, or a text with one JSON value a line) and results.
-    * `[{"input": ..., "output": ..., "testtype": ...}, ...]`: the same test by test; with a
-      testtype "functional", the function is named in `metadata.func_name`.
-    * `{"public_test_cases": ..., "private_test_cases": ..., "metadata": ...}`: LiveCodeBench's,
-      each a list of the kind before as JSON, private ones perhaps compressed.
+    * `[{"input": ..., "output": ..., "testtype": ...}, ...]`: the same test by test. If testtype
+      is "functional", `metadata.func_name` names the function.
+    * `{"public_test_cases": ..., "private_test_cases": ..., "metadata": ...}`: LiveCodeBench's.
+      Both are JSON of the previous form; the private ones may be compressed.
     * `{"functional": code}`, `{"functional": [code, ...]}`, or a list of assertions.
     * `{"test": code, "entry_point": expression}`: LeetCodeDataset's and HumanEval's; the code
       defines `check(candidate)`.
@@ -71,7 +71,7 @@ def parse_tests(ground_truth: str | Sequence[str]) -> list[Test]:
     In these and LiveCodeBench's, other keys do not matter: all of a published row may be given.
 
     Raises:
-        UserError: it is of no such form, or has no tests.
+        UserError: it has none of these forms, or no tests.
     """
     try:
         parsed = json.loads(ground_truth) if isinstance(ground_truth, str) else list(ground_truth)
@@ -180,14 +180,15 @@ def _call(function: str, arguments: Any, result: Any) -> CallTest:
     if isinstance(arguments, str):  # LiveCodeBench's: JSON throughout
         values = [json.loads(line) for line in arguments.split("\n") if line.strip()]
         return CallTest(function, values, (_json_or_text(result),))
-    # The older data sets wrap a result in a list, or do not, and mean whole numbers by such keys.
+    # In older data sets a result may be wrapped in a list, and keys that are texts of whole numbers
+    # stand for the numbers.
     arguments, result = [_whole_keys(argument) for argument in arguments], _whole_keys(result)
     wrapped = isinstance(result, list) and len(result) == 1
     return CallTest(function, arguments, (result, _whole_keys(result[0])) if wrapped else (result,))
 
 
 def _whole_keys(value: Any) -> Any:
-    """A dict whose keys are all whole numbers, written as texts, has them as numbers."""
+    """The same value, but numbers as keys of a dict whose keys are all texts of numbers."""
     try:
         return {int(key): x for key, x in value.items()} if isinstance(value, dict) else value
     except ValueError:
@@ -223,7 +224,7 @@ def _unpack(cases: Any) -> Any:
 
 
 class _TextUnpickler(pickle.Unpickler):
-    """Loads plain data only. Anything else, a class or a function, could run code of the file's."""
+    """Loads plain data only: a class or a function could run code from the file."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"refused to load {module}.{name} from a data file")

@@ -1,4 +1,4 @@
-"""Is what a program printed or returned what was expected?"""
+"""Did a program print or return what was expected?"""
 
 import math
 from decimal import Decimal, InvalidOperation

@@ -34,8 +34,8 @@ class CodeRewardConfig(ScoreConfig):
     """How a program is graded, and what it may use while it is tested."""
 
     mode: Literal["soft", "hard"] = "soft"
-    """soft: the share of the tests that pass. hard: `correct` where all pass, else `wrong`; the
-    tests after the first failure are not run."""
+    """soft: the share of the tests that pass. hard: `correct` if all pass, otherwise `wrong`; tests
+    after the first failure are not run."""
 
     max_tests: int | None = Field(default=None, ge=1)
     """Run this many tests of a problem at most, the same ones for every response; all by default.
@@ -55,21 +55,21 @@ class CodeRewardConfig(ScoreConfig):
     """The same in seconds by the clock: wider, since other processes may keep the host busy."""
 
     cpu_limit_s: float = Field(default=60.0, gt=0)
-    """Seconds of CPU time for all tests of a program; those it has not passed by then fail."""
+    """Seconds of CPU time for all tests of a program. Tests that are left then count as failed."""
 
     wall_limit_s: float = Field(default=300.0, gt=0)
     """The same in seconds by the clock."""
 
     memory_mb: int = Field(default=1024, ge=64)
-    """For all processes of a program together."""
+    """For all processes of a program together, in MiB."""
 
     processes: int = Field(default=32, ge=1)
-    """Processes and threads that a program may have at a time."""
+    """Processes and threads that a program may have at the same time."""
 
     output_mb: int = Field(default=16, ge=1)
     python: Path | None = None
-    """The interpreter that runs the programs, which can import what is installed for it; by default
-    the one that this process's environment was made from."""
+    """The interpreter that runs the programs. They can import what is installed for it. By default,
+    the interpreter that this environment was made from."""
 
     sandbox: Literal["bubblewrap", "unsafe"] = "bubblewrap"
     """unsafe runs the programs without a sandbox: they may do whatever your user may."""
@@ -85,10 +85,10 @@ class CustomRewardConfig(Section):
     """package.module:function, or some/file.py:function."""
 
     weight: float = 1.0
-    """Of its score in the sum that is the reward."""
+    """The reward is the sum of all scores, each times its weight."""
 
     data_sources: tuple[str, ...] = ()
-    """Which it grades; all, where none is named. A data source without a verifier needs one."""
+    """The data sources it grades; by default all. One without a verifier needs such a function."""
 
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds by the clock for one response; then it is ended and its score is 0."""
@@ -101,10 +101,10 @@ class RewardConfig(Section):
     code: CodeRewardConfig = CodeRewardConfig()
     custom: tuple[CustomRewardConfig, ...] = ()
     verifier_weight: float = 1.0
-    """Of the verifier's score, beside those of `custom`."""
+    """The weight of the verifier's score in the reward."""
 
     max_concurrent: int = Field(default=64, ge=1)
-    """Calls of an async custom function under way at a time, on one host."""
+    """How many calls of async custom functions run at the same time on one host."""
 
     workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
     """Processes that grade at the same time on one host; by default, as many as it has cores."""

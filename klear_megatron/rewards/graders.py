@@ -25,7 +25,7 @@ GroundTruth = str | list[str]
 
 
 class Grader(Protocol):
-    """Picklable, since it grades in another process."""
+    """Grades responses in another process, so it can be pickled."""
 
     @property
     def name(self) -> str: ...
@@ -33,15 +33,15 @@ class Grader(Protocol):
     def weight(self) -> float: ...
     @property
     def limits(self) -> Limits:
-        """Those of grading one response; its process is ended when it reaches one."""
+        """For grading one response. Its process is ended when it reaches one."""
 
     def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward: ...
 
     def failed(self, response: str, *, timed_out: bool) -> Reward:
-        """The reward where `grade` did not return: at its limit, or because its process ended."""
+        """The reward if `grade` did not return: it reached a limit, or its process ended."""
 
     def check(self) -> None:
-        """Raises UserError where it cannot grade here."""
+        """Raises UserError if it cannot grade on this host."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ _VERIFIERS = {"math_longcot_math_verify": "math", "coder1_longcot": "code"}
 
 
 def verifier_of(data_source: str) -> str | None:
-    """ "math", "code", or None where there is none."""
+    """ "math", "code", or None."""
     # Benchmarks are named after the verifier: math_longcot_math_verify_aime2024.
     for name, kind in _VERIFIERS.items():
         if data_source == name or data_source.startswith(f"{name}_"):
@@ -139,10 +139,10 @@ def verifier_of(data_source: str) -> str | None:
 
 
 def graders_of(data_source: str, config: RewardConfig) -> list[Grader]:
-    """Its verifier first, if it has one, then the custom functions that grade it.
+    """The verifier of the data source, if it has one, then the custom functions that grade it.
 
     Raises:
-        UserError: there is none at all.
+        UserError: nothing grades this data source.
     """
     graders: list[Grader] = []
     match verifier_of(data_source):
@@ -164,17 +164,17 @@ def graders_of(data_source: str, config: RewardConfig) -> list[Grader]:
 
 
 def check_data_sources(data_sources: Iterable[str], config: RewardConfig = RewardConfig()) -> None:
-    """Raises UserError where one of them cannot be graded: no verifier, or none that runs here."""
+    """Raises UserError if one of them has no grader, or none that runs on this host."""
     for data_source in set(data_sources):
         for grader in graders_of(data_source, config):
             grader.check()
 
 
 def check_ground_truths(pairs: Iterable[tuple[str, GroundTruth]]) -> None:
-    """Raises UserError where the tests of programming problems are malformed, with their number.
+    """Raises UserError if the tests of programming problems cannot be used, and says how many.
 
     Args:
-        pairs: data_source and ground truth of each row. This takes as long as parsing them does.
+        pairs: data_source and ground truth of each row; all tests are parsed.
     """
     bad: list[str] = []
     for i, (data_source, ground_truth) in enumerate(pairs):
@@ -189,10 +189,10 @@ def check_ground_truths(pairs: Iterable[tuple[str, GroundTruth]]) -> None:
 
 
 def combine(graders: Sequence[Grader], rewards: Sequence[Reward]) -> Reward:
-    """One reward of those that several graders gave: the weighted sum of their scores.
+    """One reward out of those of several graders: the weighted sum of their scores.
 
-    Whether it is correct and formatted is the first one's to say: the verifier's, if there is one.
-    The scores themselves are among the parts.
+    The first grader, which is the verifier if there is one, decides whether it is correct and
+    formatted. The single scores are among the parts.
     """
     first = rewards[0]
     if len(rewards) == 1 and graders[0].weight == 1:

@@ -32,10 +32,10 @@ Job = tuple[str, str, GroundTruth]
 class RewardPool:
     """Processes that grade responses; a context manager that starts and stops them.
 
-    An answer that takes longer than its time limit costs the process that verifies it, which is
-    replaced, and the answer counts as wrong. So does one that makes its process crash; `crashes`
-    counts those. The processes end with the one that started them, however that ends. Async
-    functions of the user's run in a thread of this process, many at a time.
+    If grading an answer reaches a time limit, its process is killed and replaced, and the answer
+    counts as wrong. The same happens if its process crashes; `crashes` counts those. The processes
+    end with the one that started them, however it ends. The user's async functions run in one
+    thread of this process, many at the same time.
 
     `grade` may be called from any thread, and from several at once.
 
@@ -71,11 +71,11 @@ class RewardPool:
     ) -> list[Reward]:
         """The rewards of the jobs, in their order.
 
-        `on_done(i)` is called in this thread as job i is finished, in any order.
+        `on_done(i)` is called in this thread when job i is finished, in any order.
 
         Raises:
-            UserError: a job cannot be graded: no verifier is known for its data_source, or none
-                that runs here; or its ground truth has no tests.
+            UserError: a job cannot be graded: its data_source has no verifier, its verifier does
+                not run on this host, or its ground truth has no tests.
             RuntimeError: the processes cannot be started, or were all killed.
         """
         check_data_sources((data_source for data_source, _, _ in jobs), self._config)
@@ -98,9 +98,9 @@ class RewardPool:
         ]
 
     def read_answers(self, responses: Sequence[str]) -> list[str | None]:
-        """What each response to a mathematical problem answers, to compare them with each other.
+        """The answer in each response to a mathematical problem, for comparing them.
 
-        None where it gives no answer, or none that can be read within the limits of `math`.
+        None stands for no answer, or none that can be read within the limits of `math`.
 
         Raises:
             RuntimeError: the processes cannot be started, or were all killed.
@@ -130,8 +130,8 @@ class RewardPool:
 
     def _running_pool(self) -> ProcessPool:
         with self._lock:
-            # A worker killed while none has work, by the kernel for want of memory for instance,
-            # is the end of a pebble pool.
+            # A pebble pool stops if a worker is killed while none has work, for instance by the
+            # kernel when memory runs out.
             if not self._pool.active:
                 self._pool.stop()
                 self._pool.join()

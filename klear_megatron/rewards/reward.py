@@ -1,4 +1,4 @@
-"""What a grade is, and the format that every response is held to."""
+"""The grade of a response, and the format that every response should have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +13,10 @@ AUTHORS_SCORE_WITHOUT_END, AUTHORS_SCORE_WITHOUT_START = -0.5, -2.0
 class Reward:
     """The grade of one response.
 
-    `score` is what training maximises. `correct` says whether the answer is right whatever the
-    format, `formatted` whether the reasoning is in one well-formed think block whatever the answer.
-    A response whose verification did not end in time is `timed_out`, and not correct. `parts` is
-    what the score was made of, for the logs: numbers by name, whose mean over responses is of use.
+    `score` is what training maximises. `correct`: the answer is right, whatever the format.
+    `formatted`: the reasoning is in one well-formed think block, whatever the answer. `timed_out`:
+    the verification reached a time limit; the response is then not correct. `parts` holds numbers
+    by name that the score was made of; their means over responses are logged.
     """
 
     score: float
@@ -45,6 +45,6 @@ def score_with_format(score: float, response: str, config: ScoreConfig) -> float
 
 
 def answer_of(response: str) -> str:
-    """What follows the last `</think>`; nothing without one, however right the reasoning."""
+    """What follows the last `</think>`; empty without one, however right the reasoning is."""
     _, end_of_thinking, answer = response.rpartition("</think>")
     return answer if end_of_thinking else ""

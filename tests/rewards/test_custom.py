@@ -65,7 +65,7 @@ def test_scores_are_weighted_together_and_each_is_kept():
         right = response == RIGHT
         verdict, length = (1.0 if right else -1.0), len(response) / 100
         assert reward.score == pytest.approx(0.5 * verdict + 2 * length - 0.25)
-        assert (reward.correct, reward.formatted) == (right, True)  # as the verifier has it
+        assert (reward.correct, reward.formatted) == (right, True)  # the verifier's verdict
         assert reward.parts == {
             "math": verdict,
             "length_reward": length,
@@ -122,9 +122,9 @@ def test_exception_of_a_function_is_raised():
 @pytest.mark.parametrize(
     ("function", "what"),
     [
-        ("no.such.module:function", "cannot import 'no.such.module:function'"),
+        ("no.such.module:function", "cannot import 'no.such.module'"),
         (f"{__name__}:nothing", "cannot import .*nothing"),
-        ("/no/such/file.py:function", "cannot import '/no/such/file.py:function'"),
+        ("/no/such/file.py:function", "cannot import '/no/such/file.py'"),
         (f"{__name__}:SOURCE", "is not a function"),
     ],
 )

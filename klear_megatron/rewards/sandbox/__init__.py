@@ -1,4 +1,4 @@
-"""Running programs that may do anything, so that they can do nothing but compute."""
+"""Runs untrusted programs so that they can do nothing but compute."""
 
 from klear_megatron.rewards.sandbox.sandbox import Sandbox, SandboxError, check_sandbox, memory_file
 

@@ -32,7 +32,7 @@ class Interpreter:
 
 @functools.cache
 def find_interpreter(python: Path | None) -> Interpreter:
-    """That of `python`; None is the one that this process's environment was made from.
+    """What `python` needs to see; None is the interpreter that this environment was made from.
 
     Raises:
         UserError: it does not run.
@@ -52,9 +52,9 @@ def find_interpreter(python: Path | None) -> Interpreter:
 def bubblewrap_command(interpreter: Interpreter, seccomp_fd: int) -> list[str]:
     """No network, no writable file, no host file but the interpreter and its libraries.
 
-    The first process keeps no privilege but, where root starts it, to become another user and to
-    end that user's processes: as root it would be above the limit on processes. Who is not root
-    gets a user namespace, which has a count of processes of its own.
+    Started by root, the first process keeps only the privileges to become another user and to end
+    that user's processes, since the limit on processes does not hold for root. Started by anybody
+    else, the sandbox gets a user namespace, which counts its processes by itself.
     """
     bwrap = shutil.which("bwrap")
     if bwrap is None:

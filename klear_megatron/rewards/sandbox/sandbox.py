@@ -1,4 +1,4 @@
-"""One program in one sandbox, and its tests."""
+"""Runs the tests of one program in one sandbox."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ class SandboxError(RuntimeError):
 
 
 class Sandbox:
-    """A context manager: a sandbox with one text in it, of which tests are run one after another.
+    """A context manager: a sandbox that holds one text and runs its tests one after another.
 
     A text is a "script", which is run once for each test; a "module", whose names are served to
     each test; or a "check", which tests a module. Nothing of one test is left when the next one
@@ -67,7 +67,7 @@ class Sandbox:
         self._process.wait()
 
     def load(self, kind: Kind, text: str) -> None:
-        """The tests that follow are of this text."""
+        """Use this text for the tests that follow."""
         with memory_file(text.encode(errors="surrogatepass")) as source:
             self._send(f"load {kind}", [source])
 
@@ -85,7 +85,7 @@ class Sandbox:
         self._process.kill()
 
     def _send(self, packet: str, fds: list[int]) -> None:
-        with contextlib.suppress(OSError):  # the sandbox has ended, which `wait` will tell
+        with contextlib.suppress(OSError):  # if the sandbox has ended, `wait` will notice
             socket.send_fds(self._control, [packet.encode()], fds)
 
     def _receive(self) -> str:
@@ -98,8 +98,8 @@ class Sandbox:
         config = self._config
         interpreter = find_interpreter(config.python)
         limits = [
-            # An ID that no other process on this host is likely to have, so that the limit on
-            # processes counts those of this sandbox only.
+            # A user ID that hardly any other process on this host has, so that the limit on
+            # processes counts only those of this sandbox.
             *(20_000 + os.getpid() % 40_000, config.memory_mb << 20),
             *(config.processes, config.output_mb << 20),
             *(config.test_cpu_limit_s, config.test_wall_limit_s, config.cpu_limit_s),
@@ -143,7 +143,7 @@ def memory_file(content: bytes = b"") -> Iterator[int]:
 
 @functools.cache
 def check_sandbox(config: CodeRewardConfig) -> None:
-    """Raises UserError where programs cannot be run as the config asks; tried once per process."""
+    """Raises UserError if programs cannot be run as the config asks; tried once per process."""
     try:
         with Sandbox(config, wall_limit_s=60):
             pass

@@ -1,4 +1,4 @@
-"""The system calls a program in the sandbox is refused, as a filter for the kernel."""
+"""A filter for the kernel: the system calls that a program in the sandbox may not make."""
 
 import errno
 import platform
@@ -7,8 +7,8 @@ import struct
 
 from klear_megatron.errors import UserError
 
-# Each is a way around a limit (memory that belongs to no process, which no limit counts) or around
-# the separation of processes, or a part of the kernel that no solution of a problem needs.
+# Each of them would get around a limit (no limit counts memory that belongs to no process), get
+# around the separation of processes, or reach parts of the kernel that no solution needs.
 _DENIED = {
     "x86_64": {
         "shmget": 29, "semget": 64, "msgget": 68, "memfd_create": 319, "memfd_secret": 447,
@@ -32,8 +32,8 @@ _ALLOWED_SOCKETS = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
-_FIRST_X32_CALL = 0x40000000  # x86-64's other set of numbers, on which this list would not bear
-_CLONE_NEW_NAMESPACE = 0x7E020080  # the CLONE_NEW* flags but NEWTIME, which clone() cannot take
+_FIRST_X32_CALL = 0x40000000  # x86-64's other set of numbers, which this list does not cover
+_CLONE_NEW_NAMESPACE = 0x7E020080  # all CLONE_NEW* flags except NEWTIME, which clone() lacks
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
@@ -60,7 +60,7 @@ def seccomp_filter() -> bytes:
         (_LOAD, 0, 0, number),
         (_JUMP_GREATER_EQUAL, 0, 1, _FIRST_X32_CALL),
         (_RETURN, 0, 0, _KILL),
-        # The flags of clone3 are out of a filter's sight; without it, libraries fall back to clone.
+        # A filter cannot see the flags of clone3. Libraries fall back to clone without it.
         (_JUMP_EQUAL, 0, 1, _CLONE3),
         (_RETURN, 0, 0, _FAIL | errno.ENOSYS),
     ]

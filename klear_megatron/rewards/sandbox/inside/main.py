@@ -9,8 +9,8 @@ order; NAMES, such as "deque=collections.deque re=re", may be used without impor
                 [connection]      serve the names of a "module"; run a "check" against them
 
 Each test is answered by one packet: `exit STATUS`, `time` or `memory`. Nothing here is secret: no
-expected output ever enters the sandbox of a program, so that a program which takes over this
-process gains nothing by it.
+expected output ever enters the sandbox of a program, so a program gains nothing by taking over this
+process.
 """
 
 # The bare C modules: `socket` and `signal` would take longer to import than the rest to run.
@@ -54,12 +54,12 @@ class Limits:
         self.cpu_s = float(cpu_s)
 
     def next_test_cpu_s(self) -> float:
-        """CPU seconds for the next test: what the tests before it have left, at most one's."""
+        """CPU seconds for the next test: what earlier tests have left, up to the limit of one."""
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return min(self.test_cpu_s, self.cpu_s - used.ru_utime - used.ru_stime)
 
     def apply(self, cpu_s: float) -> None:
-        """Applies to the calling process and its children, for good."""
+        """Limit the calling process and its children, for good."""
         if os.getuid() == 0 and FIRST_PROCESS:
             os.setgroups([])
             os.setresgid(self.user, self.user, self.user)
@@ -69,7 +69,7 @@ class Limits:
         _thread.stack_size(THREAD_STACK_BYTES)
         limits = {
             resource.RLIMIT_AS: self.memory,
-            resource.RLIMIT_CPU: int(cpu_s) + 1,  # `wait` is first, unless it does not get to run
+            resource.RLIMIT_CPU: int(cpu_s) + 1,  # in case `wait` does not get to run in time
             resource.RLIMIT_FSIZE: self.file_size,
             resource.RLIMIT_NOFILE: 64,
             resource.RLIMIT_CORE: 0,
@@ -106,7 +106,7 @@ def main(control_fd: str, *arguments: str) -> None:
                 control.close()
                 prepare_test(limits, cpu_s)
                 try:
-                    return runner(fds)  # what else it raises is the interpreter's to deal with
+                    return runner(fds)  # the interpreter reports any other exception
                 except MemoryError:
                     os._exit(MEMORY_EXHAUSTED)
             control.send(wait(child, limits, cpu_s).encode())
@@ -131,7 +131,7 @@ def read_file(fd: int) -> str:
 
 
 def load(kind: str, source: str, paths: "dict[str, str]") -> "Callable[[list[int]], None] | None":
-    """How to run a test of this text, given its file descriptors; None where it is no program."""
+    """A function that runs a test of this text; None if the text is not a program."""
     try:
         code = compile(source, "program.py", "exec")
     except Exception:
@@ -168,7 +168,7 @@ def prepare_test(limits: Limits, cpu_s: float) -> None:
 
 
 def wait(child: int, limits: Limits, cpu_limit_s: float) -> str:
-    """Waits for the end of a test, or makes one; nothing that it started is left afterwards."""
+    """Wait until a test ends or reaches a limit, then kill everything that it started."""
     deadline = time.monotonic() + limits.test_wall_s
     verdict = ""
     while not verdict:
@@ -189,9 +189,9 @@ def wait(child: int, limits: Limits, cpu_limit_s: float) -> str:
 
 
 def usage(child: int) -> tuple[float, int]:
-    """CPU seconds and resident bytes of a test: of all processes in the sandbox but this one.
+    """CPU seconds and resident bytes of a test: the sum over the sandbox's other processes.
 
-    Without a sandbox, of the test's first process and the children that it has waited for.
+    Without a sandbox, only the test's first process and the children it has waited for count.
     """
     ticks = pages = 0
     for pid in os.listdir("/proc") if FIRST_PROCESS else [str(child)]:

@@ -1,4 +1,4 @@
-"""Running a program as a script, with the names that competition sites import for it."""
+"""Runs a program as a script, with the names that competition sites import for it."""
 
 import _symtable  # `symtable` takes longer to import
 import atexit
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 def import_names(source: str, paths: dict[str, str]) -> dict[str, object]:
     """The names of `paths` that the program uses without defining them.
 
-    They are imported before the tests start, so each module is imported once for all of them, and
-    modules that are not used, not at all.
+    They are imported before the tests start: once for all tests, and only modules that are used.
 
     Args:
         paths: where each name is from, as "module.name", or "module" for a module itself.
@@ -53,7 +52,7 @@ def _undefined(module: "Any") -> set[str]:
 
 
 def execute(code: CodeType, module_name: str, names: dict[str, object]) -> dict[str, object]:
-    # What the module `site` would have made, at a cost.
+    # The module `site` would make these, but takes long to import.
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
     module = ModuleType(module_name)
     module.__dict__.update(names, __builtins__=builtins)
@@ -68,7 +67,7 @@ def run(code: CodeType, names: dict[str, object], stdin: int, stdout: int) -> No
     os.close(stdin)
     os.close(stdout)
     execute(code, "__main__", names)
-    # The end of a program, but for taking the interpreter apart, which takes longer than a test.
+    # End as a program does, without taking the interpreter apart, which takes longer than a test.
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
