@@ -1,6 +1,6 @@
 """SHA256SUMS: the checksums beside a checkpoint's files, as `sha256sum --check` reads them.
 
-Those of a Megatron checkpoint leave out its .distcp files, whose records have checksums themselves.
+In a Megatron checkpoint, .distcp files are left out: their records carry checksums themselves.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _LINE = re.compile(r"[0-9a-f]{64} [ *].+")
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -44,10 +44,11 @@ def check_companions(folder: Path) -> None:
 
 @contextlib.contextmanager
 def weights_being_checked(folder: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
-    """Compares the safetensors files with the folder's checksums in a thread, meanwhile.
+    """Compares the safetensors files with the folder's checksums, in a thread.
 
     Yields:
-        what waits for the result. It raises UserError where a file is missing or has changed.
+        a function that waits for the result. It raises UserError if a file is missing or has
+        changed.
     """
     listed = _listed(folder) if enabled else {}
     weights = filter(_is_weights, listed)

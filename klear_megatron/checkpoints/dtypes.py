@@ -5,7 +5,7 @@ import torch
 from klear_megatron.checkpoints.hf_reader import SAFETENSORS_DTYPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Those a conversion can be asked to write."""
+"""The dtypes that a conversion can write."""
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 

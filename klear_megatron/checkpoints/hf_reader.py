@@ -23,7 +23,7 @@ SAFETENSORS_DTYPES = {
 }
 _NOT_COMPANIONS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"),  # other weights
-    *("SHA256SUMS", "README.md"),  # say something about this folder and not about the next
+    *("SHA256SUMS", "README.md"),  # describe this folder, not its copy
 }
 
 
@@ -141,7 +141,7 @@ class HFCheckpoint:
             )
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor, as the file has it."""
+        """The dtype of a tensor in its file."""
         return SAFETENSORS_DTYPES[self._specs[name][0]]
 
     def tensor(self, name: str) -> Tensor:

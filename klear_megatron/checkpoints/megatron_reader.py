@@ -89,7 +89,7 @@ class MegatronCheckpoint:
                 )
 
     def dtype(self, row: Weight) -> torch.dtype:
-        """Of the row's tensor as stored."""
+        """The dtype in which the row's tensor is stored."""
         return self._tensors[self._locate(row.name)[0]].dtype
 
     def table(self, hf: PretrainedConfig) -> list[Weight]:

@@ -30,7 +30,7 @@ _FORMAT = {
     "common_backend_version": 1,
 }
 _ALIGNMENT = 64
-"""Of records in a file, as of the data in a record."""
+"""Records begin at multiples of this in a file, as data does in a record."""
 
 
 @dataclass(frozen=True)

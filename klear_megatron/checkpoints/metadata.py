@@ -11,7 +11,7 @@ _CHECKPOINT = "torch.distributed.checkpoint"
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """What lies where.
+    """Reads which tensor lies where.
 
     Raises:
         Exception: of any kind, where the file is missing, damaged or no such metadata.
@@ -24,7 +24,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what metadata consists of. Anything else could run code of the file's."""
+    """Loads only the classes that metadata consists of; any other could run code from the file."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in (f"{_CHECKPOINT}.metadata", f"{_CHECKPOINT}.planner"):

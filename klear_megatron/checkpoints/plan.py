@@ -12,7 +12,7 @@ from klear_megatron.errors import UserError
 from klear_megatron.models import Weight
 
 SHARD_BYTES = 5 * 10**9
-"""Largest output file, unless told otherwise."""
+"""Default size of the largest output file."""
 
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor."""
@@ -24,7 +24,7 @@ class Move:
 
     row: Weight
     dtype: torch.dtype
-    """Of the output."""
+    """The dtype of the output."""
 
     @property
     def specs(self) -> list[Spec]:
@@ -33,7 +33,7 @@ class Move:
 
     @property
     def nbytes(self) -> int:
-        """Of the row's Hugging Face tensors; a padded vocabulary has a few more in Megatron."""
+        """Size of the row's Hugging Face tensors; Megatron's padded vocabulary is larger."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self.specs)
 
     def checked(self, tensor: Tensor, path: Path) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def read_record(file: BinaryIO, position: int, length: int) -> Tensor:
-    """The tensor of a record of `torch.save`, whose every byte that matters has been checked.
+    """The tensor in a record of `torch.save`, after every byte that matters has been checked.
 
-    Its numbers stay in the file, of which they are a private map.
+    The data stays in the file; the tensor is a private memory map of it.
     """
     record: Any = _Record(file, position, length)
     with zipfile.ZipFile(record) as archive:
@@ -24,7 +24,7 @@ def read_record(file: BinaryIO, position: int, length: int) -> Tensor:
     record.seek(0)
     form: Tensor = torch.load(record, map_location="meta", weights_only=True)
     storage = form.untyped_storage()
-    assert storage._checkpoint_offset is not None  # torch.load tells it of tensors without data
+    assert storage._checkpoint_offset is not None  # torch.load sets it for tensors without data
     stored = _map(file, position + storage._checkpoint_offset, storage.nbytes())
     if zlib.crc32(stored.numpy().data) != data.CRC:
         raise ValueError("the checksum does not match")
@@ -34,7 +34,7 @@ def read_record(file: BinaryIO, position: int, length: int) -> Tensor:
 
 
 def _map(file: BinaryIO, position: int, length: int) -> Tensor:
-    """Bytes of a file, as a tensor of uint8. Their pages are given back together with it."""
+    """Bytes of a file as a uint8 tensor. The pages are freed together with the tensor."""
     before = position % mmap.ALLOCATIONGRANULARITY
     mapped = mmap.mmap(
         file.fileno(), before + length, offset=position - before, access=mmap.ACCESS_COPY

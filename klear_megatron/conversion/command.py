@@ -12,7 +12,7 @@ _ANY = "Hugging Face folder, Megatron checkpoint, or a run's folder, for its lat
 
 
 def checkpoint_in(path: Path) -> Path:
-    """The path itself, or of a run's folder its latest complete checkpoint, which is said.
+    """The path itself; for a run's folder, its latest complete checkpoint, whose name is printed.
 
     Raises:
         UserError: a run without one.

@@ -51,12 +51,12 @@ class Weights:
 
 
 class Comparison(NamedTuple):
-    """Of two checkpoints."""
+    """What two checkpoints have in common and where they differ."""
 
     tensors: int
-    """How many there are in either."""
+    """Number of tensors that are in either."""
     differing: dict[str, str]
-    """Hugging Face name -> what differs, of each that is not the same in every bit."""
+    """Hugging Face name -> what differs, for each tensor that is not the same in every bit."""
 
 
 def compare_weights(a: Path, b: Path) -> Comparison:

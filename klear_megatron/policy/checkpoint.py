@@ -1,7 +1,7 @@
 """Megatron distributed checkpoints: reshardable, and never seen half-written.
 
 A checkpoint folder holds Megatron's shards, and under `hf/` the Hugging Face config and tokenizer
-that the weights belong to, so that it can be converted without anything else.
+of the model, so that it can be converted without anything else.
 """
 
 import logging
@@ -70,8 +70,8 @@ def _complete(folder: Path) -> list[Path]:
 class CheckpointWriter:
     """Writes checkpoints beside their final name and renames them when they are complete.
 
-    A process that is killed at any moment leaves every earlier checkpoint as it was, and of the
-    one at hand only a `.partial` folder, which is never read and which the next save replaces. A
+    A process that is killed at any moment leaves earlier checkpoints intact. The unfinished one
+    stays behind as a `.partial` folder, which is never read and which the next save replaces. A
     checkpoint is announced once it is complete.
 
     Args:
@@ -91,8 +91,8 @@ class CheckpointWriter:
         scheduler: OptimizerParamScheduler,
         state: dict[str, Any],
     ) -> None:
-        """Collective. With `asynchronous`, the weights as they are now are written while the
-        caller goes on, and `path` appears in one of the following calls of `finish`."""
+        """Collective. With `asynchronous`, a snapshot is written while training goes on, and `path`
+        appears in a later call of `finish`."""
         self.finish(wait=True)
         prepare_write_queue()
         partial = path.with_suffix(_PARTIAL)
@@ -154,7 +154,7 @@ def load(
 ) -> dict[str, Any]:
     """Collective. Restores everything and returns the trainer's state.
 
-    Random states belong to ranks, so in another layout they are left as they were seeded.
+    Random states belong to ranks: in another layout they stay as they were seeded.
 
     Raises:
         UserError: no checkpoint there.
@@ -199,8 +199,8 @@ def load_weights(path: Path, chunks: Sequence[LanguageModel]) -> None:
     """
     _check(path)
     state = _model_state(chunks)
-    # Transformer Engine keeps a state of its own per matrix, for FP8. It is no weight, and a
-    # converted checkpoint has none; modules take None for a new one.
+    # Transformer Engine keeps FP8 state per matrix. It is not a weight, and converted checkpoints
+    # do not have it; given None, a module makes a new one.
     weights = {
         name: {key: value for key, value in part.items() if not isinstance(value, ShardedObject)}
         for name, part in state.items()

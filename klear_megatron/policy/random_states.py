@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 def seed_random_states(seed: int) -> None:
     """Python's, NumPy's, PyTorch's and the device's, and those that Megatron tracks by name.
 
-    Pipeline stages differ, which else would drop out the same activations. Call it once Megatron's
-    process groups are there.
+    Pipeline stages get different seeds, so that they do not drop the same activations. Call it once
+    Megatron's process groups exist.
     """
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)

@@ -1,7 +1,7 @@
 """Megatron's queue between a trainer and the processes that write its checkpoints.
 
-Megatron-Core keeps it in a process of its own, which waits for ever for a trainer that was killed.
-Ours is the same and ends with the trainer, however that ends.
+Megatron-Core keeps the queue in a process of its own, which waits forever if the trainer is killed.
+Ours is the same, but ends with the trainer, however that ends.
 """
 
 import multiprocessing
@@ -13,7 +13,7 @@ from klear_megatron.platform.orphans import end_with_parent
 
 
 def prepare_write_queue() -> None:
-    """Call it before the first save, where Megatron makes its own if there is none yet."""
+    """Makes the queue once. Call it before a save, or Megatron makes its own."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(end_with_parent)

@@ -43,7 +43,7 @@ def _licence(folder: Path, identifier: str) -> str:
 
 
 def _metrics(run_dir: Path, checkpoint: Path) -> dict[str, float]:
-    """Of the checkpoint's step; empty if they were not kept."""
+    """The metrics of the checkpoint's step; empty if there are none."""
     path = run_dir / "metrics.jsonl"
     step = int(checkpoint.name.removeprefix("step_"))
     for line in path.read_text().splitlines() if path.is_file() else ():
