@@ -160,11 +160,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Serve a Hugging Face checkpoint with SGLang until Ctrl-C."""
-    from klear_megatron.checkpoints.hf_reader import read_config
+    from klear_megatron.checkpoints.model_folder import ModelFolder
     from klear_megatron.rollout import ServeConfig, serving
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
-    read_config(config.model)  # SGLang takes long to report a mistake
+    ModelFolder(config.model)  # SGLang takes long to report a mistake
     logs = config.run_dir / "logs"
     with serving(config.rollout, config.model, logs, seed=config.seed) as servers:
         print("\n".join(["serving; stop with Ctrl-C", *servers.urls]), flush=True)

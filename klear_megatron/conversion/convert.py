@@ -18,7 +18,7 @@ from klear_megatron.checkpoints.checksums import (
     write_checksums,
 )
 from klear_megatron.checkpoints.dtypes import DTYPES
-from klear_megatron.checkpoints.hf_reader import HFCheckpoint, copy_companions, read_config
+from klear_megatron.checkpoints.hf_reader import HFCheckpoint, copy_companions
 from klear_megatron.checkpoints.hf_writer import (
     set_config_dtype,
     shard_names,
@@ -63,7 +63,7 @@ def megatron_to_hf(
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
     source = MegatronCheckpoint(checkpoint)
-    table = source.table(read_config(checkpoint / "hf"))
+    table = source.table(ModelFolder(checkpoint / "hf").config)
     moves = [Move(row, DTYPES[dtype] if dtype else source.dtype(row)) for row in table]
 
     def tensors(move: Move) -> list[Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from klear_megatron.checkpoints.dtypes import DTYPES
-from klear_megatron.checkpoints.hf_reader import read_config
 from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
@@ -55,7 +54,7 @@ def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> LogitsDiff
     if len(kinds) < 2:
         raise UserError(f"{a}, {b}: logits are compared of one Megatron and one Hugging Face model")
     megatron, hf = kinds[True], kinds[False]
-    prompts = _encode(texts, hf) if texts else _random_prompts(read_config(hf).vocab_size)
+    prompts = _encode(texts, hf) if texts else _random_prompts(ModelFolder(hf).config.vocab_size)
     ours = _on(prompts, megatron_logits(megatron, megatron / "hf", "float32"))
     theirs = _on(prompts, transformers_logits(hf, "float32"))
     relative = float((ours - theirs).abs().max() / theirs.abs().max())

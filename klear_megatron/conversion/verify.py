@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from klear_megatron.checkpoints.dtypes import dtype_name
-from klear_megatron.checkpoints.hf_reader import HFCheckpoint, read_config
+from klear_megatron.checkpoints.hf_reader import HFCheckpoint
 from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint, is_megatron_checkpoint
-from klear_megatron.models import Weight, get_architecture
+from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.models import Weight
 from klear_megatron.observability import Progress
 
 
@@ -25,10 +26,9 @@ class Weights:
         self._source: MegatronCheckpoint | HFCheckpoint
         if is_megatron_checkpoint(path):
             self._source = MegatronCheckpoint(path)
-            table = self._source.table(read_config(path / "hf"))
+            table = self._source.table(ModelFolder(path / "hf").config)
         else:
-            hf = read_config(path)
-            table = list(get_architecture(hf).weights(hf, hf.vocab_size))
+            table = ModelFolder(path).table()
             self._source = HFCheckpoint(path)
             self._source.check(table)
         self._rows = {name: row for row in table for name in row.sources}

@@ -6,9 +6,8 @@ from typing import Any
 import httpx
 from transformers import PretrainedConfig
 
-from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
-from klear_megatron.models import get_architecture, padded_vocab_size
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 
 _FIRST_VERSION = "default"
@@ -49,10 +48,10 @@ def check_takes(url: str, model: Path) -> None:
         UserError: its weights have other names or shapes, or it does not answer.
     """
     info = _ask(url, "model_info")
-    served, hf = Path(info["model_path"]), read_config(model)
-    same = info["architectures"] == hf.architectures
+    served, wanted = Path(info["model_path"]), ModelFolder(model)
+    same = info["architectures"] == wanted.config.architectures
     if same and (served / "config.json").is_file():
-        same = _shapes(read_config(served)) == _shapes(hf)
+        same = _shapes(ModelFolder(served)) == _shapes(wanted)
     if not same:
         raise UserError(
             f"rollout.urls: {url} serves {served}, whose weights have other names or shapes than "
@@ -98,7 +97,6 @@ def _ask(url: str, path: str) -> Any:
         ) from error
 
 
-def _shapes(hf: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(folder: ModelFolder) -> dict[str, tuple[int, ...]]:
     """The shapes of a checkpoint's weights, by name."""
-    table = get_architecture(hf).weights(hf, padded_vocab_size(hf.vocab_size, 1))
-    return {name: shape for row in table for name, shape in row.sources.items()}
+    return {name: shape for row in folder.table() for name, shape in row.sources.items()}
