@@ -1,4 +1,4 @@
-"""What is installed here, what would be used for what, and what is wrong with it."""
+"""Reports what is installed, which backend each part would use, and any problems."""
 
 import importlib.metadata
 import importlib.util
@@ -14,7 +14,7 @@ _SGLANG_TIMEOUT_S = 60
 
 
 def examine() -> list[str]:
-    """Prints the findings, and returns the problems: each says what is wrong and what to do."""
+    """Prints the findings and returns the problems, each with what is wrong and what to do."""
     problems: list[str] = []
     _say("Python", sys.version.split()[0])
     has_gpu = _examine_torch(problems)
@@ -90,7 +90,7 @@ def _examine_apex(problems: list[str]) -> bool:
     if importlib.util.find_spec("apex") is None:
         _say("apex", "not installed (optional: fused kernels where Transformer Engine has none)")
         return False
-    # PyPI's `apex` is a web toolkit of another author; NVIDIA's is installed from its sources.
+    # `apex` on PyPI is an unrelated web toolkit; NVIDIA's Apex is installed from source.
     if importlib.util.find_spec("apex.multi_tensor_apply") is None:
         _say("apex", "not NVIDIA's")
         problems.append(

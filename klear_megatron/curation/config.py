@@ -25,7 +25,7 @@ class DecontaminationConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A model that answers the prompts that the other filters leave."""
+    """A model that answers the prompts that pass the other filters."""
 
     model: Path
     """Hugging Face checkpoint; with `rollout.urls`, the one that is served there."""
@@ -41,7 +41,7 @@ class TeacherConfig(Section):
 
 
 class PassRateConfig(Section):
-    """Keeps prompts of which a teacher gets the right share right."""
+    """Keeps the prompts that a teacher solves neither too rarely nor too often."""
 
     responses: tuple[Path, ...] = ()
     """The teacher's graded responses, several for each prompt: `responses.jsonl` of `eval`."""
@@ -59,12 +59,12 @@ class PassRateConfig(Section):
     @model_validator(mode="after")
     def _has_one_teacher(self) -> "PassRateConfig":
         if bool(self.responses) == (self.teacher is not None):
-            raise ValueError("give either responses that are there, or a teacher to ask")
+            raise ValueError("give either stored responses or a teacher, not both")
         return self
 
 
 class TopSourcesConfig(Section):
-    """Keeps the rows of the best few sources only."""
+    """Keeps only the rows of the best few sources."""
 
     count: PositiveInt
     field: str = "data_source"
@@ -86,7 +86,7 @@ class SubsetConfig(Section):
 
 
 class CurateConfig(Section):
-    """Choosing prompts: `klear-megatron curate`. Rows are written as they were read."""
+    """Settings of `klear-megatron curate`, which selects prompts and writes them unchanged."""
 
     path: Path | tuple[Path, ...]
     """One or several data sets, as in `data.path` of a training run."""

@@ -28,7 +28,7 @@ Drop = Callable[[int | None, str, str], None]
 
 @dataclass
 class CurationReport:
-    """How many rows there were, what became of them, and where those that are left come from."""
+    """The number of rows read, dropped by reason, and kept by source."""
 
     rows: int = 0
     kept: int = 0
@@ -39,13 +39,13 @@ class CurationReport:
 
 
 def curate(config: CurateConfig) -> CurationReport:
-    """Writes the rows that are kept, those that are not with the reason, and the numbers.
+    """Writes the kept rows, the dropped rows with the reason for each, and a report.
 
-    Rows are streamed: what stays in memory is a digest of each, and a vector where a subset is
+    Rows are streamed. Memory holds a digest of each row, plus a vector of each if a subset is
     selected.
 
     Raises:
-        UserError: data that cannot be read, or nothing left of it.
+        UserError: the data cannot be read, or every row was dropped.
     """
     make_folder(config.output.parent)
     report = CurationReport()
@@ -81,7 +81,7 @@ def curate(config: CurateConfig) -> CurationReport:
 
 @dataclass
 class _Survivors:
-    """Of the filters: what is remembered of each, in the order of the spooled rows."""
+    """What is remembered of each row that passed the filters, in the order of the spooled rows."""
 
     rows: "array[int]" = field(default_factory=lambda: array("q"))
     """Number among the rows read."""
@@ -135,7 +135,7 @@ def _candidates(
 
 @contextlib.contextmanager
 def _dropped_rows(output: Path, report: CurationReport) -> Iterator[Drop]:
-    """A function that writes down, and counts, a row that is dropped."""
+    """Yields a function that records and counts a dropped row."""
 
     def drop(index: int | None, reason: str, why: str) -> None:
         report.dropped[reason] += 1

@@ -1,4 +1,4 @@
-"""What decides of a prompt whether it is kept, one prompt at a time."""
+"""Filters that decide, prompt by prompt, whether to keep it."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +28,11 @@ class Candidate:
 
 
 def count_tests(prompt: Prompt) -> int | None:
-    """Raises UserError where the ground truth of a programming problem has no tests."""
+    """Counts the tests in the ground truth of a programming problem.
+
+    Raises:
+        UserError: the ground truth has no tests.
+    """
     if verifier_of(prompt.data_source) != "code":
         return None
     return len(parse_tests(prompt.ground_truth))
@@ -39,7 +43,7 @@ Filter = Callable[[Candidate], str | None]
 
 
 def make_filters(config: CurateConfig) -> dict[str, Filter]:
-    """By the reason they drop for, in the order in which they are asked."""
+    """Makes the filters, keyed by the reason for dropping, in the order in which they run."""
     filters: dict[str, Filter] = {}
     if config.min_tests is not None:
         filters["too few tests"] = _min_tests(config.min_tests)

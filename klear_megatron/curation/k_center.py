@@ -1,4 +1,4 @@
-"""A subset whose farthest other point is near."""
+"""Selects a subset such that every other point is close to it."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ def k_center_greedy(vectors: NDArray[np.float32], k: int, seed: int) -> NDArray[
     """The row numbers of k centers, in the order they were chosen (Sener & Savarese 2018).
 
     The first is random; each further one is the row whose Euclidean distance to its nearest center
-    is greatest, the first such row where several are.
+    is greatest; ties go to the first row.
 
     Args:
         vectors: [rows, dimensions] float32; rows >= k.
@@ -25,7 +25,7 @@ def k_center_greedy(vectors: NDArray[np.float32], k: int, seed: int) -> NDArray[
     for _ in range(k - 1):
         distances = norms - 2 * (vectors @ vectors[center]) + norms[center]
         np.minimum(nearest, distances, out=nearest)
-        nearest[center] = -np.inf  # rounding must not choose it again
+        nearest[center] = -np.inf  # so that rounding errors cannot choose it again
         center = int(nearest.argmax())
         centers.append(center)
     return np.array(centers)

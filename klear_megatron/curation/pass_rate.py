@@ -1,4 +1,4 @@
-"""Which prompts a teacher gets right often enough, and not too often."""
+"""Drops the prompts that a teacher solves too rarely or too often."""
 
 from array import array
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from klear_megatron.errors import UserError
 
 
 def why_dropped(config: PassRateConfig, prompts: Path, folder: Path) -> Iterator[str | None]:
-    """Why each prompt of a file is dropped; None where it is not.
+    """Returns the reason for dropping each prompt of a file, or None to keep it.
 
     Args:
         prompts: JSON Lines.
-        folder: gets the responses of a teacher that is asked.
+        folder: receives the teacher's responses, if there is a teacher.
 
     Raises:
-        UserError: responses that are not graded, or a teacher that cannot be asked.
+        UserError: the responses are not graded, or the teacher cannot be asked.
     """
     teacher = config.teacher
     counts: dict[bytes, array[int]] = {}

@@ -1,4 +1,4 @@
-"""Responses of a teacher to the prompts of a file, drawn from SGLang servers and graded."""
+"""Draws a teacher's responses to the prompts of a file from SGLang servers, and grades them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -29,26 +29,26 @@ _GRADED_AT_ONCE = 1024
 
 
 def ask(teacher: TeacherConfig, prompts: Path, folder: Path) -> Path:
-    """Draws and grades what is missing of `samples_per_prompt` responses to each prompt.
+    """Draws the responses still missing from `samples_per_prompt` per prompt, and grades them.
 
-    Each response is stored as it arrives, so that what was ended goes on when it is asked again.
+    Each response is stored as it arrives, so an interrupted run continues where it stopped.
 
     Args:
         prompts: JSON Lines. Equal prompts share their responses.
-        folder: gets the responses and the servers' logs.
+        folder: receives the responses and the servers' logs.
 
     Returns:
-        The file of graded responses, in the format of an evaluation's.
+        The file of graded responses, in the format that `klear-megatron eval` writes.
 
     Raises:
-        UserError: prompts that cannot be graded, a bad model, a server that fails, or a folder
-            with responses of another teacher.
+        UserError: a prompt cannot be graded, the model is bad, a server fails, or the folder holds
+            another teacher's responses.
     """
     settings = teacher.model_dump(mode="json", include={"model", "sampling", "seed"})
     claim(folder, settings | {"weights": stamps(teacher.model.glob("*.safetensors"))})
     path = folder / RESPONSES
     drawn: Counter[bytes] = Counter()
-    write_rows(path, _counted(folder, drawn))  # without what was half-written
+    write_rows(path, _counted(folder, drawn))  # drops a half-written last line
     model = ModelFolder(teacher.model)
     missing = _missing(teacher, model.tokenizer, prompts, drawn)
     stored = drawn.total()
@@ -76,7 +76,7 @@ def _missing(
     prompts: Path,
     drawn: Counter[bytes],
 ) -> Counter[bytes]:
-    """How many responses are to be drawn to each prompt, by the digest of its query."""
+    """The number of responses still to draw for each prompt, keyed by the digest of its query."""
     missing: Counter[bytes] = Counter()
     for _, prompt in parse_rows(prompts, parse_prompt):
         key = digest(query_of(prompt))
@@ -120,7 +120,7 @@ def _draw(
 def _wanted(
     tokenizer: PreTrainedTokenizerBase, prompts: Path, missing: Counter[bytes]
 ) -> Iterator[tuple[Prompt, list[int]]]:
-    """Each prompt and its token ids, as often as a response to it is missing."""
+    """Yields each prompt and its token ids once per missing response."""
     left = dict(missing)
     for _, prompt in parse_rows(prompts, parse_prompt):
         if count := left.pop(digest(query_of(prompt)), 0):

@@ -17,12 +17,12 @@ DIMENSIONS = 128
 
 
 def query_of(prompt: Prompt) -> str:
-    """The text of all messages, white space collapsed: prompts with the same one are the same."""
+    """The text of all messages with white space collapsed; equal prompts have equal queries."""
     return " ".join(" ".join(message["content"] for message in prompt.messages).split())
 
 
 def digest(query: str) -> bytes:
-    """16 bytes that no two queries of a data set share."""
+    """A 16-byte digest of a query; no two queries of a data set share one in practice."""
     return hashlib.blake2b(query.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
@@ -32,7 +32,7 @@ def words_of(query: str) -> list[str]:
 
 
 def ngrams(words: Sequence[str], n: int) -> set[str]:
-    """All runs of n words; of a shorter text, all its words."""
+    """All runs of n words; a shorter text is one run."""
     return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1)) if words}
 
 
@@ -49,6 +49,6 @@ def hashed_vector(words: Sequence[str]) -> NDArray[np.float32]:
 
 @functools.lru_cache(1 << 16)
 def _hash(text: str) -> tuple[int, int]:
-    """Where a text is counted, and with what sign."""
+    """The dimension in which a text is counted, and the sign of the count."""
     number = zlib.crc32(text.encode(errors="surrogatepass"))
     return number % DIMENSIONS, 1 if number >> 31 else -1

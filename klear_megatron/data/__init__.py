@@ -1,4 +1,4 @@
-"""Reading prompts and conversations, encoding them, and the order they are trained in."""
+"""Reads prompts and conversations, encodes them, and decides their order in training."""
 
 from klear_megatron.data.config import ConversationsConfig, DataConfig, PromptsConfig, StageConfig
 from klear_megatron.data.encoding import encode_conversation, encode_prompt

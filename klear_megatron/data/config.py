@@ -7,7 +7,7 @@ from klear_megatron.config import Section
 
 
 class StageConfig(Section):
-    """A part of training with a mix of its own."""
+    """A part of training with its own mix of data sources."""
 
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     """By data_source: its share of the prompts, relative to the others'."""

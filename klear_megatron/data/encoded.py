@@ -1,7 +1,7 @@
-"""Encoded conversations on the disk, made by several processes, each a part of them.
+"""Encoded conversations on disk, written in parts by several processes.
 
-Millions of long conversations fit in no memory as lists. Each part is an Arrow file that is mapped,
-so that a process holds only the rows it reads, and those of one host share them.
+Millions of long conversations do not fit in memory as lists. Each part is a memory-mapped Arrow
+file: a process holds only the rows it reads, and the processes of one host share them.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ _ROWS_AT_ONCE = 256
 
 @dataclass
 class EncodedPart:
-    """What became of the rows of a part."""
+    """The outcome for the rows of one part."""
 
     kept: int = 0
     too_long: int = 0
@@ -48,10 +48,10 @@ def encode_part(
     part: int,
     parts: int,
 ) -> EncodedPart:
-    """Encodes every `parts`-th conversation, beginning with number `part`, into a file.
+    """Encodes every `parts`-th conversation, starting from number `part`, into a file.
 
     Raises:
-        UserError: data that cannot be read, or a malformed row that is not to be skipped.
+        UserError: the data cannot be read, or a row is malformed and may not be skipped.
     """
     done = EncodedPart()
 
@@ -83,7 +83,7 @@ def encode_part(
 
 
 class EncodedConversations:
-    """The conversations of all parts, in the order they were read in, however many parts."""
+    """The conversations of all parts in the order of the data, whatever the number of parts."""
 
     def __init__(self, folder: Path, parts: int) -> None:
         tables = [
@@ -97,10 +97,11 @@ class EncodedConversations:
         return len(self._table)
 
     def __getitem__(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-        """Token ids, and 1 where a token is trained."""
+        """The token ids, and the mask: 1 for trained tokens, 0 for others."""
         place = int(self._order[row])
         return self._values("tokens", place), self._values("trained", place)
 
     def _values(self, column: str, place: int) -> NDArray[Any]:
         values: pa.Array = self._table[column][place].values
-        return values.to_numpy(zero_copy_only=False, writable=True)  # torch takes no other
+        # torch requires a writable array
+        return values.to_numpy(zero_copy_only=False, writable=True)

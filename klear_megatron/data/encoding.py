@@ -1,4 +1,4 @@
-"""From messages to token ids, through the tokenizer's chat template only."""
+"""Turns messages into token ids, always through the tokenizer's chat template."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation, and which of them are trained.
+    """Token ids of a whole conversation, and the mask of the trained ones.
 
     The mask is 1 on the tokens that the assistant has to generate, its end-of-turn token included,
     and 0 elsewhere; both lists have the same length. An assistant message's tokens are those that
@@ -27,7 +27,7 @@ def encode_conversation(
 
     Raises:
         UserError: the template or the tokenizer changes earlier tokens when a message is added,
-            so there are no such tokens.
+            so no message has tokens of its own.
     """
     ids = _apply_template(tokenizer, messages)
     mask = [0] * len(ids)
@@ -54,12 +54,12 @@ def encode_conversation(
 def cut_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int
 ) -> tuple[Prompt, list[int]]:
-    """The prompt with its longest message shortened at its start, so that it fits; its token ids.
+    """Cuts the start of the prompt's longest message so that it fits; returns it and its token ids.
 
-    What is kept is the end, where the question usually is; as much of it as fits, to the character.
+    The end is kept, where the question usually is: as many characters as fit.
 
     Raises:
-        UserError: it would not fit without that message either.
+        UserError: the prompt would not fit even without that message.
     """
     longest = max(range(len(prompt.messages)), key=lambda i: len(prompt.messages[i]["content"]))
     content = prompt.messages[longest]["content"]

@@ -12,22 +12,22 @@ Row = dict[str, Any]
 
 
 def stamps(files: Iterable[Path]) -> dict[str, list[int]]:
-    """What tells files from other ones of the same names: sizes in bytes, and times in ns."""
+    """Sizes in bytes and times in ns, which change when a file is replaced under the same name."""
     existing = [file for file in sorted(files) if file.is_file()]
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in existing}
 
 
 def read_rows(path: Path | Sequence[Path]) -> Iterator[tuple[str, Row | str]]:
-    """Streams one or several data sets, one after another.
+    """Streams the rows of one or several data sets, one after another.
 
     Args:
-        path: each a .jsonl or .parquet file, a folder of such files, or a data set of the hub.
+        path: each is a .jsonl or .parquet file, a folder of such files, or a data set on the hub.
 
     Yields:
-        Where the row is, for messages, and the row; or, if it is none, what is wrong with it.
+        The row's location, for messages, and the row; or the error if it is not a valid row.
 
     Raises:
-        UserError: no such file or data set, or one that cannot be read or has no rows.
+        UserError: a file or data set does not exist, cannot be read or has no rows.
     """
     for one in [path] if isinstance(path, Path) else path:
         empty = True
@@ -74,13 +74,14 @@ def _parse(line: bytes) -> Row | str:
     try:
         row = from_json(line)
     except ValueError as error:
-        # A row is one line, so the parser's own "line 1" would contradict where it is.
+        # Each row is parsed alone, so the parser always says "line 1"; leave that out.
         return "Invalid JSON: " + str(error).replace(" at line 1 column", " at column")
     return row if isinstance(row, dict) else "A row should be an object"
 
 
 def _read_dataset(path: Path, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Row | str]]:
-    from datasets import load_dataset  # two seconds, which readers of JSONL need not wait
+    # Late: importing it takes two seconds, and JSONL does not need it.
+    from datasets import load_dataset
 
     try:
         # Streaming reads the files themselves; otherwise a converted copy is left in the user's

@@ -1,4 +1,4 @@
-"""Rows of the public LiveCodeBench files, as they are."""
+"""Rows of the public LiveCodeBench files, in their original format."""
 
 import json
 from typing import Annotated

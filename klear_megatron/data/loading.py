@@ -1,4 +1,4 @@
-"""From a config to encoded prompts."""
+"""Loads and encodes the prompts that a config names."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from klear_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class LoadedPrompts:
-    """Prompts with their token ids, and what became of the other rows."""
+    """Prompts with their token ids, and counts of the rows that were dropped or cut."""
 
     prompts: list[Prompt]
     token_ids: list[list[int]]
@@ -22,10 +22,10 @@ class LoadedPrompts:
     """Prompts that were dropped or cut."""
 
     def notes(self, config: PromptsConfig, name: str) -> list[str]:
-        """A line for the user about each kind of row that is not there as it was.
+        """Lines for the user about the rows that were dropped or cut, one per kind.
 
         Args:
-            name: what the user calls this data.
+            name: the user's name for this data.
         """
         notes = []
         if self.bad_rows:
@@ -41,8 +41,8 @@ def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> L
     """Reads and encodes the prompts of a config.
 
     Raises:
-        UserError: data that cannot be read, a malformed row that is not to be skipped, or no
-            prompt that is short enough.
+        UserError: the data cannot be read, a row is malformed and may not be skipped, or no prompt
+            is short enough.
     """
     bad_rows: list[UserError] = []
     skip = bad_rows.append if config.bad_rows == "skip" else None

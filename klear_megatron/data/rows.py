@@ -19,9 +19,9 @@ OnBadRow = Callable[[UserError], object]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem to be answered, and what its answer is checked against.
+    """A problem to answer, and the ground truth that its answer is checked against.
 
-    `data_source` chooses the verifier; `index` is the number of the row, from 0, among those read.
+    `data_source` chooses the verifier; `index` is the row's number among those read, from 0.
     """
 
     data_source: str
@@ -32,7 +32,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A worked example for SFT; `index` is the number of the row, from 0, among those read."""
+    """A worked example for SFT; `index` is the row's number among those read, from 0."""
 
     messages: list[Message]
     index: int
@@ -47,7 +47,7 @@ class _RewardModel(BaseModel):
     ground_truth: str | list[str]
     style: str | None = None
 
-    # Plain, because pydantic's own report of a failed union is two errors with odd field names.
+    # One plain error: pydantic reports a failed union as two errors with odd field names.
     @field_validator("ground_truth", mode="plain")
     @classmethod
     def _has_answers(cls, value: Any) -> Any:
@@ -83,15 +83,16 @@ Parsed = TypeVar("Parsed")
 
 
 def read_prompts(path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None) -> list[Prompt]:
-    """Read problems, in Klear's format or LiveCodeBench's, from one or several data sets.
+    """Reads problems, in Klear's format or LiveCodeBench's, from one or several data sets.
 
     Args:
-        path: each as `read_rows` takes it; read one after another.
-        on_bad_row: is given the error of each malformed row, which is then skipped; without it,
-            the first such error is raised.
+        path: one or several paths as `read_rows` takes them, read one after another.
+        on_bad_row: called with the error of each malformed row, which is then skipped; without
+            it, the first such error is raised.
 
     Raises:
-        UserError: no such file, no rows, or a malformed row (file, line and field are named).
+        UserError: a file does not exist, there are no rows, or a row is malformed (the message
+            names file, line and field).
     """
     prompts = [prompt for _, prompt in parse_rows(path, parse_prompt, on_bad_row)]
     if not prompts:
@@ -100,7 +101,11 @@ def read_prompts(path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None
 
 
 def parse_prompt(row: Row, index: int) -> Prompt:
-    """Raises ValidationError."""
+    """Parses a row in Klear's format or LiveCodeBench's.
+
+    Raises:
+        ValidationError: the row is malformed.
+    """
     if "question_content" in row:
         problem = LiveCodeBenchRow.model_validate(row)
         return Prompt(problem.data_source, problem.messages, problem.ground_truth, index)
@@ -110,7 +115,11 @@ def parse_prompt(row: Row, index: int) -> Prompt:
 
 
 def parse_conversation(row: Row, index: int) -> Conversation:
-    """Raises ValidationError."""
+    """Parses a row of conversation messages.
+
+    Raises:
+        ValidationError: the row is malformed.
+    """
     parsed = _ConversationRow.model_validate(row)
     return Conversation([message.model_dump() for message in parsed.messages], index)
 
@@ -123,12 +132,12 @@ def parse_rows(
     part: int = 0,
     parts: int = 1,
 ) -> Iterator[tuple[Row, Parsed]]:
-    """Streams the rows of data sets, as they are and parsed.
+    """Streams the rows of data sets, each both raw and parsed.
 
     Args:
-        parse: `parse(row, index)` raises ValidationError, or a UserError that begins with the
-            field.
-        part: of `parts`, each of which has every `parts`-th row.
+        parse: `parse(row, index)` raises ValidationError, or a UserError whose message begins
+            with the field.
+        part: the number of this part, from 0; each of the `parts` parts has every `parts`-th row.
     """
     for index, (where, row) in enumerate(read_rows(path)):
         if index % parts != part:
@@ -151,7 +160,7 @@ def parse_rows(
 
 
 def _describe(error: ValidationError, where: str) -> str:
-    """One line per problem of a row: where it is, and what should have been there."""
+    """Describes a row's errors, one per line: the place, and what was expected there."""
     problems = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])

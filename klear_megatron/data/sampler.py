@@ -13,12 +13,12 @@ from klear_megatron.errors import UserError, nearest
 class PromptSampler:
     """Endless row numbers: each epoch is a shuffle of all rows, fixed by the seed and the epoch.
 
-    With stages, each data source has epochs of its own, which go on from stage to stage. Within a
-    stage the sources take turns, so that after any number of rows each has had its weight's share
-    of them, to within one row or so; nothing about it is random but the shuffles.
+    With stages, each data source has its own epochs, which continue from stage to stage. Within a
+    stage the sources take turns, so that after any number of rows each source has had the share
+    that its weight gives it, to within about one row. Only the shuffles are random.
 
-    How many rows were handed out of what is the whole state, so a restored sampler goes on with
-    exactly the row that would have come next, also with another batch size.
+    The state is just the number of rows handed out from each source, so a restored sampler
+    continues with exactly the next row, even with another batch size.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class PromptSampler:
     ) -> None:
         """
         Args:
-            data_sources: of each row; needed only with stages.
+            data_sources: the data source of each row; needed only with stages.
 
         Raises:
-            UserError: a stage names a data source that no row is of.
+            UserError: a stage names a data source that no row has.
         """
         self._num_rows = num_rows
         self._seed = seed
@@ -44,7 +44,7 @@ class PromptSampler:
             for source in weights:
                 if source not in self._rows:
                     raise UserError(
-                        f"data.stages.{i}.weights.{source}: no row is of this data source; "
+                        f"data.stages.{i}.weights.{source}: no row has this data source; "
                         f"{nearest(source, sorted(self._rows))}"
                     )
         self._stage = 0
@@ -64,7 +64,7 @@ class PromptSampler:
         rows = self._rows[source]
         epoch, position = divmod(self._drawn[source], len(rows))
         if self._epochs.get(source, (-1,))[0] != epoch:
-            # Sources must not be shuffled alike; without stages there is one, of number 0.
+            # Each source needs a different shuffle; without stages there is one source, number 0.
             number = sorted(self._rows).index(source)
             entropy = [self._seed, epoch, number] if number else [self._seed, epoch]
             order = np.random.default_rng(entropy).permutation(len(rows))
@@ -74,7 +74,7 @@ class PromptSampler:
         return int(rows[self._epochs[source][1][position]])
 
     def _most_behind(self) -> str:
-        """The source that has had the least of its share of the stage's rows so far."""
+        """The source that is furthest behind its share of the stage's rows."""
         weights = self._weights[self._stage]
         drawn = self._drawn_in_stage
         due = (drawn.total() + 1) / sum(weights.values())
@@ -90,7 +90,11 @@ class PromptSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state is of other data, stages or another seed."""
+        """Restores a state that `state_dict` returned.
+
+        Raises:
+            UserError: the state belongs to other data, other stages or another seed.
+        """
         for name, ours in (("num_rows", self._num_rows), ("seed", self._seed)):
             if state[name] != ours:
                 raise UserError(
@@ -100,8 +104,8 @@ class PromptSampler:
         known = state["stage"] < len(self._weights)
         if not known or not state["drawn_in_stage"].keys() <= self._weights[state["stage"]].keys():
             raise UserError(
-                f"data.stages: the checkpoint was made in stage {state['stage']}, of other data "
-                "sources; resume with the same stages, to which others may be added"
+                f"data.stages: the checkpoint was made in stage {state['stage']}, which has other "
+                "data sources; resume with the same stages (you may add more at the end)"
             )
         self._stage = state["stage"]
         self._drawn = Counter(state["drawn"])
