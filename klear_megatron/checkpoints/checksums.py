@@ -1,4 +1,4 @@
-"""SHA256SUMS: the checksums beside a checkpoint's files, as `sha256sum --check` reads them.
+"""SHA256SUMS: the checksums stored beside a checkpoint's files, as `sha256sum --check` reads them.
 
 In a Megatron checkpoint, .distcp files are left out: their records carry checksums themselves.
 """
@@ -32,7 +32,7 @@ def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
 
 
 def check_companions(folder: Path) -> None:
-    """Compares all listed files but weights with the folder's checksums, if it has any.
+    """Checks all listed files except the weights against the folder's checksums, if it has any.
 
     Raises:
         UserError: a file is missing or has changed, or the list itself is damaged.
@@ -74,8 +74,8 @@ def _listed(folder: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not _LINE.fullmatch(line):
             raise UserError(
-                f"{path}: line {number} is no checksum and file name; the file is corrupt. Without "
-                "it, nothing is compared"
+                f"{path}: line {number} is not a checksum and a file name; the file is corrupt. "
+                "Delete it to skip the comparison"
             )
     return {line[66:]: line[:64] for line in lines}
 
@@ -90,6 +90,6 @@ def _check(folder: Path, name: str, digest: str) -> None:
         raise UserError(f"{path}: listed in {sums}, but missing")
     if sha256(path) != digest:
         raise UserError(
-            f"{path}: not the bytes that {sums} was written for; the file is corrupt. If you have "
-            f"edited it, take its line out of {_NAME}"
+            f"{path}: does not match its checksum in {sums}; the file is corrupt. If you have "
+            f"edited it, remove its line from {_NAME}"
         )

@@ -31,7 +31,7 @@ def read_config(path: Path) -> PretrainedConfig:
     """The model config of a Hugging Face checkpoint folder.
 
     Raises:
-        UserError: no such folder, or no readable config.json in it.
+        UserError: the folder does not exist or has no readable config.json.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; a Hugging Face checkpoint is expected")
@@ -44,7 +44,7 @@ def read_config(path: Path) -> PretrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(path)
-    except Exception as error:  # of any kind: each model type reads its own fields
+    except Exception as error:  # any exception: each model type parses its own fields
         raise UserError(f"{path}/config.json: {error}") from error
 
 
@@ -52,7 +52,7 @@ class HFCheckpoint:
     """The safetensors of a Hugging Face checkpoint, memory-mapped; nothing is unpickled.
 
     Raises:
-        UserError: missing or unreadable files, or an index that does not match them.
+        UserError: files are missing or unreadable, or the index does not match them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,15 +102,15 @@ class HFCheckpoint:
             ) from error
 
     def check(self, table: Iterable[Weight]) -> None:
-        """Compares names and shapes with what the config asks for, reading headers only.
+        """Checks names and shapes against the config; reads only the headers.
 
         Raises:
-            UserError: listing every missing, unexpected and mis-shaped tensor (20 at most of each).
+            UserError: tensors are missing, unexpected or mis-shaped; lists up to 20 of each.
         """
         expected = {name: shape for row in table for name, shape in row.sources.items()}
         found = {name: shape for name, (_, shape) in self._specs.items()}
         for copy, original in _TIED.items():
-            # Some tied checkpoints carry the output weight all the same, as a copy.
+            # Some tied checkpoints still contain the output weight, as a copy.
             if copy in found and copy not in expected and original in found:
                 if not torch.equal(self.tensor(copy), self.tensor(original)):
                     raise UserError(
@@ -146,14 +146,14 @@ class HFCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, in the dtype of the file."""
-        # Opened anew for each, so that a tensor's pages are given back together with the tensor.
+        # Opened for each tensor, so that a tensor's pages are released together with it.
         with self._open(self._file_of[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies what belongs to a checkpoint beside its weights: config, tokenizer, chat template."""
+    """Copies the files that accompany the weights: config, tokenizer, chat template."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not _NOT_COMPANIONS & {file.name, *file.suffixes}:
             shutil.copy2(file, target)

@@ -1,4 +1,4 @@
-"""Writing Hugging Face checkpoints in a stream: a shard's header is known before its data is."""
+"""Streams Hugging Face checkpoints to disk; a shard's header is known before its data."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from klear_megatron.checkpoints.plan import Spec
 
 
 def write_shard(file: BinaryIO, specs: Sequence[Spec], tensors: Iterable[Tensor]) -> str:
-    """Writes a safetensors file of tensors that are made one after another.
+    """Writes a safetensors file, taking its tensors one after another.
 
     Returns:
-        its SHA-256, in hexadecimal.
+        The file's SHA-256, in hexadecimal.
     """
     header = _header(specs)
     digest = hashlib.sha256()
@@ -67,7 +67,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
 
 
 def set_config_dtype(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
-    """Lets config.json name the weights' dtype, since loaders trust it; the widest if mixed."""
+    """Sets config.json's dtype, which loaders trust, to the weights' dtype (widest if mixed)."""
     dtype = dtype_name(max(set(dtypes), key=lambda dtype: dtype.itemsize))
     path = folder / "config.json"
     config = json.loads(path.read_text())

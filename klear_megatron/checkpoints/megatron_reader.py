@@ -2,8 +2,8 @@
 
 A checkpoint stores global tensors in chunks, whatever layout wrote it: `.metadata` says which chunk
 of which tensor lies where, and each chunk is a record of `torch.save`, a zip file with a CRC-32.
-Layers are stacked: layer i of `decoder.layers.{i}.x` is `decoder.layers.x`[i]; so are a layer's
-experts, after that.
+Layers are stacked along the first dimension: `decoder.layers.{i}.x` is `decoder.layers.x`[i]. A
+layer's experts are stacked along the second.
 """
 
 import math
@@ -26,7 +26,7 @@ from klear_megatron.models import Weight, get_architecture
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A hyper-rectangle of a stored tensor, and where its record lies."""
+    """A hyper-rectangle of a stored tensor, and the location of its record."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -46,7 +46,7 @@ class _Stored:
 
 def stacked(name: str) -> tuple[str, tuple[int, ...]]:
     """`decoder.layers.3.x` -> (`decoder.layers.x`, (3,)), with a second index for an expert of a
-    layer; other names as they are, with ()."""
+    layer; other names are returned unchanged, with ()."""
     numbered = r"(?:(?<=^decoder\.layers\.)|(?<=\.mlp\.experts\.experts\.))(\d+)\."
     return re.sub(numbered, "", name), tuple(int(number) for number in re.findall(numbered, name))
 
@@ -60,7 +60,7 @@ class MegatronCheckpoint:
     """The weights in a checkpoint folder of Megatron's `torch_dist` format.
 
     Raises:
-        UserError: not such a folder, or a part of it is missing or truncated.
+        UserError: it is not such a folder, or a part of it is missing or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class MegatronCheckpoint:
         check_companions(path)
         try:
             self._tensors = _read_metadata(path)
-        except Exception as error:  # a damaged pickle may do anything
+        except Exception as error:  # a damaged pickle may raise any exception
             raise UserError(f"{path}/.metadata: {error!r}; missing or corrupt") from error
         self._check_files()
 
@@ -93,14 +93,14 @@ class MegatronCheckpoint:
         return self._tensors[self._locate(row.name)[0]].dtype
 
     def table(self, hf: PretrainedConfig) -> list[Weight]:
-        """The table of the config's architecture, after names and shapes have been compared.
+        """The table of the config's architecture, once the names and shapes have been checked.
 
         Raises:
-            UserError: listing every missing, unexpected, mis-shaped and incomplete tensor.
+            UserError: tensors are missing, unexpected, mis-shaped or incomplete; lists up to 20.
         """
         embedding = self._tensors.get("embedding.word_embeddings.weight")
         if embedding is None:
-            raise UserError(f"{self.path}: no embedding.word_embeddings.weight in it")
+            raise UserError(f"{self.path}: has no embedding.word_embeddings.weight")
         if embedding.size[0] < hf.vocab_size:
             raise UserError(
                 f"{self.path}: embedding.word_embeddings.weight has {embedding.size[0]} rows, "
@@ -166,7 +166,7 @@ class MegatronCheckpoint:
         return full
 
     def _locate(self, name: str) -> tuple[str, tuple[int, ...]]:
-        # Models whose layers differ from one another keep the number in the name.
+        # Models with unequal layers keep the layer number in the name.
         return (name, ()) if name in self._tensors else stacked(name)
 
     @staticmethod
@@ -179,10 +179,10 @@ class MegatronCheckpoint:
         try:
             with path.open("rb") as file:
                 tensor = read_record(file, chunk.position, chunk.length)
-        except Exception as error:  # a damaged zip file may do anything
+        except Exception as error:  # a damaged zip file may raise any exception
             raise UserError(f"{where}: {error!r}; the file is corrupt") from error
         if tensor.shape != chunk.sizes or tensor.dtype != self._tensors[key].dtype:
-            raise UserError(f"{where}: {tensor.dtype} {tuple(tensor.shape)}, unlike .metadata says")
+            raise UserError(f"{where}: {tensor.dtype} {tuple(tensor.shape)} contradicts .metadata")
         return tensor
 
 
@@ -195,7 +195,7 @@ it finds anew; weights are stored without them."""
 
 
 def _read_metadata(path: Path) -> dict[str, _Stored]:
-    """All tensors and objects but those known not to belong to the model, by their names there."""
+    """All tensors and objects by stored name, except those known not to belong to the model."""
     metadata = read_metadata(path)
     tensors: dict[str, _Stored] = {}
     sizes: dict[tuple[str, torch.Size], tuple[int, ...]] = {}
@@ -221,7 +221,7 @@ def _read_metadata(path: Path) -> dict[str, _Stored]:
 
 
 def _make_up(chunks: Sequence[StoredChunk], size: Sequence[int]) -> bool:
-    """Whether the chunks, no two of which begin at the same place, are all the cells of a grid."""
+    """Whether the chunks, which all start at different places, fill a complete grid."""
     cells = 1
     for dim, end in enumerate(size):
         intervals = sorted({(c.offsets[dim], c.offsets[dim] + c.sizes[dim]) for c in chunks})
@@ -233,7 +233,7 @@ def _make_up(chunks: Sequence[StoredChunk], size: Sequence[int]) -> bool:
 
 
 def _covers(chunk: StoredChunk, index: tuple[int, ...]) -> bool:
-    """Whether the chunk has a part of the row at `index` of the leading, stacked dimensions."""
+    """Whether the chunk overlaps the row at `index` along the leading, stacked dimensions."""
     return all(
         start <= i < start + size
         for i, start, size in zip(index, chunk.offsets, chunk.sizes, strict=False)
@@ -241,5 +241,5 @@ def _covers(chunk: StoredChunk, index: tuple[int, ...]) -> bool:
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
-    """Whether the folder says that it is a Megatron distributed checkpoint."""
+    """Whether the folder's metadata marks it as a Megatron distributed checkpoint."""
     return (path / "metadata.json").is_file()

@@ -1,4 +1,4 @@
-"""Writing Megatron's distributed checkpoints in a stream, without Megatron, ranks or a model."""
+"""Streams Megatron's distributed checkpoints to disk, without Megatron, ranks or a model."""
 
 import json
 import pickle
@@ -35,7 +35,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class WrittenChunk:
-    """A part of a row's full tensor, and where it was written."""
+    """A part of a row's full tensor, and the place where it was written."""
 
     name: str
     offsets: Sequence[int]
@@ -53,9 +53,9 @@ def write_row(
     start = 0
     _, index = stacked(row.name)
     for piece in full.chunk(count, dim):
-        # torch.save would write all that a view is a part of.
+        # torch.save would write the whole storage behind a view.
         alone = piece.clone(memory_format=torch.contiguous_format) if count > 1 else piece
-        # The reader maps records, and torch takes numbers at multiples of their size only.
+        # The reader maps records, and torch requires numbers aligned to their size.
         file.write(bytes(-file.tell() % _ALIGNMENT))
         position = file.tell()
         torch.save(alone.contiguous()[(None,) * len(index)], file)
@@ -68,8 +68,8 @@ def write_row(
 
 
 def _cut(row: Weight, tensor_parallel_size: int) -> tuple[int, int]:
-    """Along which dimension the ranks' pieces lie, and how many there are."""
-    if isinstance(row.mapping, GatedMLP):  # each rank has one of the gate's and one of up's
+    """The dimension along which the ranks' pieces are cut, and the number of pieces."""
+    if isinstance(row.mapping, GatedMLP):  # each rank has one piece of gate and one of up
         return 0, 2 * tensor_parallel_size if tensor_parallel_size > 1 else 1
     if isinstance(row.mapping, Sharded):
         return row.mapping.dim, tensor_parallel_size
@@ -82,13 +82,13 @@ def write_metadata(
     table: Sequence[Weight],
     chunks: Mapping[str, Sequence[WrittenChunk]],
 ) -> None:
-    """Writes what makes the files in `folder` a checkpoint, once all of them are complete.
+    """Writes the metadata that turns the complete files in `folder` into a checkpoint.
 
     Args:
         dtypes: row name -> dtype.
-        chunks: file name -> what is in it.
+        chunks: file name -> the chunks in it.
     """
-    last: dict[str, tuple[int, ...]] = {}  # key -> the last layer and expert of it
+    last: dict[str, tuple[int, ...]] = {}  # key -> its last layer and expert
     for row in table:
         key, index = stacked(row.name)
         last[key] = max(last.get(key, ()), index)

@@ -14,7 +14,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
     """Reads which tensor lies where.
 
     Raises:
-        Exception: of any kind, where the file is missing, damaged or no such metadata.
+        Exception: of any kind, if the file is missing, damaged or not such metadata.
     """
     with (checkpoint / ".metadata").open("rb") as file:
         metadata = _Unpickler(file).load()

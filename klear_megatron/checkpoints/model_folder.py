@@ -1,4 +1,4 @@
-"""A Hugging Face model folder, read once and passed on to whoever needs a part of it."""
+"""A Hugging Face model folder, read once and passed to the code that needs parts of it."""
 
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,12 @@ from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
 class ModelFolder:
     """What a folder with a config.json says about its model.
 
-    The config is read at once. The tokenizer and the rest are read when first used, since a
-    checkpoint without a tokenizer can be converted, and one of an unknown architecture served.
+    The config is read at once. The tokenizer and the rest are read when first used: a checkpoint
+    without a tokenizer can still be converted, and one of an unknown architecture still served.
 
     Raises:
-        UserError: no such folder, or no readable config.json in it. The properties raise it too,
-            where what they read is missing or unknown.
+        UserError: the folder does not exist or has no readable config.json. The properties raise
+            it if what they read is missing or unknown.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,6 +47,6 @@ class ModelFolder:
         return read_stop_token_ids(self.path, self.tokenizer)
 
     def table(self, padded_vocab_size: int | None = None) -> list[Weight]:
-        """The table of all weights; by default without padding of the vocabulary."""
+        """The table of all weights; by default the vocabulary is not padded."""
         size = self.config.vocab_size if padded_vocab_size is None else padded_vocab_size
         return list(self.architecture.weights(self.config, size))

@@ -1,4 +1,4 @@
-"""What a conversion is going to do, known before it begins."""
+"""The plan of a conversion, complete before the conversion begins."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Spec = tuple[str, torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Move:
-    """One row of the architecture's table on its way from one format to the other."""
+    """The conversion of one row of the architecture's table."""
 
     row: Weight
     dtype: torch.dtype
@@ -37,13 +37,13 @@ class Move:
         return sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self.specs)
 
     def checked(self, tensor: Tensor, path: Path) -> Tensor:
-        """A tensor of the row in the output's dtype.
+        """Converts a tensor of the row to the output's dtype.
 
         Args:
-            path: where it comes from.
+            path: the tensor's source, for messages.
 
         Raises:
-            UserError: it has a number that is not finite.
+            UserError: a value is not finite, or too large for the dtype.
         """
         out = tensor.to(self.dtype)
         if not _is_finite(out):
@@ -58,12 +58,12 @@ class Move:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The extremes are NaN if anything is. One pass, and no tensor of booleans.
+    # The extremes are NaN if any value is. This takes one pass and no tensor of booleans.
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def in_shards(moves: Sequence[Move], shard_bytes: int) -> list[list[Move]]:
-    """The moves in their order, in groups of at most `shard_bytes`; a larger one is by itself."""
+    """Groups the moves, in order, by at most `shard_bytes`; a larger one gets its own group."""
     shards: list[list[Move]] = [[]]
     size = 0
     for move in moves:
@@ -76,7 +76,7 @@ def in_shards(moves: Sequence[Move], shard_bytes: int) -> list[list[Move]]:
 
 
 def describe(files: Mapping[str, Sequence[Move]], *, to_hf: bool) -> Iterator[str]:
-    """The plan in lines: every tensor from, to, shape, dtype and bytes; and the sums."""
+    """The plan as lines: each tensor's source, target, shape, dtype and bytes; then the totals."""
     for file, moves in files.items():
         yield f"{file}: {sum(move.nbytes for move in moves):,} bytes"
         for move in moves:

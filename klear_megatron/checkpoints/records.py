@@ -1,4 +1,4 @@
-"""Reading records of `torch.save`, which are zip files, from the middle of a larger file."""
+"""Reads records of `torch.save`, which are zip files, from the middle of a larger file."""
 
 import io
 import mmap
@@ -20,7 +20,7 @@ def read_record(file: BinaryIO, position: int, length: int) -> Tensor:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         data = entries.pop("data/0")
         for entry in entries.values():
-            archive.read(entry)  # compares it with its checksum
+            archive.read(entry)  # checks the CRC-32
     record.seek(0)
     form: Tensor = torch.load(record, map_location="meta", weights_only=True)
     storage = form.untyped_storage()
@@ -44,7 +44,7 @@ def _map(file: BinaryIO, position: int, length: int) -> Tensor:
 
 
 class _Record(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A part of a file, readable like a file."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0

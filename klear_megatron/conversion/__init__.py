@@ -1,4 +1,4 @@
-"""Checkpoints from and to Hugging Face: streamed, checked, and never half there."""
+"""Converts checkpoints from and to Hugging Face: streamed, checked and never half-written."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["export_hf", "hf_to_megatron", "megatron_to_hf"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late, so that the command line can offer the verb without the seconds torch takes to import.
+    # Late: the command line must offer the verb without waiting seconds for torch's import.
     if name in __all__:
         from klear_megatron.conversion import convert
 

@@ -1,4 +1,4 @@
-"""`klear-megatron convert IN OUT`: the direction follows from what IN is."""
+"""`klear-megatron convert IN OUT`; the kind of IN decides the direction."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ def checkpoint_in(path: Path) -> Path:
     """The path itself; for a run's folder, its latest complete checkpoint, whose name is printed.
 
     Raises:
-        UserError: a run without one.
+        UserError: the run has no complete checkpoint.
     """
     if not (path / "checkpoints").is_dir():
         return path
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of the output; as the input by default",
+        help="dtype of the output (default: that of the input)",
     )
     parser.add_argument(
         "--shard-size",
@@ -69,10 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=["hf", "megatron"],
-        help="refuse to convert in the other direction (default: what the input is not)",
+        help="format of the output; refuse any other (default: the one the input is not)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
 
 def _positive(text: str) -> float:
@@ -83,14 +83,14 @@ def _positive(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts. Ctrl-C ends the process.
+    """Converts a checkpoint. Ctrl-C ends the process.
 
     Raises:
-        UserError: `--tp` to Hugging Face, another direction than `--to`, or an output inside the
-            input; see also `megatron_to_hf` and `hf_to_megatron`.
+        UserError: `--tp` is given for an output of Hugging Face, `--to` contradicts the input, or
+            the output lies inside the input; see also `megatron_to_hf` and `hf_to_megatron`.
     """
-    # An exception out of nowhere, while torch writes, is lost or becomes another. What has been
-    # written survives this as it does a kill.
+    # An exception that Ctrl-C raises while torch writes can get lost or turn into another one.
+    # Files already written survive this, as they survive a kill.
     signal.signal(signal.SIGINT, _end)
     from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
     from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
@@ -128,7 +128,7 @@ def _end(*_: object) -> None:
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `verify`."""
     parser.add_argument("a", type=Path, help=_ANY)
-    parser.add_argument("b", type=Path, help="another, of either kind")
+    parser.add_argument("b", type=Path, help="the other checkpoint, of either kind")
     parser.add_argument(
         "--logits",
         action="store_true",
@@ -140,7 +140,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="with --logits, instead of random tokens; can be given several times",
+        help="with --logits: use this text, not random tokens; can be given several times",
     )
 
 
@@ -149,7 +149,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
     Raises:
         SystemExit: with status 1 after a table of what differs.
-        UserError: one of them cannot be read, or `--prompt` without `--logits`.
+        UserError: a checkpoint cannot be read, or `--prompt` is given without `--logits`.
     """
     from klear_megatron.conversion.verify import compare_weights
 

@@ -49,13 +49,14 @@ def megatron_to_hf(
 ) -> None:
     """Writes a training checkpoint's weights as a Hugging Face folder.
 
-    Whatever layout trained it; without GPUs or ranks; with a few rows of the table in memory.
+    Works for every parallel layout, needs no GPUs or ranks, and holds only a few rows of the table
+    in memory.
 
     Args:
         checkpoint: folder of a Megatron distributed checkpoint with the Hugging Face config and
             tokenizer of its model under `hf/`, as `Learner.save` writes it.
-        dtype: "float32", "bfloat16" or "float16"; that of the checkpoint by default.
-        shard_bytes: largest safetensors file, except where one row alone is larger.
+        dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint.
+        shard_bytes: size limit of a safetensors file; a larger row gets a file of its own.
         dry_run: print the plan and write nothing.
         resume: keep the files that an interrupted run of the same conversion has completed.
 
@@ -100,7 +101,7 @@ def export_hf(model: "Model", out: Path) -> None:
         return [move.checked(next(named_tensors)[1].cpu(), source) for _ in move.row.sources]
 
     def rows(moves: Sequence[Move]) -> Iterator[list[Tensor]]:
-        # Not ahead: gathering is collective, and belongs to the thread that does all of it.
+        # No read-ahead: gathering is collective, so one thread must do all of it.
         return map(tensors, moves)
 
     _write_hf(files, rows, source, source, out, resume=False, processes=Processes(0, 1))
@@ -120,13 +121,14 @@ def hf_to_megatron(
 ) -> None:
     """Writes a Hugging Face folder's weights as a Megatron distributed checkpoint.
 
-    Every layout loads it. A few rows of the table are in memory. The config and the tokenizer come
-    along, under `hf/`. Where the folder has SHA256SUMS, all files are compared with them.
+    Every parallel layout can load it. Only a few rows of the table are in memory at a time. The
+    config and the tokenizer are copied to `hf/`. If the folder has SHA256SUMS, all files are
+    checked against them.
 
     Args:
-        tensor_parallel_size: tensors are stored in so many pieces, so that each of so many
-            tensor-parallel ranks reads its own and no more.
-        dtype, shard_bytes, dry_run, resume: as of `megatron_to_hf`.
+        tensor_parallel_size: the number of pieces in which tensors are stored, so that each of
+            that many tensor-parallel ranks reads only its own piece.
+        dtype, shard_bytes, dry_run, resume: as for `megatron_to_hf`.
 
     Raises:
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.

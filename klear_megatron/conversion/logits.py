@@ -1,4 +1,4 @@
-"""Megatron's model on a converted checkpoint against transformers' on the original."""
+"""Compares Megatron's model on one checkpoint with transformers' model on the other."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 class LogitsDifference(NamedTuple):
-    """Largest difference over the largest logit, and how many prompts and tokens it is of."""
+    """The largest difference divided by the largest logit, and the number of prompts and tokens."""
 
     relative: float
     prompts: int
@@ -39,16 +39,16 @@ class LogitsDifference(NamedTuple):
 
 @torch.no_grad()
 def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> LogitsDifference:
-    """Both models in float32, each by its own config, after every token of the prompts.
+    """Compares the logits after every token of the prompts, both models in float32.
 
-    In one process, with whole models in memory, one after the other.
+    Each model uses its own config. Runs in one process and holds one whole model at a time.
 
     Args:
         a, b: a Megatron checkpoint and a Hugging Face folder, in either order.
         texts: the prompts, for the folder's tokenizer; random tokens by default.
 
     Raises:
-        UserError: they are not one of each; no tokenizer, or a text without tokens.
+        UserError: `a` and `b` are of the same kind, there is no tokenizer, or a text has no tokens.
     """
     kinds = {is_megatron_checkpoint(path): path for path in (a, b)}
     if len(kinds) < 2:
@@ -82,7 +82,7 @@ def _on(prompts: Sequence[Tensor], model: contextlib.AbstractContextManager[Logi
 
 @contextlib.contextmanager
 def transformers_logits(folder: Path, dtype: str) -> Iterator[Logits]:
-    """By transformers' model."""
+    """The logits of transformers' model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     torch.nn.Module.to(model, this_device())
     yield lambda tokens: model(tokens[None].to(model.device)).logits[0].float().cpu()
@@ -90,11 +90,11 @@ def transformers_logits(folder: Path, dtype: str) -> Iterator[Logits]:
 
 @contextlib.contextmanager
 def megatron_logits(checkpoint: Path, hf: Path, dtype: str) -> Iterator[Logits]:
-    """By Megatron's model, as it is trained, in a world of this process alone.
+    """The logits of Megatron's model, built as for training, in a world of one process.
 
     Args:
         checkpoint: the weights.
-        hf: folder with the model's config.
+        hf: the folder with the model's config.
     """
     config = ModelConfig.model_validate({"path": hf, "dtype": dtype})
     model = Model(config, ModelFolder(hf))

@@ -51,8 +51,8 @@ class Staging:
             needed_bytes: size of all files together.
 
         Raises:
-            UserError: `out` exists or cannot be made; another process is writing it; nothing to
-                resume, or another plan's; not enough space.
+            UserError: `out` exists or cannot be made, another process is writing it, the folder
+                to resume has another plan, or there is not enough space.
         """
         if self.out.exists():
             raise UserError(f"{self.out}: exists already; remove it or choose another output")
@@ -106,7 +106,7 @@ class Staging:
         return returned if path.is_file() and path.stat().st_size == size else None
 
     def write(self, name: str, body: Callable[[BinaryIO], Any]) -> None:
-        """Writes a file; `receipt` will give what `body` returned (JSON-like).
+        """Writes a file and keeps the JSON-like value that `body` returns, for `receipt`.
 
         Raises:
             UserError: the disk is full.

@@ -1,4 +1,4 @@
-"""Writing large files at the disk's speed."""
+"""Writes large files at the disk's speed."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Comparing two checkpoints, of Hugging Face or of Megatron, tensor by tensor."""
+"""Compares two checkpoints, each of Hugging Face or Megatron, tensor by tensor."""
 
 from collections.abc import KeysView
 from pathlib import Path
@@ -19,7 +19,7 @@ class Weights:
     """The weights of a checkpoint of either kind, by Hugging Face name, read one at a time.
 
     Raises:
-        UserError: not a checkpoint, or its config and weights do not match.
+        UserError: it is not a checkpoint, or its config and weights do not match.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,10 +39,14 @@ class Weights:
         return self._rows.keys()
 
     def tensor(self, name: str) -> Tensor:
-        """Raises UserError where it is corrupt."""
+        """Reads one tensor by its Hugging Face name.
+
+        Raises:
+            UserError: the tensor is corrupt.
+        """
         if isinstance(self._source, HFCheckpoint):
             return self._source.tensor(name)
-        # Tensors of one row follow one another, and are read together.
+        # The tensors of a row come one after another, so they are read together.
         row = self._rows[name]
         if self._last is None or self._last[0] is not row:
             parts = row.mapping.split(self._source.tensor(row))
@@ -91,6 +95,6 @@ def _difference(a: Tensor, b: Tensor) -> str | None:
 
 
 def _bits_equal(a: Tensor, b: Tensor) -> bool:
-    # As integers, to which NaN equals itself and 0 is not -0.
+    # Compare as integers: NaN equals itself, and 0 differs from -0.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

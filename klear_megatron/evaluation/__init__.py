@@ -1,6 +1,6 @@
-"""How often is a model right?
+"""Measures how often a model is right.
 
-Only the settings are imported here, which training's settings hold and which have to be read fast.
+Only the settings are imported here: training's settings contain them, and must load fast.
 """
 
 from klear_megatron.evaluation.config import (

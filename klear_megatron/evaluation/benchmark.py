@@ -1,4 +1,4 @@
-"""A benchmark's problems, and responses to them as rows."""
+"""Loads a benchmark's problems, draws responses to them as rows, and grades the rows."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from klear_megatron.rollout import Generator, Response, RolloutConfig, SamplingC
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems that are read and encoded."""
+    """A benchmark's problems, read and encoded."""
 
     name: str
     loaded: LoadedPrompts
@@ -32,7 +32,11 @@ Asked = tuple[Benchmark, int]
 def load_benchmarks(
     configs: Mapping[str, BenchmarkConfig], tokenizer: PreTrainedTokenizerBase
 ) -> list[Benchmark]:
-    """Raises UserError where problems cannot be read or encoded."""
+    """Reads and encodes the problems of benchmarks.
+
+    Raises:
+        UserError: problems cannot be read or encoded.
+    """
     return [
         Benchmark(name, load_prompts(config, tokenizer), config.samples_per_problem)
         for name, config in configs.items()
@@ -46,7 +50,11 @@ def check_benchmarks(
     sampling: SamplingConfig,
     rewards: RewardConfig,
 ) -> None:
-    """Raises UserError where responses to the problems cannot be drawn or graded."""
+    """Checks that responses to the problems can be drawn and graded.
+
+    Raises:
+        UserError: they cannot.
+    """
     for benchmark in benchmarks:
         longest = max(map(len, benchmark.loaded.token_ids))
         check_prompts(benchmark.loaded.prompts, longest, hf, rollout, sampling, rewards)
@@ -61,10 +69,10 @@ def draw(
 ) -> None:
     """Calls `store` with the ungraded row of each response as it arrives, in any order.
 
-    Each is a request of its own, so that none waits for the longest of its problem's.
+    Each response is a separate request, so that none waits for the longest one of its problem.
 
     Raises:
-        GenerationError: servers refused a request, or are lost.
+        GenerationError: the servers refused a request or were lost.
     """
 
     def on_done(position: int, responses: list[Response]) -> None:
@@ -77,7 +85,7 @@ def draw(
 
 
 def grade(rows: Sequence[Row], rewards: RewardPool, *, keep_progress: bool = True) -> None:
-    """Puts `reward`, and `answer` where it is mathematical, into the rows."""
+    """Adds `reward` to the rows, and `answer` to those of mathematical problems."""
     with Progress("grade", len(rows), keep=keep_progress) as progress:
         add_rewards(rows, rewards, on_done=lambda _: progress.advance())
     mathematical = [row for row in rows if is_math(row)]
@@ -90,7 +98,7 @@ def grade(rows: Sequence[Row], rewards: RewardPool, *, keep_progress: bool = Tru
 def add_rewards(
     rows: Sequence[Row], rewards: RewardPool, on_done: Callable[[int], None] | None = None
 ) -> None:
-    """Puts `reward` into the rows; `on_done` as RewardPool.grade takes it."""
+    """Adds `reward` to the rows; `on_done` is passed to RewardPool.grade."""
     jobs = [(row["data_source"], row["response"], row["ground_truth"]) for row in rows]
     for row, reward in zip(rows, rewards.grade(jobs, on_done), strict=True):
         row["reward"] = asdict(reward)

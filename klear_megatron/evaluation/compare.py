@@ -1,4 +1,4 @@
-"""Is one run better than another, or luckier?"""
+"""Tests whether one run is better than another or merely luckier."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _NO_SHARES = {"tokens"}
 
 @dataclass(frozen=True)
 class MeasureComparison:
-    """Of one measure: both runs' means over their problems, and the paired test between them."""
+    """One measure: each run's mean over the problems, and the paired test between the runs."""
 
     name: str
     first: float
@@ -23,12 +23,12 @@ class MeasureComparison:
 
 
 def compare_runs(first: Path, second: Path) -> dict[str, list[MeasureComparison]]:
-    """Two finished evaluations, measure by measure of each benchmark.
+    """Compares two finished evaluations by every measure of every benchmark.
 
-    Benchmarks and measures that only one has are left out.
+    Benchmarks and measures that only one run has are left out.
 
     Raises:
-        UserError: they have no benchmark in common, one is not finished, or its problems differ.
+        UserError: the runs share no benchmark, one is not finished, or their problems differ.
     """
     names = [list(stored_config(run_dir).benchmarks) for run_dir in (first, second)]
     common = [name for name in names[0] if name in names[1]]
@@ -46,7 +46,7 @@ def _compare_benchmark(first: Path, second: Path, name: str) -> list[MeasureComp
     a, b = ([measure(rows) for rows in run.values()] for run in runs)
     compared = []
     for name in a[0]:
-        # Majority is measured of mathematical problems only.
+        # Majority is measured only on mathematical problems.
         pairs = [(x[name], y[name]) for x, y in zip(a, b, strict=True) if name in x and name in y]
         if pairs:
             xs, ys = zip(*pairs, strict=True)
@@ -56,7 +56,7 @@ def _compare_benchmark(first: Path, second: Path, name: str) -> list[MeasureComp
 
 
 def format_comparison(compared: Mapping[str, Sequence[MeasureComparison]]) -> str:
-    """A table to read, with a part for each benchmark; shares are percentages."""
+    """Formats a comparison as a table with a section per benchmark; shares become percentages."""
     width = max(len(name) for name in [*compared, "formatted"]) + 3
     parts = [_format_benchmark(name, rows, width) for name, rows in compared.items()]
     return "\n\n".join(parts)

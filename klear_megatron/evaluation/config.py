@@ -13,14 +13,14 @@ BenchmarkName = Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]
 
 
 class BenchmarkConfig(PromptsConfig):
-    """Problems, and how many responses are drawn to each."""
+    """A benchmark's problems, and the number of responses to draw for each."""
 
     samples_per_problem: PositiveInt = 1
     """Accuracy is their average: avg@n."""
 
 
 class TrainingEvalConfig(Section):
-    """Evaluation of a policy while it is trained, on the servers that it is trained with."""
+    """Evaluation of a policy during training, on the rollout servers."""
 
     every: PositiveInt
     """Steps between evaluations; there is one before the first step and one after the last, too."""

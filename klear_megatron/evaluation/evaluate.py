@@ -1,4 +1,4 @@
-"""Accuracy of a model on benchmarks, through real SGLang servers."""
+"""Measures a model's accuracy on benchmarks through real SGLang servers."""
 
 import json
 from collections.abc import Sequence
@@ -37,17 +37,17 @@ from klear_megatron.rollout.generation import generating
 
 
 def evaluate(config: EvalConfig) -> dict[str, Scores]:
-    """Draws what is missing in the run directory, then grades it all.
+    """Draws the responses missing from the run directory, then grades all of them.
 
-    Each response is stored as it arrives, so that an evaluation that was ended can be run again and
-    goes on. `results.json` gets the scores.
+    Each response is stored as it arrives, so an interrupted evaluation continues when it is run
+    again. The scores are written to `results.json`.
 
     Returns:
         The scores of each benchmark.
 
     Raises:
-        UserError: bad data, a bad model, a server that fails, or a run directory with responses
-            that were drawn with other settings.
+        UserError: the data or the model is bad, a server fails, or the run directory holds
+            responses drawn with other settings.
     """
     model = ModelFolder(config.model)
     benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
@@ -61,7 +61,7 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
         drawn = read_drawn(config.run_dir, benchmark.name)
         prompts = benchmark.loaded.prompts
         check_problems(folder, drawn, prompts)
-        write_problems(config.run_dir, benchmark.name, drawn)  # without what was half-written
+        write_problems(config.run_dir, benchmark.name, drawn)  # drops a half-written last line
         stored += sum(len(rows) for rows in drawn.values())
         for i, prompt in enumerate(prompts):
             missing = benchmark.samples_per_problem - len(drawn.get(prompt.index, []))
@@ -79,7 +79,7 @@ def _draw(
     asked: Sequence[Asked],
     stored: int,
 ) -> None:
-    """Appends the responses that are asked for to the stored ones, of which there are so many."""
+    """Draws the missing responses and appends them to the stored ones."""
     rollout = config.rollout
     if config.yarn is not None:
         rollout = extend_context(rollout, model.config, config.yarn)
@@ -100,26 +100,28 @@ def _draw(
 
 
 def regrade(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Scores]:
-    """Grades the responses of a finished evaluation anew, without a server.
+    """Grades the responses of a finished evaluation again, without a server.
 
     Args:
-        overrides: of the evaluation's config, as `load_config` takes them; of `rewards` only.
+        overrides: changes to the evaluation's config, as `load_config` takes them; only those of
+            `rewards` are allowed.
 
     Raises:
-        UserError: responses are missing or cannot be graded here, or `run_dir` is no evaluation's.
+        UserError: responses are missing or cannot be graded here, an override changes something
+            other than `rewards`, or `run_dir` holds no evaluation.
     """
     stored, config = stored_config(run_dir), stored_config(run_dir, overrides)
     if config.model_copy(update={"rewards": stored.rewards}) != stored:
         raise UserError(
-            f"{' '.join(overrides)}: responses that are there can be graded by other --rewards.*; "
-            "all else takes another `klear-megatron eval`"
+            f"{' '.join(overrides)}: regrading can change only --rewards.*; to change anything "
+            "else, run `klear-megatron eval` again"
         )
     write_config(config, config_path(run_dir))
     return _grade(config)
 
 
 def _grade(config: EvalConfig) -> dict[str, Scores]:
-    """Grades all stored responses, and writes them back and their scores."""
+    """Grades all stored responses, then writes them back along with their scores."""
     stored = {name: read_all(config.run_dir, name) for name in config.benchmarks}
     rows = [row for problems in stored.values() for of_one in problems.values() for row in of_one]
     with RewardPool(config.rewards) as rewards:

@@ -1,4 +1,4 @@
-"""Whether responses to some prompts can be drawn and graded, found out before any is drawn."""
+"""Checks, before any response is drawn, that prompts can be answered and graded."""
 
 from collections.abc import Iterable, Iterator
 
@@ -24,7 +24,7 @@ def check_prompts(
 
     Raises:
         UserError: the servers' context is too short for prompt and response, a server that should
-            run already does not answer, or a prompt cannot be graded.
+            already be running does not answer, or a prompt cannot be graded.
     """
     check_lengths(rollout, hf, longest_prompt, sampling)
     data_sources = set()

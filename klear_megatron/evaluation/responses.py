@@ -1,4 +1,4 @@
-"""Graded responses as rows to read."""
+"""Writes graded responses as readable rows."""
 
 import json
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from klear_megatron.rollout import Response
 def response_row(
     prompt: Prompt, text: str, response: Response, reward: Reward | None, **more: Any
 ) -> dict[str, Any]:
-    """Everything about one response, ready for JSON; `reward` is None until it is graded."""
+    """One response with all its details, ready for JSON; `reward` is None until it is graded."""
     return {
         "prompt": prompt.messages,
         "ground_truth": prompt.ground_truth,
@@ -31,7 +31,7 @@ def response_row(
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes JSON Lines; `path` appears, or is replaced, once all rows are there."""
+    """Writes JSON Lines; `path` appears, or is replaced, once all rows are written."""
     with write_atomically(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""From graded responses to the results of an evaluation."""
+"""Computes an evaluation's results from graded responses."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ Problems = dict[int, list[Row]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Results over all problems, of n samples each; all shares are of 1."""
+    """Results over all problems, with n samples each; shares lie between 0 and 1."""
 
     accuracy: float
     """avg@n: the mean over problems of the share of correct samples."""
@@ -37,7 +37,7 @@ class Scores:
     samples_per_problem: int
 
     def metrics(self) -> dict[str, float]:
-        """By short names, for charts; of pass@k the largest k."""
+        """The scores under short names, for charts; pass@k only for the largest k."""
         k, share = list(self.pass_at_k.items())[-1]
         metrics = {
             "avg": self.accuracy,
@@ -64,7 +64,7 @@ class Scores:
 
 
 def by_problem(rows: Iterable[Row]) -> Problems:
-    """The samples of a problem stay in their order."""
+    """Groups rows by problem, keeping the order of each problem's samples."""
     problems: Problems = {}
     for row in rows:
         problems.setdefault(row["index"], []).append(row)
@@ -72,7 +72,7 @@ def by_problem(rows: Iterable[Row]) -> Problems:
 
 
 def score(problems: Problems) -> Scores:
-    """Of graded rows, as many to each problem."""
+    """Scores graded rows, of which each problem must have the same number."""
     measured = [measure(rows) for rows in problems.values()]
     n = len(next(iter(problems.values())))
 
@@ -95,7 +95,7 @@ def score(problems: Problems) -> Scores:
 
 
 def measure(rows: Sequence[Row]) -> dict[str, float]:
-    """What is measured of one problem, from the graded rows of its n samples, by name."""
+    """The measures of one problem, by name, from the graded rows of its n samples."""
     correct = [row["reward"]["correct"] for row in rows]
     n = len(rows)
     measured = {

@@ -1,4 +1,4 @@
-"""What a table of right and wrong samples says about a model, and about two of them."""
+"""Statistics of right and wrong samples, for one model and for comparing two."""
 
 import math
 from collections import Counter
@@ -18,10 +18,10 @@ def mean_and_error(shares: Sequence[float]) -> tuple[float, float]:
     """The mean over problems, and its standard error from their spread.
 
     Args:
-        shares: [problems], of each its share of correct samples, so that the mean is avg@n.
+        shares: [problems], each problem's share of correct samples, so that the mean is avg@n.
 
     Returns:
-        Both as shares of 1; the error is 0 with a single problem.
+        The mean and the error, both between 0 and 1; the error is 0 with a single problem.
     """
     values = np.asarray(shares, dtype=np.float64)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -29,7 +29,7 @@ def mean_and_error(shares: Sequence[float]) -> tuple[float, float]:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The probability that k of a problem's samples, drawn without replacement, hold a correct one.
+    """The chance that k of a problem's samples, drawn without replacement, include a correct one.
 
     It is the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1):
     1 - C(samples - correct, k) / C(samples, k), for 1 <= k <= samples.
@@ -42,11 +42,11 @@ def majority_correct(answers: Sequence[Hashable | None], correct: Sequence[bool]
 
     Correct samples agree with the ground truth and so with each other, however their answers are
     written; the others agree where their answers are equal. A wrong sample without an answer (None)
-    has no vote. A tie is broken at random, each of the tied answers being as likely.
+    has no vote. A tie is broken at random, with equal chances for the tied answers.
 
     Args:
-        answers: [n], of the samples.
-        correct: [n], what the verifier said of each.
+        answers: [n], the samples' answers.
+        correct: [n], the verifier's verdict on each.
     """
     wrong = Counter(
         answer
@@ -61,7 +61,7 @@ def majority_correct(answers: Sequence[Hashable | None], correct: Sequence[bool]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two runs over the same problems."""
+    """A paired test between two runs over the same problems."""
 
     difference: float
     """The second run's mean less the first's."""
@@ -74,18 +74,18 @@ class Comparison:
 def compare_paired(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Comparison:
     """Sign-flip permutation test on the differences between two runs, problem by problem.
 
-    Were the runs alike, each problem's difference would be as likely with the other sign. All
-    combinations of signs are tried where at most 16 problems differ; otherwise 100,000 random
-    ones, the observed one counted among them, so that the p-value is never 0.
+    If the runs were equally good, each problem's difference would be as likely with the other
+    sign. With at most 16 differing problems, all combinations of signs are tried; with more,
+    100,000 random ones. The observed one counts among those, so that the p-value is never 0.
 
     Args:
         first, second: [problems], each problem's share of correct samples, in the same order.
     """
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     mean, error = mean_and_error(differences.tolist())
-    # A difference of 0 has no sign: with or without it, the sums are the same.
+    # A difference of 0 has no sign, so leaving it out does not change the sums.
     nonzero = differences[differences != 0]
-    # Sums that are equal on paper differ by rounding.
+    # Rounding makes sums differ that are mathematically equal.
     least = abs(nonzero.sum()) - 1e-9
     if len(nonzero) <= _EXACT_UP_TO:
         combinations = np.arange(2 ** len(nonzero))
@@ -102,5 +102,5 @@ def compare_paired(first: Sequence[float], second: Sequence[float], seed: int = 
 
 
 def _flipped(differences: NDArray[np.float64], negative: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[flips], sizes of the sums of the differences [problems], by the signs [flips, problems]."""
+    """[flips]: |sum of signs * differences| for signs [flips, problems], differences [problems]."""
     return np.abs((1 - 2 * negative) @ differences)

@@ -1,4 +1,4 @@
-"""The responses of an evaluation, stored as they are drawn: a folder per benchmark."""
+"""Stores the responses of an evaluation as they are drawn, in a folder per benchmark."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +30,13 @@ def folder_of(run_dir: Path, benchmark: str) -> Path:
 
 
 def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
-    """The config of an evaluation, wherever its folder is now.
+    """The config of an evaluation, even if its folder was moved.
 
     Raises:
-        UserError: `run_dir` is not an evaluation's.
+        UserError: `run_dir` holds no evaluation.
     """
     path = config_path(run_dir)
-    # Training leaves a config of its own.
+    # A training run has a config file, too.
     if not path.is_file() or not (run_dir / _BENCHMARKS).is_dir():
         raise UserError(
             f"{run_dir}: no evaluation there; give the run_dir of `klear-megatron eval`"
@@ -45,15 +45,15 @@ def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
 
 
 def claim(folder: Path, ours: dict[str, Any]) -> None:
-    """Records in a folder what the responses there are drawn with.
+    """Records in a folder the settings with which its responses are drawn.
 
     Raises:
-        UserError: it holds responses that were drawn with something else.
+        UserError: the folder holds responses that were drawn with other settings.
     """
     make_folder(folder)
     path, responses = folder / _SETTINGS, folder / RESPONSES
     if not responses.exists() or responses.stat().st_size == 0:
-        # What was refused before anything was drawn may be tried again with other settings.
+        # As long as nothing has been drawn, the settings may still change.
         path.write_text(json.dumps(ours, indent=2) + "\n")
         return
     if not path.exists():
@@ -72,7 +72,7 @@ def claim(folder: Path, ours: dict[str, Any]) -> None:
 
 
 def settings_of(config: EvalConfig, benchmark: Benchmark) -> dict[str, Any]:
-    """All that decides what is drawn."""
+    """All settings that affect which responses are drawn."""
     return {
         **config.model_dump(mode="json", include={"model", "sampling", "yarn", "seed"}),
         **config.benchmarks[benchmark.name].model_dump(mode="json"),
@@ -82,12 +82,12 @@ def settings_of(config: EvalConfig, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def read_drawn(run_dir: Path, benchmark: str) -> Problems:
-    """What has been drawn so far."""
+    """The responses drawn so far."""
     return by_problem(stored_rows(folder_of(run_dir, benchmark)))
 
 
 def stored_rows(folder: Path) -> Iterator[Row]:
-    """Streams what has been drawn so far, without the line that a killed run left half-written."""
+    """Streams responses drawn so far, except a last line that a killed run left half-written."""
     path = folder / RESPONSES
     if path.exists():
         with path.open("rb") as file:
@@ -95,10 +95,10 @@ def stored_rows(folder: Path) -> Iterator[Row]:
 
 
 def read_all(run_dir: Path, benchmark: str) -> Problems:
-    """All samples of all problems.
+    """Reads all samples of all problems.
 
     Raises:
-        UserError: some are not drawn yet.
+        UserError: some have not been drawn yet.
     """
     problems = read_drawn(run_dir, benchmark)
     path = folder_of(run_dir, benchmark) / _SETTINGS
@@ -113,7 +113,11 @@ def read_all(run_dir: Path, benchmark: str) -> Problems:
 
 
 def check_problems(folder: Path, problems: Problems, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError where the stored responses answer other problems than these."""
+    """Checks that the stored responses answer these problems.
+
+    Raises:
+        UserError: they answer other problems.
+    """
     asked = {prompt.index: (prompt.messages, prompt.ground_truth) for prompt in prompts}
     for index, rows in problems.items():
         if any((row["prompt"], row["ground_truth"]) != asked.get(index) for row in rows):
@@ -124,12 +128,12 @@ def check_problems(folder: Path, problems: Problems, prompts: Sequence[Prompt]) 
 
 
 def write_problems(run_dir: Path, benchmark: str, problems: Mapping[int, Sequence[Row]]) -> None:
-    """Replaces what is stored."""
+    """Replaces the stored problems."""
     path = folder_of(run_dir, benchmark) / RESPONSES
     write_rows(path, chain.from_iterable(problems.values()))
 
 
 def append_row(folder: Path, row: Row) -> None:
-    """Once this returns, only the whole machine's end loses the row."""
+    """Appends a row. Once this returns, only a crash of the whole machine can lose it."""
     with (folder / RESPONSES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -10,10 +10,10 @@ from klear_megatron.rollout.config import RolloutConfig
 
 
 def extend_context(config: RolloutConfig, hf: PretrainedConfig, yarn: YarnConfig) -> RolloutConfig:
-    """The servers' settings for `yarn.factor` times the length that the model was trained with.
+    """The server settings that extend the context to `yarn.factor` times the training length.
 
     Raises:
-        UserError: the model's rotary embedding is scaled already.
+        UserError: the model's rotary embedding is already scaled.
     """
     original = yarn.original_length or hf.max_position_embeddings
     override = yarn_fields(hf.rope_parameters, factor=yarn.factor, original_length=original)

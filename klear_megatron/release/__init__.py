@@ -1,1 +1,1 @@
-"""A folder to publish, made from a training checkpoint and tried out first."""
+"""Makes a folder to publish from a training checkpoint, and tests it first."""

@@ -10,8 +10,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, help="folder to publish")
-    parser.add_argument("--licence", required=True, help="its identifier, such as apache-2.0")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="as trained by default")
+    parser.add_argument(
+        "--licence", required=True, help="identifier of the licence, such as apache-2.0"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="dtype of the weights (default: as trained)",
+    )
     parser.add_argument(
         "--yarn",
         action="store_true",

@@ -1,4 +1,4 @@
-"""The model card of a release: what the run's own files say, and nothing else."""
+"""Writes the model card of a release, using only facts from the run's own files."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ _NOT_PUBLIC = ("run_dir", "data", "rollout", "sandbox")
 
 
 def model_card(checkpoint: Path, folder: Path, name: str, licence: str) -> str:
-    """README.md of a released model.
+    """The README.md of a released model.
 
     Args:
-        checkpoint: `<run>/checkpoints/step_<n>`; of another one, there is less to say.
+        checkpoint: `<run>/checkpoints/step_<n>`; for any other folder the card is shorter.
         folder: the model as released.
     """
     model = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""A folder ready to publish, made from a training checkpoint and tried out before it is named."""
+"""Makes a folder ready to publish from a training checkpoint, and tests it before naming it."""
 
 import json
 import shutil
@@ -24,18 +24,20 @@ def release(
     dtype: str | None = None,
     yarn: bool = False,
 ) -> None:
-    """Writes weights, config, tokenizer, generation config, model card, the base model's licence
-    and checksums; then loads the weights with transformers and with SGLang, whose greedy answers
-    have to be those of the policy in the checkpoint.
+    """Makes a folder to publish, and checks that it answers as the policy in the checkpoint does.
+
+    Writes weights, config, tokenizer, generation config, model card, the base model's licence and
+    checksums. Then loads the weights with transformers and with SGLang, whose greedy answers must
+    be those of the policy.
 
     Args:
-        checkpoint: of a run, whose config and metrics the model card repeats.
+        checkpoint: a checkpoint of a run; the model card repeats the run's config and metrics.
         licence: identifier for the model card.
-        dtype: "float32" or "bfloat16"; that of the checkpoint by default.
+        dtype: "float32" or "bfloat16"; by default that of the checkpoint.
         yarn: extend the context to 2.5 times 32768 tokens.
 
     Raises:
-        UserError: as `megatron_to_hf`; or the folder does not pass the trial, and stays under
+        UserError: as for `megatron_to_hf`; or the folder fails the trial, and stays under
             `<out>.untried`.
     """
     if out.exists():

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face folder loads and answers as the policy it was made from would."""
+"""Tests that a Hugging Face folder loads, and answers as the policy it was made from."""
 
 import json
 from collections.abc import Sequence
@@ -23,18 +23,20 @@ up to 2**-9 each, or 1000 of float32, of up to 2**-24, all in one direction."""
 
 
 class Answer(NamedTuple):
-    """Token ids of a prompt and of the greedy answer to it."""
+    """The token ids of a prompt and of its greedy answer."""
 
     prompt: list[int]
     tokens: list[int]
 
 
 def try_out(folder: Path, checkpoint: Path, *, log_dir: Path) -> None:
-    """Lets SGLang answer greedily, and asks transformers' model of the folder and Megatron's of the
-    checkpoint whether each token of the answers is their most likely one as well.
+    """Checks SGLang's greedy answers against transformers' model and Megatron's.
+
+    Each token of the answers must also be the most likely one for transformers' model of the
+    folder and for Megatron's model of the checkpoint.
 
     Raises:
-        UserError: one of them does not load the folder, or they do not agree.
+        UserError: the folder does not load, or the models disagree.
     """
     dtype = _dtype(folder)
     answers = greedy_answers(folder, log_dir=log_dir)
@@ -47,7 +49,7 @@ def try_out(folder: Path, checkpoint: Path, *, log_dir: Path) -> None:
 
 
 def greedy_answers(folder: Path, *, log_dir: Path) -> list[Answer]:
-    """SGLang's, to three prompts."""
+    """SGLang's greedy answers to three prompts."""
     tokenizer = read_tokenizer(folder)
     prompts = [tokenizer.encode(text) for text in _PROMPTS]
     rollout = RolloutConfig(
@@ -66,7 +68,7 @@ def greedy_answers(folder: Path, *, log_dir: Path) -> list[Answer]:
 def check_answers(
     folder: Path, answers: Sequence[Answer], model: AbstractContextManager[Logits], whose: str
 ) -> None:
-    """Compares each token of the answers with the one whose logit is the largest.
+    """Checks that each token of the answers has the largest logit, up to rounding.
 
     Raises:
         UserError: a token's logit is further below the largest than rounding explains.

@@ -117,7 +117,7 @@ HF_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "garbage for checksums": (
         lambda f: (f / "SHA256SUMS").write_text("garbage\n"),
-        r"SHA256SUMS: line 1 is no checksum",
+        r"SHA256SUMS: line 1 is not a checksum",
     ),
     "only pickled weights": (_only_pickle, r"pickled \.bin weights are not loaded"),
 }
