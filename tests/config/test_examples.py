@@ -1,4 +1,4 @@
-"""The example configs can be carried out, as far as it shows without GPUs."""
+"""The example configs can run, as far as that can be checked without GPUs."""
 
 import re
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_rl_has_the_papers_numbers_and_fits_the_model(name, lr, optimizer_steps,
 
 
 def pack(config: RunConfig) -> int:
-    """Tokens of a micro-batch, over all context-parallel ranks."""
+    """The tokens of a micro-batch, summed over all context-parallel ranks."""
     return config.policy.tokens_per_micro_batch * config.policy.parallel.context_parallel_size
 
 

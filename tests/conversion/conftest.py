@@ -19,9 +19,12 @@ def _save(folder: Path) -> None:
 
 @pytest.fixture(scope="package")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of the same weights: `original`, by transformers; `converted`, to Megatron; `hf`,
-    converted back; `trained`, as two tensor-parallel ranks save it with all that training needs.
-    All but the first are of several files and have checksums."""
+    """Folders of the same weights in four forms.
+
+    `original` is written by transformers, `converted` is its conversion to Megatron, `hf` is the
+    conversion back, and `trained` is a training checkpoint that two tensor-parallel ranks saved.
+    All but the first have several files and checksums.
+    """
     folder = tmp_path_factory.mktemp("kinds")
     config = tiny.qwen3(num_hidden_layers=2, hidden_size=16, intermediate_size=16, vocab_size=50)
     tiny.write(folder / "original", config)

@@ -1,4 +1,4 @@
-"""Looking into checkpoint folders, with safetensors' own reader."""
+"""Reads checkpoint folders with safetensors' own reader."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """The same names, dtypes, shapes and bits."""
+    """Whether two checkpoints have the same names, dtypes, shapes and bits."""
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype
         and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))

@@ -19,8 +19,10 @@ from tests.models import tiny
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run that has written two checkpoints and was killed while writing a third; the Hugging
-    Face models that they are of are beside it."""
+    """A run that wrote two checkpoints and was killed while writing a third.
+
+    The Hugging Face models of the checkpoints lie beside the run.
+    """
     folder = tmp_path_factory.mktemp("commands")
     checkpoints = folder / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -28,7 +30,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hf = tiny.write(folder / f"hf_{step}", tiny.qwen3(num_hidden_layers=1), seed=step)
         hf_to_megatron(hf, checkpoints / f"step_{step:08}")
     shutil.copytree(checkpoints / "step_00000009", checkpoints / "step_00000011.partial")
-    (checkpoints / "step_00000012").mkdir()  # no checkpoint, whoever made it
+    (checkpoints / "step_00000012").mkdir()  # not a checkpoint
     return folder / "run"
 
 
@@ -107,7 +109,7 @@ def test_folder_of_another_kind_is_told_from_one_that_is_not_there(
 
 
 def test_ctrl_c_ends_a_conversion_that_can_be_resumed(run_dir: Path, tmp_path: Path) -> None:
-    """In the middle of torch.save, which makes another error of an exception."""
+    """Ctrl-C comes in the middle of torch.save, which turns an exception into another error."""
     hf, out = run_dir.parent / "hf_9", tmp_path / "out"
     script = (
         "import os, signal, sys\n"

@@ -1,4 +1,4 @@
-"""A flipped bit, anywhere in a checkpoint: a clear error, or the result of the sound checkpoint."""
+"""A flipped bit anywhere in a checkpoint gives a clear error or the sound checkpoint's result."""
 
 import random
 import shutil
@@ -16,7 +16,7 @@ _FLIPS = 100
 
 @pytest.fixture(scope="module")
 def sound(kinds: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """What a folder of each kind becomes."""
+    """The conversions of a sound folder of each kind."""
     folder = tmp_path_factory.mktemp("sound")
     for kind, convert in KINDS.items():
         convert(kinds / kind, folder / kind)
@@ -28,7 +28,7 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 
 def _anywhere(size: int, numbers: random.Random) -> int:
-    """An offset in a file; half of them where headers and directories are."""
+    """An offset in a file; half of the draws hit headers and directories."""
     near_start, near_end = (min(size - 1, numbers.randrange(600)) for _ in range(2))
     return numbers.choice(
         [near_start, size - 1 - near_end, numbers.randrange(size), numbers.randrange(size)]
@@ -61,5 +61,5 @@ def test_flipped_bit_is_no_wrong_checkpoint(
             outcomes["no matter"] += 1
             shutil.rmtree(tmp_path / "out")
         file.write_bytes(content)
-    # Otherwise the damage was not done where it matters.
+    # Fewer would mean that the flips missed the bytes that matter.
     assert outcomes["refused"] > _FLIPS / 3, outcomes

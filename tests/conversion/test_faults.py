@@ -1,4 +1,4 @@
-"""Damaged input, a full disk and a killed process: a clear error or a correct result."""
+"""Damaged input, a full disk or a killed process gives a clear error or a correct result."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ SHARD_BYTES = 200_000
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf`, in shards and with checksums, and the same as `megatron`."""
+    """A sharded `hf` folder with checksums, and the same weights as `megatron`."""
     folder = tmp_path_factory.mktemp("sound")
     tiny.write(folder / "one_file", tiny.qwen3())
     hf_to_megatron(folder / "one_file", folder / "megatron", shard_bytes=SHARD_BYTES)
@@ -37,7 +37,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _without_checksums(source: Path, target: Path) -> Path:
-    """A copy whose faults have to be noticed as what they are."""
+    """A copy without checksums, so that faults must be detected by other checks."""
     shutil.copytree(source, target)
     (target / "SHA256SUMS").unlink()
     return target
@@ -62,7 +62,7 @@ def _set_layers(count: int) -> Callable[[Path], None]:
 
 
 def _edit_weights(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    """Of the first shard."""
+    """Edits the weights of the first shard."""
 
     def damage(folder: Path) -> None:
         file = folder / "model-00001-of-00005.safetensors"
@@ -196,7 +196,7 @@ def _convert(to_hf: bool, source: Path, out: Path, *, resume: bool = False) -> N
 
 
 def _convert_and_die(to_hf: bool, source: Path, out: Path, tensors: int) -> None:
-    """kill -9, when the next tensor after so many is asked for."""
+    """Converts in a process that kills itself with SIGKILL after this many tensors."""
     reader: Any = MegatronCheckpoint if to_hf else HFCheckpoint
     read = reader.tensor
     calls = 0
@@ -226,7 +226,7 @@ def test_killed_conversion_is_resumed(to_hf: bool, sound: Path, tmp_path: Path) 
 
     complete = {file.name: file.stat().st_ino for file in partial.iterdir() if file.is_file()}
     assert len(complete) > 1
-    _truncate(partial / complete.popitem()[0])  # by somebody; it is written again
+    _truncate(partial / complete.popitem()[0])  # someone damages the file; it must be written again
     _convert(to_hf, source, out, resume=True)
     assert not partial.exists()
     assert complete.items() <= {f.name: f.stat().st_ino for f in out.iterdir()}.items()

@@ -1,4 +1,4 @@
-"""Checkpoints of every layout become the same Hugging Face weights, and the other way round."""
+"""Checkpoints of every layout convert to the same Hugging Face weights and back."""
 
 from pathlib import Path
 
@@ -44,10 +44,10 @@ SEQUENCES = tiny.random_sequences([5, 31, 1, 17])
 
 
 def _on_ranks(cases: list[tuple[str, str]], folder: Path) -> list[torch.Tensor | None]:
-    """In each layout: loads the converted weights and exports them; steps, saves, exports.
+    """In each layout, loads and exports the converted weights, then steps, saves and exports.
 
     Returns:
-        the logits that the converted weights give, where this rank has them.
+        The logits of the converted weights, if this rank has them.
     """
     answers = []
     for name, model in cases:
@@ -71,7 +71,7 @@ def _on_ranks(cases: list[tuple[str, str]], folder: Path) -> list[torch.Tensor |
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<model>/hf`, as transformers writes it, and `<model>/megatron`, converted."""
+    """`<model>/hf`, written by transformers, and `<model>/megatron`, its conversion."""
     folder = tmp_path_factory.mktemp("layouts")
     for name, config in MODELS.items():
         hf = tiny.write(folder / name / "hf", config)
@@ -92,7 +92,7 @@ def reference(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> dict[tuple[str, str], list[torch.Tensor]]:
-    """Layout and model -> the logits of every rank that has them."""
+    """(layout, model) -> the logits of every rank that has them."""
     answers = {}
     for world_size in (1, 2, 4):
         cases = [case for case in CASES if LAYOUTS[case[0]][0] == world_size]

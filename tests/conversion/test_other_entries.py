@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint has beside weights: known by its name, or refused."""
+"""Entries of a Megatron checkpoint other than weights are known by name or refused."""
 
 import pickle
 import shutil
@@ -22,7 +22,7 @@ def _entries(checkpoint: Path) -> dict[str, Any]:
 
 
 def _add_object(checkpoint: Path, key: str) -> None:
-    """As Megatron stores what is no tensor, such as the state of Transformer Engine's modules."""
+    """Adds a non-tensor, stored as Megatron stores the state of Transformer Engine's modules."""
     (checkpoint / "SHA256SUMS").unlink()
     metadata = FileSystemReader(checkpoint).read_metadata()
     file = checkpoint / "__9_0.distcp"

@@ -1,4 +1,4 @@
-"""Odd shapes go there and back, and several processes write what one does."""
+"""Odd shapes survive a round trip, and several processes write the same files as one."""
 
 import os
 import tempfile
@@ -21,8 +21,10 @@ from tests.models import tiny
 
 @st.composite
 def configs(draw: st.DrawFn) -> Any:
-    """Any architecture: one group, heads and widths that are no powers of two, any vocabulary; and
-    how many tensor-parallel ranks it is stored for."""
+    """Draws a config of any architecture, and the number of tensor-parallel ranks to store it for.
+
+    Groups may be one, heads and widths need not be powers of two, and any vocabulary is allowed.
+    """
     ranks = draw(st.sampled_from([1, 2, 3]))
     groups = ranks * draw(st.integers(1, 3 if ranks == 1 else 1))
     heads = groups * draw(st.integers(1, 5))
@@ -40,7 +42,7 @@ def configs(draw: st.DrawFn) -> Any:
     )
     shapes = {
         "vocab_size": draw(st.integers(1, 300)),
-        # Of 1, transformers itself loses a dimension of the experts when it saves them.
+        # With size 1, transformers itself drops a dimension of the experts when it saves them.
         "hidden_size": draw(st.integers(2, 20)),
         "intermediate_size": ranks * draw(st.integers(1, 20)),
         "num_hidden_layers": draw(st.integers(1, 3)),
@@ -81,7 +83,7 @@ def _convert(folder: Path) -> None:
 
 
 def _convert_together(folder: Path) -> None:
-    """As torchrun would start it."""
+    """Converts in several processes, started as torchrun would start them."""
     os.environ |= {"WORLD_SIZE": str(dist.get_world_size()), "RANK": str(dist.get_rank())}
     _convert(folder)
 

@@ -1,4 +1,4 @@
-"""`verify` finds what differs between two checkpoints, and `--dry-run` says what would be done."""
+"""`verify` finds the differences between two checkpoints, and `--dry-run` prints the plan."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ COMMANDS = Path(__file__).parents[2] / "checkpoints_conversion"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf`; `megatron`, the same; `changed`, with one number of one tensor a little larger."""
+    """`hf`, `megatron` with the same weights, and `changed` with one number slightly larger."""
     folder = tmp_path_factory.mktemp("verify")
     tiny.write(folder / "hf", tiny.qwen3())
     hf_to_megatron(folder / "hf", folder / "megatron")
@@ -101,7 +101,7 @@ def test_command_compares_logits_of_given_prompts(folder: Path, tmp_path: Path) 
     megatron_to_hf(folder / "megatron", tmp_path / "hf")
     tiny.write_tokenizer(tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
-    weights["model.embed_tokens.weight"][5] += 0.25  # the word w5
+    weights["model.embed_tokens.weight"][5] += 0.25  # the token of the word w5
     save_file(weights, tmp_path / "hf" / "model.safetensors")
 
     def relative_difference(*prompts: str) -> float:

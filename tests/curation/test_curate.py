@@ -1,4 +1,4 @@
-"""Curation against brute force."""
+"""Curation agrees with brute force."""
 
 import itertools
 import json
@@ -65,7 +65,7 @@ def random_text(rng, words=20, vocabulary=3):
 
 
 def share_an_ngram(one, other, n):
-    """By definition: every pair of positions is compared."""
+    """Applies the definition: compares every pair of positions."""
 
     def words(text):
         return "".join(c if c.isalnum() else " " for c in text.lower()).split()
@@ -181,7 +181,7 @@ def test_top_sources_are_those_with_most_rows_or_as_ranked(tmp_path):
 @pytest.mark.parametrize("seed", range(10))
 def test_k_center_greedy_is_brute_forces(seed):
     rng = np.random.default_rng(seed)
-    points = rng.integers(-50, 50, (40, 3)).astype(np.float32)  # exact in float32
+    points = rng.integers(-50, 50, (40, 3)).astype(np.float32)  # integers: exact in float32
     centers = list(k_center_greedy(points, 12, seed))
     assert len(set(centers)) == 12
     for k in range(1, 12):
@@ -190,7 +190,7 @@ def test_k_center_greedy_is_brute_forces(seed):
 
 
 def test_subset_covers_at_most_twice_as_badly_as_the_best_one(tmp_path):
-    """The guarantee of the greedy choice (Gonzalez 1985), against all subsets."""
+    """Checks the guarantee of the greedy choice (Gonzalez 1985) against all subsets."""
     rng = np.random.default_rng(0)
     points = rng.normal(size=(14, 2)).astype(np.float32)
     np.save(tmp_path / "points.npy", points)
@@ -255,7 +255,7 @@ def test_malformed_rows_and_tests_are_refused_with_line_and_field(tmp_path):
 
 
 def test_rows_are_streamed(tmp_path):
-    """200 MB of prompts go through a process that never has 100 MB more than it starts with."""
+    """A process curates 200 MB of prompts without ever growing by 100 MB."""
     script = """
 import json, resource, sys
 from pathlib import Path

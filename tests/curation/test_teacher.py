@@ -1,4 +1,4 @@
-"""Prompts chosen by what a teacher answers, through a real server."""
+"""Prompts are chosen by a teacher's answers, drawn from a real server."""
 
 import random
 from collections import Counter
@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
                         "samples_per_prompt": SAMPLES,
                         "max_prompt_length": 64,
                         "sampling": {"temperature": 1.0, "max_response_length": 24},
-                        # A few at a time, so that it can be killed between them.
+                        # A few at a time, so that the run can be killed in between.
                         "rollout": {"urls": servers.urls, "max_running_requests": 4},
                         "rewards": {
                             "custom": [{"function": "tests.even_reward:even"}],
@@ -61,7 +61,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(config: CurateConfig) -> list[str]:
-    """The whole lines that the killed curation left, and one half; then it is run to its end."""
+    """The lines that a killed curation left, the last one cut in half; then it runs to its end."""
     path = config.output.parent / "curate.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     responses = config.output.with_suffix(".teacher") / "responses.jsonl"
@@ -106,7 +106,7 @@ def test_what_was_drawn_before_the_kill_is_kept(config, killed_and_resumed):
 def test_a_finished_teacher_is_not_asked_again_and_another_is_refused(config, killed_and_resumed):
     kept = config.output.read_bytes()
     teacher = config.pass_rate.teacher
-    # No server answers there; none is needed.
+    # No server listens there: none is needed.
     elsewhere = teacher.rollout.model_copy(update={"urls": ["http://127.0.0.1:9"]})
 
     def curate_with(**changes):

@@ -1,4 +1,4 @@
-"""Conversations encoded in parts, by real ranks and without."""
+"""Conversations are encoded in parts, with and without real ranks."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LIMIT = 160
 
 @pytest.fixture
 def conversations(tmp_path):
-    """What two files hold."""
+    """The conversations in two files."""
     rng = random.Random(0)
     rows = [random_conversation(rng) for _ in range(700)]
     write(tmp_path / "a.jsonl", rows[:300])
@@ -100,7 +100,7 @@ def test_ranks_share_the_work_and_a_run_that_goes_on_has_it_already(tmp_path, co
     assert rows == expected(conversations[:300])
     assert again.keys() == {"0.arrow", "complete.json"}
 
-    # A row that only the second rank reads is refused by both.
+    # Both ranks refuse a malformed row that only the second one reads.
     write(tmp_path / "bad.jsonl", [conversations[0], []])
     for message in run_ranks(2, _read, tmp_path, "bad.jsonl"):
         assert "bad.jsonl, line 2, field messages" in message

@@ -11,7 +11,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Qwen3 does it: only the last answer keeps its reasoning.
+# As in Qwen3's template, only the last answer keeps its reasoning.
 DROPS_REASONING = CHATML.replace(
     "{{ m.content }}",
     "{{ m.content if loop.last or m.role != 'assistant' else m.content.split('</think>')[-1] }}",

@@ -42,7 +42,7 @@ def test_long_prompts_are_cut_to_the_last_character_that_fits(tmp_path, tokenize
     assert loaded.too_long == 1
     assert text.endswith(cut)
     assert loaded.prompts[0].messages[0] == SYSTEM
-    assert len(loaded.token_ids[0]) == limit  # a token is a byte here, so that it fits exactly
+    assert len(loaded.token_ids[0]) == limit  # a token is one byte here, so the cut fits exactly
     assert loaded.token_ids[0] == encode_prompt(tokenizer, loaded.prompts[0].messages)
 
 

@@ -10,7 +10,7 @@ from klear_megatron.data.rows import parse_conversation, parse_rows
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import RewardConfig, RewardPool
 
-# As published by the paper's authors, keys beyond ours included.
+# As published by the paper's authors, including keys that we do not read.
 AUTHORS_ROW = {
     "data_source": "math_longcot_math_verify",
     "prompt": [{"content": "Let $n=9867$. ...", "role": "user"}],

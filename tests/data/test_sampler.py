@@ -45,7 +45,7 @@ def test_seed_alone_fixes_the_order_and_batch_sizes_do_not_matter():
 )
 @settings(max_examples=200, deadline=None)
 def test_resumes_at_the_exact_row_after_any_crashes(sizes, crashes, staged, seed):
-    """State goes through JSON, as in a checkpoint; rows drawn since the last one are redrawn."""
+    """The state goes through JSON, as in a checkpoint; rows drawn after it are drawn again."""
 
     def make():
         return curriculum(seed) if staged else PromptSampler(len(SOURCES), seed)
@@ -67,7 +67,7 @@ def test_stages_follow_one_another_with_their_mix_of_sources():
     mixed = Counter()
     for n, source in enumerate(drawn[20:50], start=1):
         mixed[source] += 1
-        assert abs(mixed["math"] - n / 4) < 1  # not only in the end
+        assert abs(mixed["math"] - n / 4) < 1  # at every point, not only at the end
         assert abs(mixed["code"] - n * 3 / 4) < 1
 
 

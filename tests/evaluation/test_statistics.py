@@ -1,4 +1,4 @@
-"""The estimators against enumeration of everything that they are expectations over."""
+"""The estimators agree with enumerating every outcome that they average over."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def test_pass_at_k_is_unbiased():
 @pytest.mark.parametrize("samples", range(1, 6))
 def test_majority_is_its_mean_over_all_orders_of_the_samples(samples):
     for answers in itertools.product(["right", "wrong", "other", None], repeat=samples):
-        # Among equally frequent answers the first one wins, so over all orders each as often.
+        # The first of equally frequent answers wins; over all orders, each wins equally often.
         outcomes = []
         for order in itertools.permutations(answers):
             votes = Counter(answer for answer in order if answer is not None)
@@ -47,7 +47,7 @@ def test_majority_is_its_mean_over_all_orders_of_the_samples(samples):
 
 def test_correct_samples_vote_together_however_they_are_written():
     assert majority_correct(["1/2", "0.5", "3", "4"], [True, True, False, False]) == 1
-    # Also where math-verify found nothing to show for an answer that the verifier accepts.
+    # This holds even if math-verify extracted no answer from a sample that the verifier accepts.
     assert majority_correct([None, "3"], [True, False]) == 0.5
 
 
@@ -86,7 +86,7 @@ def test_runs_that_are_equal_do_not_differ():
 
 def test_random_flips_agree_with_all_of_them():
     rng = np.random.default_rng(0)
-    # Eighteen are two more than are enumerated.
+    # Eighteen is two more than the number that is enumerated.
     first, second = np.zeros(18), rng.choice([-0.25, 0.5, 0.75], size=18)
     expected = brute_force_p_value(list(second))
     assert 0.001 < expected < 0.5

@@ -1,4 +1,4 @@
-"""What a server is told of YaRN, which the tests of this folder have it run with."""
+"""The server settings for YaRN; other tests of this folder run a server with them."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from klear_megatron.rollout.servers import server_command
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 
 
-# Some of Qwen3's say 40960, and were trained with 32768.
+# Some Qwen3 configs say 40960, though the models were trained with 32768.
 @pytest.mark.parametrize(("positions", "original"), [(32768, None), (40960, 32768)])
 def test_the_command_line_has_the_scaled_positions_and_length(positions, original):
     hf = Qwen3Config(max_position_embeddings=positions, rope_parameters=ROPE)

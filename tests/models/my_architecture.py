@@ -5,7 +5,7 @@ from klear_megatron.models.qwen3 import Qwen3
 
 
 class MyModel(Qwen3):
-    """Qwen3 under a name of its own."""
+    """Qwen3 under another name."""
 
 
 register_architecture("MyModelForCausalLM", MyModel())

@@ -1,4 +1,4 @@
-"""Chunked, vocabulary-parallel log-probabilities against log_softmax over whole logits."""
+"""Chunked, vocabulary-parallel log-probabilities agree with log_softmax over whole logits."""
 
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ def _chunked(chunk_logits: int, kept: int, temperature: float) -> Any:
     return answer.detach(), entropy, hidden.grad, mine.grad
 
 
-# 3 ranks share 384 rows, the last of them has nothing but padding. Probabilities kept are of all
-# chunks, of none, of all but a few tokens, of the first chunk of four.
+# 3 ranks share 384 rows; the last rank has only padding. The kept probabilities cover all chunks,
+# none, all but a few tokens, or the first of four chunks.
 @pytest.mark.parametrize(
     ("world_size", "chunk_logits", "kept"),
     [(1, 2**24, 2**24), (1, 256, 0), (2, 1, 30 * 128), (3, 2000, 2000)],
@@ -55,7 +55,7 @@ def test_values_and_gradients(world_size, chunk_logits, kept, temperature):
     weight.requires_grad_()
     logits = hidden @ weight.T / temperature
     log_softmax = logits.log_softmax(-1)
-    # A logit's rounding error is the relative error of its probability.
+    # The rounding error of a logit becomes the relative error of its probability.
     rounding = torch.finfo(torch.float32).eps * float(logits.abs().max())
     expected = log_softmax.gather(1, labels[:, None])[:, 0]
     (expected * torch.arange(TOKENS)).sum().backward()
@@ -70,11 +70,11 @@ def test_values_and_gradients(world_size, chunk_logits, kept, temperature):
 
 
 def _memory_without_backward() -> int:
-    """Bytes by which this process grew at its peak."""
+    """The bytes by which this process grew at its peak."""
     log_probs._CHUNK_LOGITS = 2**20  # 4 MiB
     vocabulary, tokens = 2**16, 2**10  # 256 MiB of probabilities in all
     hidden, weight = torch.randn(tokens, 8), torch.randn(vocabulary, 8, requires_grad=True)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets earlier peaks
+    Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     before = _status("VmRSS")
     with torch.no_grad():
         log_probs.vocab_parallel_log_probs(

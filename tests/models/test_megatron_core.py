@@ -1,6 +1,6 @@
-"""What this package relies on in Megatron-Core without being promised it.
+"""Properties of Megatron-Core that this package relies on but that its API does not promise.
 
-A failure here means that Megatron-Core has changed; the named file of ours has to follow.
+A failure here means that Megatron-Core has changed; our file that the test names must follow.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""The Megatron model against Hugging Face's on the same weights, and the weights there and back."""
+"""Megatron's model agrees with Hugging Face's, and the weights survive a round trip."""
 
 from pathlib import Path
 from typing import Any

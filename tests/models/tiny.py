@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face checkpoints, and what Hugging Face itself computes with them."""
+"""Tiny random Hugging Face checkpoints, and the results that Hugging Face computes with them."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def qwen2(**changes: Any) -> Qwen2Config:
 
 
 def llama3(**changes: Any) -> LlamaConfig:
-    """With Llama 3.1's scaling of RoPE, whose three regimes all have some of the frequencies."""
+    """Uses Llama 3.1's RoPE scaling, with frequencies in each of its three regimes."""
     scaling = {
         "rope_type": "llama3",
         "rope_theta": 5000.0,
@@ -78,8 +78,10 @@ def yarn(factor: float = 2.5, original: int = 64) -> dict[str, Any]:
 
 
 def write(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Saves a random model of this config, with weights large enough to make it far from uniform,
-    and norms that are not all one."""
+    """Saves a random model of this config.
+
+    The weights are large enough that predictions are far from uniform; the norms differ from one.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -95,7 +97,7 @@ def write(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.
 
 
 def write_tokenizer(path: Path) -> None:
-    """One whose words are w2, w3, ..., each of the token id that it names."""
+    """Saves a tokenizer whose words w2, w3, ... have the token ids that they name."""
     words = {"[UNK]": 0, "[END]": 1} | {f"w{i}": i for i in range(2, VOCAB)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -116,7 +118,7 @@ def random_sequences(lengths: list[int], seed: int = 1) -> list[list[int]]:
 def hf_log_probs(
     model: PreTrainedModel, sequences: list[list[int]], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Of every token, and the entropies: [tokens of all sequences]; 0 for first tokens."""
+    """Log-probs and entropies of all tokens: [tokens of all sequences]; 0 for first tokens."""
     rows = []
     for sequence in sequences:
         tokens = torch.tensor(sequence)
@@ -131,6 +133,6 @@ def hf_log_probs(
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
-    """Largest difference over the largest entry of the reference."""
+    """The largest difference divided by the largest entry of the reference."""
     scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return float((ours - reference).abs().max() / scale)

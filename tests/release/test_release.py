@@ -1,4 +1,4 @@
-"""A released folder, from which a real SGLang server answers as transformers and the policy do."""
+"""A real SGLang server answers from a released folder as transformers and the policy do."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from tests.models import tiny
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run, with its config and metrics."""
+    """A checkpoint of a run, with the run's config and metrics."""
     folder = tmp_path_factory.mktemp("release")
     config = tiny.qwen3(num_hidden_layers=2, max_position_embeddings=32768)
     hf = tiny.write(folder / "base", config)
@@ -95,7 +95,7 @@ def test_yarn_is_refused_for_a_model_of_shorter_texts(tmp_path: Path) -> None:
 def answered(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[trial.Answer]]:
-    """A bfloat16 folder of the checkpoint, and what SGLang answers from it."""
+    """A bfloat16 folder of the checkpoint, and SGLang's answers from it."""
     folder = tmp_path_factory.mktemp("answered")
     megatron_to_hf(checkpoint, folder / "hf", dtype="bfloat16")
     return folder / "hf", trial.greedy_answers(folder / "hf", log_dir=folder / "logs")
@@ -115,13 +115,13 @@ def test_bfloat16_answers_are_those_of_the_policy(
 
 
 def _exchange(weights: dict[str, torch.Tensor], name: str) -> None:
-    """Gives the two layers each other's tensor."""
+    """Swaps a tensor between two layers."""
     first, second = (f"model.layers.{layer}.{name}.weight" for layer in (0, 1))
     weights[first], weights[second] = weights[second], weights[first]
 
 
 def _interleave(weights: dict[str, torch.Tensor]) -> None:
-    """Query heads in the order of another way of grouping them."""
+    """Reorders the query heads as if they were grouped differently."""
     name = "model.layers.0.self_attn.q_proj.weight"
     heads = weights[name].unflatten(0, (2, 4, -1))
     weights[name] = heads.transpose(0, 1).flatten(0, 2).contiguous()
@@ -141,7 +141,7 @@ def test_answers_of_wrong_weights_are_refused(
     checkpoint: Path,
     tmp_path: Path,
 ) -> None:
-    """The other way round: the folder is as converted, and the policy has the other weights."""
+    """Tests it in reverse: the folder is correct, and the policy has the wrong weights."""
     folder, answers = answered
     shutil.copytree(checkpoint / "hf", tmp_path / "hf")
     weights = load_file(checkpoint.parents[2] / "base" / "model.safetensors")
