@@ -233,7 +233,8 @@ def server_command(
             "attention-backend": "torch_native",
             "sampling-backend": "pytorch",
         }
-        flags = ["--disable-overlap-schedule"]
+        # An idle server would otherwise poll without pause and take a core from the trainer.
+        flags = ["--disable-overlap-schedule", "--sleep-on-idle"]
     pairs = [word for key, value in options.items() for word in (f"--{key}", value)]
     return [str(config.python), "-m", "sglang.launch_server", *pairs, *flags, *config.extra_args]
 

@@ -59,7 +59,8 @@ def test_a_trainers_server_does_not_start_on_the_trainers_gpu(monkeypatch, tmp_p
     assert started_on(config, tmp_path, own_weights=False) == "0"
 
 
-def test_on_a_cpu_nothing_needs_cuda():
+def test_on_a_cpu_nothing_needs_cuda_and_idle_servers_leave_the_cores_to_the_trainer():
+    assert "sleep-on-idle" in options(RolloutConfig())
     assert options(RolloutConfig())["device"] == "cpu"
     assert options(RolloutConfig())["attention-backend"] == "torch_native"
     assert server_environment()["SGLANG_USE_CPU_ENGINE"] == "1"
