@@ -33,7 +33,7 @@ TP, PP, VPP, CP = (
     for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context")
 )
 FIRST, LAST = (f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))
-EP = "expert_model_parallel_size"
+EP, EXPERT_TP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 DENSE: list[tuple[int, dict[str, int]]] = [
     (1, {}),
     (2, {TP: 2}),
@@ -41,7 +41,12 @@ DENSE: list[tuple[int, dict[str, int]]] = [
     (4, {TP: 2, CP: 2}),
     (4, {PP: 2, LAST: 1}),
 ]
-MOE: list[tuple[int, dict[str, int]]] = [(2, {EP: 2}), (2, {TP: 2}), (4, {EP: 2, PP: 2, FIRST: 1})]
+MOE: list[tuple[int, dict[str, int]]] = [
+    (2, {EP: 2}),
+    (2, {TP: 2}),
+    (2, {TP: 2, EP: 2, EXPERT_TP: 1}),
+    (4, {EP: 2, PP: 2, FIRST: 1}),
+]
 
 
 def _policy(model: Path, parallel: dict[str, int], **checkpoint: Any) -> Any:
@@ -227,8 +232,10 @@ def test_a_checkpoint_is_announced_when_it_exists(folder, tmp_path):
     assert said == [(f"checkpoint {checkpoint_path(tmp_path, 1)}", True)]
 
 
-def _saved_as_megatron_does(model: Path, path: Path) -> dict[str, torch.Tensor]:
-    learner = _policy(model, {TP: 2})
+def _saved_as_megatron_does(
+    model: Path, parallel: dict[str, int], path: Path
+) -> dict[str, torch.Tensor]:
+    learner = _policy(model, parallel)
     _steps(learner, 0, 2)
     chunks, optimizer = learner.model.chunks, learner._optimizer
     metadata = {
@@ -250,27 +257,38 @@ def _saved_as_megatron_does(model: Path, path: Path) -> dict[str, torch.Tensor]:
     return _state(learner)
 
 
-def _loaded(model: Path, path: Path) -> tuple[dict[str, torch.Tensor], Any]:
-    learner = _policy(model, {TP: 2})
+def _loaded(
+    model: Path, parallel: dict[str, int], path: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    learner = _policy(model, parallel)
     learner.load(path)
-    return _state(learner), sorted(dist_checkpointing.load_tensors_metadata(str(path)))
+    return _state(learner), _shapes(path)
 
 
-def _saved(model: Path, path: Path) -> Any:
-    learner = _policy(model, {TP: 2})
+def _saved(model: Path, parallel: dict[str, int], path: Path) -> dict[str, Any]:
+    learner = _policy(model, parallel)
     learner.save(path, {"step": 0})
-    return sorted(dist_checkpointing.load_tensors_metadata(str(path)))
+    return _shapes(path)
 
 
-def test_the_format_is_megatrons_fully_reshardable(folder, tmp_path):
-    theirs = tmp_path / "theirs"
-    model = folder / "untied"
-    saved = run_ranks(4, _saved_as_megatron_does, model, theirs)
-    loaded = run_ranks(4, _loaded, model, theirs)
+def _shapes(path: Path) -> dict[str, Any]:
+    """The whole shape and the dtype of every tensor in a checkpoint."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(path))
+    return {name: (tensor.global_shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "parallel"),
+    [("untied", 4, {TP: 2}), ("tied", 4, {PP: 2, LAST: 1}), ("moe", 4, {EP: 2})],
+)
+def test_the_format_is_megatrons_fully_reshardable(name, world_size, parallel, folder, tmp_path):
+    theirs, where = tmp_path / "theirs", (folder / name, parallel)
+    saved = run_ranks(world_size, _saved_as_megatron_does, *where, theirs)
+    loaded = run_ranks(world_size, _loaded, *where, theirs)
     for before, (after, _) in zip(saved, loaded, strict=True):
         assert before.keys() == after.keys()
         for key in before:
             assert torch.equal(before[key], after[key]), key
-    names = loaded[0][1]
-    assert any(name.startswith("optimizer.state.exp_avg.decoder.layers.") for name in names)
-    assert run_ranks(4, _saved, model, tmp_path / "ours")[0] == names
+    shapes = loaded[0][1]
+    assert any(name.startswith("optimizer.state.exp_avg.decoder.layers.") for name in shapes)
+    assert run_ranks(world_size, _saved, *where, tmp_path / "ours")[0] == shapes
