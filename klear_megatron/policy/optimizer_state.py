@@ -31,8 +31,8 @@ class Shard:
     start: int
     """Where the part begins in the flattened local parameter."""
     state: dict[str, Tensor]
-    """As the optimizer gives it, mostly its own memory. What `_STATES` names is flat, all of one
-    length; torch's Adam has a scalar `step` besides."""
+    """The optimizer's own tensors where it hands those out, copies where it does not. The tensors
+    named in `_STATES` are flat and of one length; torch's Adam also has a scalar `step`."""
 
 
 def owned_shards(optimizer: ChainedOptimizer) -> list[Shard]:
@@ -47,11 +47,11 @@ def owned_shards(optimizer: ChainedOptimizer) -> list[Shard]:
 
 
 def sharded_tensors(shards: Sequence[Shard], model_state: dict[str, Any]) -> dict[str, Any]:
-    """The shards' tensors as Megatron's checkpoints save them, and load them in place.
+    """The shards' tensors in the form that Megatron saves, and loads in place.
 
     Args:
-        model_state: the sharded state dict of the model, which says where in the whole model each
-            parameter lies.
+        model_state: the sharded state dict of the model. It gives each parameter's place in the
+            whole model.
     """
     places = {
         id(value.data): value
@@ -69,7 +69,7 @@ def sharded_tensors(shards: Sequence[Shard], model_state: dict[str, Any]) -> dic
 
 @torch.no_grad()
 def adopt_loaded(shards: Sequence[Shard]) -> None:
-    """Gives the optimizer the tensors that were loaded, where they are not its own memory."""
+    """Hands loaded tensors back to the optimizer, which may have given out copies."""
     for shard in shards:
         shard.optimizer._set_main_param_and_optimizer_states(shard.parameter, shard.state)
     for part in {id(shard.optimizer): shard.optimizer for shard in shards}.values():
@@ -78,7 +78,7 @@ def adopt_loaded(shards: Sequence[Shard]) -> None:
 
 
 def optimizer_settings(optimizer: ChainedOptimizer) -> dict[Any, Any]:
-    """What the optimizer keeps besides tensors, in the form of Megatron-Core's checkpoints."""
+    """What the optimizer keeps besides tensors, in the form of a Megatron-Core checkpoint."""
     optimizer._synchronize_steps()
     parts = [
         {**part.state_dict(), "param_state_sharding_type": "fully_reshardable"}
@@ -88,9 +88,9 @@ def optimizer_settings(optimizer: ChainedOptimizer) -> dict[Any, Any]:
 
 
 def load_settings(optimizer: ChainedOptimizer, saved: dict[Any, Any]) -> None:
-    """Restores `optimizer_settings` of any layout, and allocates the tensors to be loaded."""
-    # With expert parallelism there are two optimizers, numbered, and one otherwise. What they keep
-    # per group of parameters, such as the step, is the same in all groups of a kind.
+    """Restores `optimizer_settings` from any layout, and allocates the tensors to load into."""
+    # With expert parallelism there are two optimizers, numbered 0 and 1; without it there is one.
+    # Settings such as the step are the same for expert parameters and for the others.
     groups = [
         {**group, "is_expert_parallel": expert}
         for part in (saved, *(saved[number] for number in (0, 1) if number in saved))
@@ -100,8 +100,8 @@ def load_settings(optimizer: ChainedOptimizer, saved: dict[Any, Any]) -> None:
     ]
     for part in optimizer.chained_optimizers:
         part.load_state_dict({"optimizer": {"param_groups": groups}})
-        # Megatron-Core gives all parameters of torch's Adam one tensor as their step, which each of
-        # them would then count up.
+        # Megatron-Core gives all parameters one tensor as their step. Torch's Adam adds 1 to it for
+        # each parameter, so each needs its own.
         for state in part.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
@@ -143,12 +143,12 @@ def boxes(
 def _whole_tensors(
     place: ShardedTensor | ShardedTensorFactory,
 ) -> Iterator[tuple[int, ShardedTensor]]:
-    """The stored tensors that a local parameter is made of, and where in it each begins."""
+    """The stored tensors that make up a local parameter, and the element at which each begins."""
     if isinstance(place, ShardedTensor):
         yield 0, place
         return
-    # Gate and up projection lie in one parameter, one after the other, and are stored apart. A
-    # tensor without memory takes part in the cutting, since parameters in FP8 cannot.
+    # Gate and up projections are one parameter in memory and two on disk. Split a tensor without
+    # data to learn where they lie: FP8 parameters cannot be split themselves.
     blank = torch.empty(place.data.shape, device="meta")
     for whole in nested_values(replace(place, data=blank).build()):
         assert whole.data.is_contiguous(), f"{whole.key}: not cut along its first dimension"
@@ -156,7 +156,7 @@ def _whole_tensors(
 
 
 def _pieces(shard: Shard, begin: int, whole: ShardedTensor) -> Iterator[ShardedTensor]:
-    """What the shard has of a tensor that begins at element `begin` of the local parameter."""
+    """The shard's part of a stored tensor that begins at element `begin` of the parameter."""
     stacked = whole.prepend_axis_num
     length = len(shard.state["param"])
     start = max(shard.start, begin)
@@ -176,7 +176,7 @@ def _pieces(shard: Shard, begin: int, whole: ShardedTensor) -> Iterator[ShardedT
                 global_shape=whole.global_shape,
                 global_offset=offset,
                 axis_fragmentations=None,
-                # Not replicated over data-parallel ranks, unlike the parameter itself.
+                # Unlike the parameter, this box exists on one data-parallel rank only.
                 replica_id=(*whole.replica_id[:2], 0),
                 allow_shape_mismatch=whole.allow_shape_mismatch,
             )
