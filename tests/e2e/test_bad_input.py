@@ -1,14 +1,36 @@
-"""Bad input ends a command with one message, exit status 2 and no traceback."""
+"""Bad input ends a command with one message, exit status 2 and no traceback.
 
+Most commands run in forked processes that have imported Megatron-Core already.
+"""
+
+import contextlib
+import io
 import re
 
 import pytest
 
+from klear_megatron.cli import main
 from tests.commands import run_command
+from tests.distributed.ranks import run_ranks
+
+
+def _main(arguments: tuple[str, ...]) -> tuple[int, str]:
+    """The command's exit status and what it said on standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        return main(arguments), errors.getvalue()
 
 
 def refusal(*arguments: str) -> str:
-    result = run_command(*arguments)
+    """The one message with which the command refuses."""
+    ((status, message),) = run_ranks(1, _main, arguments)
+    assert status == 2, message
+    assert message.startswith("error: ")
+    return message
+
+
+def doctors_refusal() -> str:
+    """As `refusal`, in a process with this one's environment."""
+    result = run_command("doctor")
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ")
@@ -57,8 +79,11 @@ def test_malformed_row_is_named_by_its_line(make_config, quickstart, tmp_path):
     assert f"{data}, line 3, field prompt" in message
 
 
-def test_missing_config_is_refused():
-    assert "nowhere.yaml: no such config file" in refusal("sft", "nowhere.yaml")
+def test_missing_config_ends_the_process_with_one_line_and_no_traceback():
+    result = run_command("sft", "nowhere.yaml")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: nowhere.yaml: no such config file")
 
 
 @pytest.mark.parametrize("verb", ["rl", "eval", "serve"])
@@ -86,7 +111,7 @@ def test_doctor_names_an_apex_that_is_not_nvidias(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    message = refusal("doctor")
+    message = doctors_refusal()
     assert "the installed `apex` is not NVIDIA's" in message
     monkeypatch.delenv("PYTHONPATH")
     healthy = run_command("doctor")
@@ -101,7 +126,7 @@ def test_doctor_says_what_to_do_without_a_working_bubblewrap(tmp_path, monkeypat
         broken.write_text("#!/bin/sh\necho no namespaces here >&2\nexit 1\n")
         broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    message = refusal("doctor")
+    message = doctors_refusal()
     if there:
         assert "bubblewrap does not run here" in message
         assert "no namespaces here" in message
