@@ -1,0 +1,119 @@
+"""Reinforcement learning in several layouts, each with the same two servers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from klear_megatron.config import load_config
+from klear_megatron.data import PromptSampler
+from klear_megatron.policy.model import Model
+from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.loop import train_rl
+from klear_megatron.rollout import serving
+from tests.distributed.ranks import run_ranks
+from tests.files import read_rows
+
+PROMPTS, RESPONSES, STEPS = 4, 8, 2
+BOUND = 1e-4
+"""Largest difference between the trainer's and the servers' log-probabilities, in float32."""
+CHANGES = {
+    "steps": STEPS,
+    "prompts_per_step": PROMPTS,
+    "responses_per_prompt": RESPONSES,
+    "prompts_per_mini_batch": PROMPTS // 2,
+    # About half of the answers are right, so every step has groups to learn from.
+    "rewards": {"custom": [{"function": "tests.even_reward:even"}], "workers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Running:
+    urls: list[str]
+    logs: list[Path]
+
+    def requests(self) -> list[int]:
+        """Of each server, how many requests for responses it has answered."""
+        return [log.read_text().count("POST /generate") for log in self.logs]
+
+
+@pytest.fixture(scope="module")
+def two_servers(quickstart, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    values = load_config(RLConfig, Path("examples/quickstart/rl.yaml")).rollout
+    config = values.model_copy(update={"num_servers": 2})
+    logs = tmp_path_factory.mktemp("logs")
+    with serving(config, quickstart / "base", logs) as servers:
+        yield Running(servers.urls, [logs / f"sglang_{i}.log" for i in range(2)])
+
+
+@pytest.fixture
+def config(make_config, quickstart, two_servers) -> Any:
+    """The quickstart's RL with a larger learning rate, so that stale weights are far off."""
+
+    def make(parallel: dict[str, int]) -> RLConfig:
+        path = make_config("rl", **CHANGES)
+        config = load_config(RLConfig, path, ["--policy.path", str(quickstart / "base")])
+        values = config.model_dump()
+        values["policy"] |= {"parallel": parallel, "optimizer": {"lr": 1e-3}}
+        values["rollout"]["urls"] = two_servers.urls
+        return RLConfig.model_validate(values)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("parallel", "leaders"),
+    [
+        ({}, 2),
+        ({"tensor_model_parallel_size": 2}, 1),
+        ({"context_parallel_size": 2}, 1),
+    ],
+    ids=["dp2", "tp2", "cp2"],
+)
+def test_servers_and_trainer_agree_after_each_push(
+    parallel, leaders, config, two_servers, quickstart
+):
+    before = two_servers.requests()
+    run = config(parallel)
+    run_ranks(2, train_rl, run, timeout=300)
+    rows = read_rows(run.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    # Only true if weights, prompts and responses all arrived where they belong.
+    assert all(0 < row["rollout/log_prob_difference_max"] < BOUND for row in rows)
+    sampler = PromptSampler(len(read_rows(quickstart / "train.jsonl")), run.seed)
+    for step in range(1, STEPS + 1):
+        dumps = list((run.run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))
+        assert len(dumps) == leaders
+        responses = [row for dump in dumps for row in read_rows(dump)]
+        drawn = sorted(sampler.next_batch(PROMPTS) * RESPONSES)
+        assert sorted(row["index"] for row in responses) == drawn
+        assert {row["weight_version"] for row in responses} == {str(step - 1)}
+    for url in two_servers.urls:
+        assert httpx.get(f"{url}/model_info", timeout=30).json()["weight_version"] == str(STEPS)
+    after = two_servers.requests()
+    # Requests go to the server with fewer in flight, so each gets a good part of them.
+    assert all(now - then >= PROMPTS * STEPS // 4 for now, then in zip(after, before, strict=True))
+
+
+def _train_with_stale_servers(config: RLConfig) -> None:
+    first: list[Any] = []
+    original = Model.named_hf_tensors
+
+    def named_hf_tensors(self: Model) -> Iterator[Any]:
+        if not first:
+            first.extend((name, tensor.clone()) for name, tensor in original(self))
+        return iter(first)
+
+    Model.named_hf_tensors = named_hf_tensors
+    train_rl(config)
+
+
+def test_the_bound_would_catch_stale_weights(config):
+    run = config({})
+    run_ranks(1, _train_with_stale_servers, run, timeout=300)
+    first, second = read_rows(run.run_dir / "metrics.jsonl")
+    assert first["rollout/log_prob_difference_max"] < BOUND
+    assert second["rollout/log_prob_difference_max"] > 10 * BOUND
