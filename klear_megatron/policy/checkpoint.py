@@ -146,6 +146,17 @@ class CheckpointWriter:
                 shutil.rmtree(path.rename(path.with_suffix(_PARTIAL)))
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint; nothing else is loaded.
+
+    Raises:
+        UserError: no checkpoint there.
+    """
+    _check(path)
+    state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["trainer"]
+    return state
+
+
 def load(
     path: Path,
     chunks: Sequence[LanguageModel],

@@ -8,7 +8,7 @@ from klear_megatron.config import write_config
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
-from klear_megatron.policy.checkpoint import latest_checkpoint
+from klear_megatron.policy.checkpoint import latest_checkpoint, read_state
 from klear_megatron.policy.learner import Learner
 from klear_megatron.training.config import RunConfig
 from klear_megatron.training.run import is_main_rank
@@ -38,8 +38,8 @@ def resume(learner: Learner, config: RunConfig, last_step: int) -> dict[str, Any
     path = objects.broadcast(latest_checkpoint(config.run_dir) if is_main_rank() else None)
     state = None
     if path is not None:
+        _check(path, read_state(path), config, last_step)
         state = learner.load(path)
-        _check(path, state, config, last_step)
         if is_main_rank():
             say(f"resuming from {path}")
             for change in _changes(state["config"], config):

@@ -101,8 +101,13 @@ def _refused(path: Path, run_dir: Path) -> list[str]:
     _train_and_save(config, 2)
     learner = _learner(config)
     resume(learner, config, 10)
+    in_bfloat16 = config.policy.model_copy(update={"dtype": "bfloat16"})
     messages = []
-    for changed, last_step in ((_config(path, run_dir, batch_size=3), 10), (config, 1)):
+    for changed, last_step in (
+        (_config(path, run_dir, batch_size=3), 10),
+        (config.model_copy(update={"policy": in_bfloat16}), 10),
+        (config, 1),
+    ):
         with pytest.raises(UserError) as error:
             resume(learner, changed, last_step)
         messages.append(str(error.value))
@@ -110,9 +115,10 @@ def _refused(path: Path, run_dir: Path) -> list[str]:
 
 
 def test_what_cannot_change_is_refused_and_the_config_stays(checkpoint, tmp_path):
-    ((batch_size, steps),) = run_ranks(1, _refused, checkpoint, tmp_path)
+    ((batch_size, dtype, steps),) = run_ranks(1, _refused, checkpoint, tmp_path)
     assert "batch_size: was 2" in batch_size
     assert "is 3, but cannot change in a run: the number of steps" in batch_size
+    assert "policy.dtype: was float32" in dtype
     assert "is of step 2, but the config asks for 1 steps" in steps
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["batch_size"] == 2
 
