@@ -1,4 +1,4 @@
-"""Reinforcement learning in several layouts, each with the same two servers."""
+"""Reinforcement learning in every kind of layout, each with the same two servers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,9 +69,10 @@ def config(make_config, quickstart, two_servers) -> Any:
     [
         ({}, 2),
         ({"tensor_model_parallel_size": 2}, 1),
+        ({"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}, 1),
         ({"context_parallel_size": 2}, 1),
     ],
-    ids=["dp2", "tp2", "cp2"],
+    ids=["dp2", "tp2", "pp2", "cp2"],
 )
 def test_servers_and_trainer_agree_after_each_push(
     parallel, leaders, config, two_servers, quickstart
