@@ -32,7 +32,7 @@ class TeacherConfig(Section):
 
     samples_per_prompt: PositiveInt = 16
     max_prompt_length: PositiveInt = 4096
-    """In tokens, chat template included; longer prompts are not asked, and dropped."""
+    """Longest prompt in tokens, chat template included; longer prompts are dropped."""
 
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
     rollout: RolloutConfig = RolloutConfig()
@@ -47,14 +47,14 @@ class PassRateConfig(Section):
     """The teacher's graded responses, several for each prompt: `responses.jsonl` of `eval`."""
 
     teacher: TeacherConfig | None = None
-    """Is asked now. Its responses are kept in `.teacher/` beside the output, and what was ended
-    goes on from there."""
+    """The teacher to ask now. Its responses are kept in `.teacher/` beside the output; a
+    curation that was interrupted resumes from them."""
 
     above: float = Field(default=0.5, ge=0, lt=1)
     """The share of correct responses has to be greater than this: a majority, as in the paper."""
 
     at_most: float = Field(default=1.0, gt=0, le=1)
-    """And no greater than this; 1 keeps what the teacher always gets right."""
+    """The share must not be greater than this; 1 keeps prompts that the teacher always solves."""
 
     @model_validator(mode="after")
     def _has_one_teacher(self) -> "PassRateConfig":
@@ -101,7 +101,7 @@ class CurateConfig(Section):
 
     decontaminate: DecontaminationConfig | None = None
     min_tests: PositiveInt | None = None
-    """Of the rows whose responses are programs; the paper has 16."""
+    """Fewest tests that a programming problem must have; 16 in the paper."""
 
     pass_rate: PassRateConfig | None = None
     top_sources: TopSourcesConfig | None = None

@@ -1,4 +1,4 @@
-"""From raw data sets to the prompts to train on."""
+"""Choosing the prompts to train on from raw data sets."""
 
 import contextlib
 import json
@@ -20,10 +20,10 @@ from klear_megatron.curation.text import DIMENSIONS, hashed_vector
 from klear_megatron.data.files import Row
 from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.errors import UserError
-from klear_megatron.platform.files import make_folder
+from klear_megatron.platform.files import make_folder, write_atomically
 
 Drop = Callable[[int | None, str, str], None]
-"""Of a row: its number, the reason in general, and in particular."""
+"""Called for a dropped row with its number, the kind of reason, and the reason itself."""
 
 
 @dataclass
@@ -33,9 +33,9 @@ class CurationReport:
     rows: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By reason."""
+    """Dropped rows by reason."""
     sources: Counter[str] = field(default_factory=Counter)
-    """Of the kept rows, by data_source, or by the field that top_sources names."""
+    """Kept rows by data_source, or by the field that top_sources names."""
 
 
 def curate(config: CurateConfig) -> CurationReport:
@@ -197,8 +197,6 @@ def _of_subset(
 
 def _copy(spool: Path, output: Path, kept: Iterable[bool]) -> None:
     """Moves the kept rows into place; `output` appears once all of them are there."""
-    ready = output.with_suffix(".ready")
-    with spool.open("rb") as source, ready.open("wb") as target:
+    with spool.open(encoding="utf-8", newline="\n") as source, write_atomically(output) as target:
         target.writelines(line for line, keep in zip(source, kept, strict=True) if keep)
     spool.unlink()
-    ready.rename(output)

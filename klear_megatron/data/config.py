@@ -10,7 +10,7 @@ class StageConfig(Section):
     """A part of training with its own mix of data sources."""
 
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    """By data_source: its share of the prompts, relative to the others'."""
+    """data_source -> its share of the prompts, relative to the other shares."""
 
     prompts: PositiveInt | None = None
     """How many are drawn before the next stage begins; the last stage has no end."""
@@ -24,10 +24,10 @@ class ConversationsConfig(Section):
     files, or the name of a data set on the Hugging Face hub."""
 
     max_length: PositiveInt = 32768
-    """In tokens; longer conversations are left out."""
+    """Longest conversation in tokens; longer ones are left out."""
 
     bad_rows: Literal["refuse", "skip"] = "refuse"
-    """skip counts malformed rows and goes on."""
+    """skip counts malformed rows and continues."""
 
 
 class PromptsConfig(Section):
@@ -38,21 +38,21 @@ class PromptsConfig(Section):
     such files, or the name of a data set on the Hugging Face hub."""
 
     max_prompt_length: int = Field(default=4096, ge=1)
-    """In tokens, chat template included."""
+    """Longest prompt in tokens, chat template included."""
 
     too_long: Literal["drop", "cut"] = "drop"
     """cut shortens the longest message of a longer prompt at its start."""
 
     bad_rows: Literal["refuse", "skip"] = "refuse"
-    """skip counts malformed rows and goes on."""
+    """skip counts malformed rows and continues."""
 
 
 class DataConfig(PromptsConfig):
     """Which prompts to train on, and in which order."""
 
     stages: tuple[StageConfig, ...] = ()
-    """Of training, for a curriculum or a mix of data sources; without any, each epoch is a shuffle
-    of all prompts."""
+    """Stages of training, for a curriculum or a mix of data sources. Without stages, each epoch
+    shuffles all prompts."""
 
     @model_validator(mode="after")
     def _only_the_last_stage_is_endless(self) -> "DataConfig":

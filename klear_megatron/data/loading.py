@@ -17,7 +17,7 @@ class LoadedPrompts:
     prompts: list[Prompt]
     token_ids: list[list[int]]
     bad_rows: list[UserError]
-    """Of the rows that were skipped because they are malformed."""
+    """The errors of malformed rows, which were skipped."""
     too_long: int
     """Prompts that were dropped or cut."""
 

@@ -23,9 +23,9 @@ class TrainingEvalConfig(Section):
     """Evaluation of a policy during training, on the rollout servers."""
 
     every: PositiveInt
-    """Steps between evaluations; there is one before the first step and one after the last, too."""
+    """Steps between evaluations. There is also one before the first step and one after the last."""
     benchmarks: dict[BenchmarkName, BenchmarkConfig] = Field(min_length=1)
-    """By a name of your choice."""
+    """Benchmarks by a name of your choice."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
 
 
@@ -34,8 +34,8 @@ class YarnConfig(Section):
 
     factor: float = Field(gt=1)
     original_length: PositiveInt | None = None
-    """In tokens, what the model was trained with and `factor` multiplies; its
-    max_position_embeddings if not given."""
+    """Tokens that the model was trained with, which `factor` multiplies; by default its
+    max_position_embeddings."""
 
 
 class EvalConfig(Section):
@@ -47,7 +47,7 @@ class EvalConfig(Section):
     """Gets results.json, the responses and the server's log; an evaluation that was ended goes on
     from the responses there."""
     benchmarks: dict[BenchmarkName, BenchmarkConfig] = Field(min_length=1)
-    """By a name of your choice."""
+    """Benchmarks by a name of your choice."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
     yarn: YarnConfig | None = None
     rollout: RolloutConfig = RolloutConfig()

@@ -9,8 +9,7 @@ from klear_megatron.evaluation.statistics import majority_correct, mean_and_erro
 from klear_megatron.rewards.graders import verifier_of
 
 Row = dict[str, Any]
-"""Of one response, as `response_row` makes it; with `answer` beside `reward` where it is graded and
-mathematical."""
+"""One response, as `response_row` makes it. A graded mathematical response also has `answer`."""
 Problems = dict[int, list[Row]]
 """The rows of each problem's samples, by its index, in the order of the indices."""
 
@@ -22,11 +21,11 @@ class Scores:
     accuracy: float
     """avg@n: the mean over problems of the share of correct samples."""
     standard_error: float
-    """Of `accuracy`, from the spread over problems; 0 with a single problem."""
+    """Standard error of `accuracy`, from the spread over problems; 0 with a single problem."""
     pass_at_k: dict[int, float]
-    """By k, the powers of two up to n: unbiased."""
+    """k -> the unbiased estimate of pass@k, for the powers of two up to n."""
     majority: float | None
-    """maj@n over the mathematical problems; None where there are none."""
+    """maj@n over the mathematical problems; None if there are none."""
     formatted: float
     """Share of samples whose reasoning is in one well-formed think block."""
     truncated: float

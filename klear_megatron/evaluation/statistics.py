@@ -64,11 +64,11 @@ class Comparison:
     """A paired test between two runs over the same problems."""
 
     difference: float
-    """The second run's mean less the first's."""
+    """The second run's mean minus the first's."""
     standard_error: float
-    """Of the difference, from the spread of the problems' differences."""
+    """Standard error of the difference, from the spread of the problems' differences."""
     p_value: float
-    """Two-sided: how often chance alone would give a difference as large, were the runs alike."""
+    """Two-sided: how often two equal runs would differ as much by chance."""
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Comparison:

@@ -36,7 +36,7 @@ def stored_config(run_dir: Path, overrides: Sequence[str] = ()) -> EvalConfig:
         UserError: `run_dir` holds no evaluation.
     """
     path = config_path(run_dir)
-    # A training run has a config file, too.
+    # A training run also has a config file.
     if not path.is_file() or not (run_dir / _BENCHMARKS).is_dir():
         raise UserError(
             f"{run_dir}: no evaluation there; give the run_dir of `klear-megatron eval`"

@@ -18,7 +18,7 @@ class PolicyLossConfig(Section):
     one's sum over `sum_divisor`, as in Dr. GRPO (arXiv 2503.20783). A response without trained
     tokens counts nowhere."""
     sum_divisor: float = Field(1.0, gt=0)
-    """For sequence_sum, a constant such as the longest response's length."""
+    """The divisor of sequence_sum: a constant such as the longest response's length."""
     sft_alpha: float = Field(0.1, ge=0)
     """Weight of the negative log-likelihood of correct responses; 0 turns it off."""
     tis_clip: float | None = Field(None, ge=1)

@@ -58,7 +58,7 @@ class LossInputs:
     log_probs: Tensor
     """The trained policy's, differentiable. Nothing else here has a gradient."""
     old_log_probs: Tensor
-    """Those of the policy before its first update on these responses."""
+    """Log-probabilities of the policy before its first update on these responses."""
     advantages: Tensor
     mask: Tensor
     """1 where the token is trained, 0 elsewhere."""
@@ -67,10 +67,10 @@ class LossInputs:
     entropy: Tensor
     """The trained policy's, over the vocabulary, in nats."""
     rollout_log_probs: Tensor | None = None
-    """Those of the server that drew the tokens; finite. This and what follows are None unless the
-    batch has a field of that name."""
+    """Log-probabilities of the server that drew the tokens; finite. This and the fields below are
+    None unless the batch has a field of that name."""
     ref_log_probs: Tensor | None = None
-    """A reference policy's."""
+    """Log-probabilities of a reference policy."""
     old_entropy: Tensor | None = None
     """The entropy before the first update on these responses."""
 

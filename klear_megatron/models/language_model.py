@@ -113,7 +113,7 @@ class LogProbLayer(ColumnParallelLinear):  # type: ignore[misc]
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, *args: Any, **log_prob_options: Any
     ) -> Any:
-        """With `labels` [tokens]: hidden [tokens, 1, H] -> [2, tokens]; without, Megatron's."""
+        """With `labels` [tokens]: hidden [tokens, 1, H] -> [2, tokens]; otherwise Megatron's."""
         if "labels" not in log_prob_options:
             return super().forward(hidden, weight, *args, **log_prob_options)
         if self.config.sequence_parallel:

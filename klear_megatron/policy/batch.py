@@ -31,7 +31,7 @@ class Batch:
     def from_sequences(
         cls, tokens: Sequence[Sequence[int]], **fields: Sequence[Sequence[float]]
     ) -> "Batch":
-        """From one list per sequence for the tokens, and one per sequence for each field."""
+        """Makes a batch from a list of tokens per sequence and a list per sequence and field."""
 
         def flat(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
             return _concatenate([torch.as_tensor(row, dtype=dtype) for row in rows], dtype)

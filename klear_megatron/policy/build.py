@@ -1,4 +1,4 @@
-"""From a Hugging Face config to Megatron model chunks, wrapped for data parallelism."""
+"""Building Megatron model chunks from a Hugging Face config, and wrapping them for training."""
 
 import math
 from typing import Any

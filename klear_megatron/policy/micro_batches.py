@@ -198,9 +198,9 @@ class MicroBatch:
     position_ids: Tensor
     """[T] int64, from 0 in every sequence."""
     labels: Tensor
-    """[T] int64, the next token of the same sequence; 0 where there is none."""
+    """[T] int64, the next token of the same sequence; 0 if there is none."""
     targets: Tensor
-    """[T] int64, the label's index in the batch's flat row; -1 where there is none."""
+    """[T] int64, the label's index in the batch's flat row; -1 if there is none."""
     sequences: Tensor
     """[T] int64, which of the pack's sequences the token, or padding after it, belongs to."""
     padding: Tensor
@@ -211,7 +211,7 @@ class MicroBatch:
     max_seqlen: int
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on `device`."""
+        """A copy on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()

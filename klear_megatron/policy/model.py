@@ -112,7 +112,7 @@ class Model:
     def finish_param_gather(self) -> None:
         """With overlap_param_gather, parameters are stale until the next forward; gather them now.
 
-        To be called before parameters are read in any other way than by a forward.
+        Call this before reading parameters in any other way than by a forward.
         """
         if self.config.parallel.overlap_param_gather:
             for module in self.modules:

@@ -27,7 +27,7 @@ class MathRewardConfig(ScoreConfig):
     """Seconds of CPU time for verifying one answer. One that takes longer counts as wrong."""
 
     wall_limit_s: float = Field(default=50.0, gt=0)
-    """The same in seconds by the clock: wider, since other processes may keep the host busy."""
+    """A wider limit in seconds of wall time, since other processes may keep the host busy."""
 
 
 class CodeRewardConfig(ScoreConfig):
@@ -52,16 +52,16 @@ class CodeRewardConfig(ScoreConfig):
     """Seconds of CPU time for one test, of all the program's processes together."""
 
     test_wall_limit_s: float = Field(default=30.0, gt=0)
-    """The same in seconds by the clock: wider, since other processes may keep the host busy."""
+    """A wider limit in seconds of wall time, since other processes may keep the host busy."""
 
     cpu_limit_s: float = Field(default=60.0, gt=0)
     """Seconds of CPU time for all tests of a program. Tests that are left then count as failed."""
 
     wall_limit_s: float = Field(default=300.0, gt=0)
-    """The same in seconds by the clock."""
+    """A wider limit in seconds of wall time."""
 
     memory_mb: int = Field(default=1024, ge=64)
-    """For all processes of a program together, in MiB."""
+    """MiB of memory for all processes of a program together."""
 
     processes: int = Field(default=32, ge=1)
     """Processes and threads that a program may have at the same time."""

@@ -33,7 +33,7 @@ class Grader(Protocol):
     def weight(self) -> float: ...
     @property
     def limits(self) -> Limits:
-        """For grading one response. Its process is ended when it reaches one."""
+        """Limits of time for grading one response; a process that reaches one is ended."""
 
     def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward: ...
 

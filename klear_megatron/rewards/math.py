@@ -1,4 +1,4 @@
-"""Is the final answer of a response right?"""
+"""Whether the final answer of a response is right."""
 
 from collections.abc import Sequence
 

@@ -71,7 +71,7 @@ class Generator:
         config: RolloutConfig,
         servers: Servers | None = None,
     ) -> "Generator":
-        """With the vocabulary and the stop tokens of the model that the servers serve."""
+        """A generator with the vocabulary and stop tokens of the model that the servers serve."""
         return cls(
             urls,
             config,
