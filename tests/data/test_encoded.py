@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import ConversationsConfig, encode_conversation
 from klear_megatron.data.encoded import EncodedConversations, encode_part
 from klear_megatron.errors import UserError
@@ -76,8 +77,10 @@ def config_of(folder: Path, **data: object) -> SFTConfig:
 
 
 def _read(folder: Path, name: str) -> object:
+    model = ModelFolder(folder / "model")
+    model.tokenizer = TOKENIZER
     try:
-        examples = read_examples(config_of(folder, path=folder / name), TOKENIZER)
+        examples = read_examples(config_of(folder, path=folder / name), model)
     except UserError as error:
         return str(error)
     dist.barrier()  # the first rank has written its record

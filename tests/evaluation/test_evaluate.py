@@ -199,7 +199,7 @@ def test_regrading_is_grading_and_counts_what_is_right(config, killed_and_resume
     responses_of(run_dir, MATH).write_text(text.replace("What is", "Who is", 1))
     with pytest.raises(UserError, match=f"{MATH} is not of the same problems; 1 differ, row 0"):
         compare_runs(config.run_dir, run_dir)
-    with pytest.raises(UserError, match="other --rewards"):
+    with pytest.raises(UserError, match=r"--seed 1: regrading can change only --rewards"):
         regrade(run_dir, ["--seed", "1"])
 
 
