@@ -49,12 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(error: UserError) -> None:
     """Prints the error, unless another rank has printed the same one."""
     # torchrun sends SIGTERM as soon as one rank has failed; this one may be about to print.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if is_first_to_report(str(error)):
-        rank = os.environ.get("RANK") if error.rank is None else error.rank
-        several = os.environ.get("WORLD_SIZE", "1") != "1"
-        where = f" on rank {rank}" if several else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        if is_first_to_report(str(error)):
+            rank = os.environ.get("RANK") if error.rank is None else error.rank
+            several = os.environ.get("WORLD_SIZE", "1") != "1"
+            where = f" on rank {rank}" if several else ""
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _silence_libraries() -> None:

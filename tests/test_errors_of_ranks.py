@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
+from klear_megatron.cli import main
 from klear_megatron.data import PromptSampler
 from tests.commands import prepare_quickstart, run_command
 
@@ -66,3 +68,10 @@ def test_a_reward_that_fails_on_another_leader_is_printed_with_its_rank(tmp_path
         "number or a Reward"
     )
     assert errors(result.stderr) == [("1", message)]
+
+
+def test_reporting_an_error_leaves_the_process_as_it_was(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["sft", "no_such_file.yaml"]) == 2
+    assert "no such config file" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -293,7 +293,7 @@ def test_a_budget_that_no_server_takes_is_refused_before_one_is_started(config, 
     values = config.model_dump() | {"run_dir": tmp_path, "rollout": {"python": "/nowhere"}}
     longest = 256 - longest_prompt(config)
     fits = EvalConfig.model_validate(values | {"sampling": {"max_response_length": longest}})
-    with pytest.raises(UserError, match="/nowhere is not there"):
+    with pytest.raises(UserError, match="/nowhere does not exist"):
         evaluate(fits)
     too_long = {"sampling": {"max_response_length": longest + 1}}
     with pytest.raises(UserError, match="make 257, but the servers take 256"):
