@@ -81,7 +81,7 @@ def curate(config: CurateConfig) -> CurationReport:
 
 @dataclass
 class _Survivors:
-    """What is remembered of each row that passed the filters, in the order of the spooled rows."""
+    """A record of each row that passed the filters, in the order of the spooled rows."""
 
     rows: "array[int]" = field(default_factory=lambda: array("q"))
     """Number among the rows read."""

@@ -18,9 +18,10 @@ def check_prompts(
     sampling: SamplingConfig,
     rewards: RewardConfig,
 ) -> None:
-    """
+    """Checks that the servers can answer the prompts and that the rewards can grade them.
+
     Args:
-        longest_prompt: in tokens.
+        longest_prompt: tokens.
 
     Raises:
         UserError: the servers' context is too short for prompt and response, a server that should

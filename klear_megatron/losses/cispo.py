@@ -2,25 +2,22 @@
 
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.config import ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.surrogate import (
-    clipped_tokens,
+    clipped_inputs,
     clipping_metrics,
     ratio_of,
     surrogate,
 )
 
 
-class CISPOConfig(PolicyLossConfig):
+class CISPOConfig(ClippedLossConfig):
     """Options of `cispo`."""
 
     name: Literal["cispo"] = "cispo"
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.28, ge=0)
 
 
 def cispo(
@@ -48,6 +45,5 @@ def cispo_loss(inputs: LossInputs, config: CISPOConfig) -> TokenLoss:
         clip_low=config.clip_low,
         clip_high=config.clip_high,
     )
-    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
-    low, high = clipped_tokens(ratio, inputs.advantages, config.clip_low, config.clip_high)
+    low, high = clipped_inputs(inputs, config)
     return TokenLoss(values, clipping_metrics(low, high, kept=low | high))

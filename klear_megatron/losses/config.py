@@ -31,3 +31,10 @@ class PolicyLossConfig(Section):
         if self.sum_divisor != 1 and self.aggregation != "sequence_sum":
             raise ValueError("sum_divisor has no effect without aggregation: sequence_sum")
         return self
+
+
+class ClippedLossConfig(PolicyLossConfig):
+    """Options of a loss that clips the ratio to [1 - clip_low, 1 + clip_high]."""
+
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)

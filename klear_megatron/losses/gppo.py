@@ -5,9 +5,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.config import ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.surrogate import (
+    clipped_inputs,
     clipped_tokens,
     clipping_metrics,
     ratio_of,
@@ -15,11 +16,9 @@ from klear_megatron.losses.surrogate import (
 )
 
 
-class GPPOOptions(PolicyLossConfig):
+class GPPOOptions(ClippedLossConfig):
     """Options of `gppo`, shared by its named settings."""
 
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.28, ge=0)
     beta_low: float = Field(1.0, ge=0)
     """Scales the loss of tokens below the clip range; at 0 they are not trained."""
     beta_high: float = Field(1.0, ge=0)
@@ -102,7 +101,6 @@ def gppo_loss(inputs: LossInputs, config: GPPOOptions) -> TokenLoss:
         dual_clip=config.dual_clip,
         dual_clip_keeps_gradient=config.dual_clip_keeps_gradient,
     )
-    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
-    low, high = clipped_tokens(ratio, inputs.advantages, config.clip_low, config.clip_high)
+    low, high = clipped_inputs(inputs, config)
     kept = (low & (config.beta_low > 0)) | (high & (config.beta_high > 0))
     return TokenLoss(values, clipping_metrics(low, high, kept))

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from klear_megatron.losses.config import Aggregation, PolicyLossConfig
+from klear_megatron.losses.config import Aggregation, ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.surrogate import (
     clipped_tokens,
@@ -15,7 +15,7 @@ from klear_megatron.losses.surrogate import (
 )
 
 
-class GSPOConfig(PolicyLossConfig):
+class GSPOConfig(ClippedLossConfig):
     """Options of `gspo_loss`. The clip range is the paper's; ratios of sequences are near 1."""
 
     name: Literal["gspo"] = "gspo"

@@ -6,9 +6,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.config import ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.surrogate import (
+    clipped_inputs,
     clipped_tokens,
     clipping_metrics,
     ratio_of,
@@ -16,12 +17,10 @@ from klear_megatron.losses.surrogate import (
 )
 
 
-class PPOClipConfig(PolicyLossConfig):
+class PPOClipConfig(ClippedLossConfig):
     """Options of `ppo_clip`."""
 
     name: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.28, ge=0)
     dual_clip: float | None = Field(10.0, gt=1)
     """Bound on the ratio of tokens with a negative advantage."""
 
@@ -64,6 +63,5 @@ def ppo_clip_loss(inputs: LossInputs, config: PPOClipConfig) -> TokenLoss:
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
     )
-    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
-    low, high = clipped_tokens(ratio, inputs.advantages, config.clip_low, config.clip_high)
+    low, high = clipped_inputs(inputs, config)
     return TokenLoss(values, clipping_metrics(low, high, kept=torch.zeros_like(low)))

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from klear_megatron.losses.config import ClippedLossConfig
+from klear_megatron.losses.inputs import LossInputs
+
 _MAX_LOG_RATIO = 60.0
 """The ratio saturates at e^60 = 1e26: far beyond any use, and its products fit into float32."""
 
@@ -43,6 +46,12 @@ def clipped_tokens(
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
     return low, high
+
+
+def clipped_inputs(inputs: LossInputs, config: ClippedLossConfig) -> tuple[Tensor, Tensor]:
+    """`clipped_tokens` by each token's own ratio and the config's clip range."""
+    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
+    return clipped_tokens(ratio, inputs.advantages, config.clip_low, config.clip_high)
 
 
 def clipping_metrics(low: Tensor, high: Tensor, kept: Tensor) -> dict[str, Tensor]:

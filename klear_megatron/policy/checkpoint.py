@@ -241,10 +241,14 @@ def _check(path: Path) -> None:
 
 
 def _model_state(chunks: Sequence[LanguageModel]) -> dict[str, Any]:
-    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {n: c.sharded_state_dict() for n, c in zip(names, chunks, strict=True)}
+    return {name: chunk.sharded_state_dict() for name, chunk in _named(chunks).items()}
 
 
 def _load_model_state(chunks: Sequence[LanguageModel], loaded: dict[str, Any]) -> None:
-    for name, chunk in zip(_model_state(chunks), chunks, strict=True):
+    for name, chunk in _named(chunks).items():
         chunk.load_state_dict(loaded[name])
+
+
+def _named(chunks: Sequence[LanguageModel]) -> dict[str, LanguageModel]:
+    """The chunks by their names in a checkpoint, which are Megatron-LM's."""
+    return {f"model{i}" if len(chunks) > 1 else "model": c for i, c in enumerate(chunks)}

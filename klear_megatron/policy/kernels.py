@@ -30,7 +30,7 @@ _NEED_TRANSFORMER_ENGINE = ("layernorm", "moe_act")
 
 @dataclass(frozen=True)
 class Installed:
-    """What is available to compute with."""
+    """The hardware and libraries that a run can compute with."""
 
     compute_capability: tuple[int, int] | None
     """The GPU's; None without a GPU."""

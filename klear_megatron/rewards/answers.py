@@ -57,7 +57,7 @@ def _only_text(parsed: list[Any]) -> bool:
 
 
 def _last_box(answer: str) -> str:
-    """What is in the last `\\boxed{}`; all of the answer where there is none."""
+    """The content of the last `\\boxed{}`, or the whole answer if there is none."""
     _, box, rest = answer.rpartition("\\boxed{")
     depth = 1
     for end, character in enumerate(rest):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from klear_megatron.config import Section
+from klear_megatron.rewards.limits import Limits
 
 
 class ScoreConfig(Section):
@@ -28,6 +29,11 @@ class MathRewardConfig(ScoreConfig):
 
     wall_limit_s: float = Field(default=50.0, gt=0)
     """A wider limit in seconds of wall time, since other processes may keep the host busy."""
+
+    @property
+    def limits(self) -> Limits:
+        """Both limits."""
+        return Limits(self.cpu_limit_s, self.wall_limit_s)
 
 
 class CodeRewardConfig(ScoreConfig):

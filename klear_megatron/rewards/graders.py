@@ -52,7 +52,7 @@ class MathGrader:
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.config.cpu_limit_s, self.config.wall_limit_s)
+        return self.config.limits
 
     def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
         correct = agrees(answer_of(response), ground_truth)

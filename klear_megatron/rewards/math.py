@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from klear_megatron.rewards.config import MathRewardConfig
-from klear_megatron.rewards.limits import Limits
 from klear_megatron.rewards.reward import Reward, answer_of, is_formatted, score_with_format
 from klear_megatron.rewards.verifier import Verifier
 
@@ -24,8 +23,7 @@ def math_reward(
     The comparison runs in a process of its own, one call at a time, within the config's limits.
     To grade many responses at once, use RewardPool.
     """
-    limits = Limits(config.cpu_limit_s, config.wall_limit_s)
-    correct = _verifier.agrees(answer_of(response), ground_truth, limits)
+    correct = _verifier.agrees(answer_of(response), ground_truth, config.limits)
     return score_answer(response, config, correct=bool(correct), timed_out=correct is None)
 
 

@@ -20,7 +20,7 @@ from klear_megatron.rewards.graders import (
     combine,
     graders_of,
 )
-from klear_megatron.rewards.limits import Limits, prepare_process, reached, run_within
+from klear_megatron.rewards.limits import prepare_process, reached, run_within
 from klear_megatron.rewards.reward import Reward
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class RewardPool:
             RuntimeError: the processes cannot be started, or were all killed.
         """
         pool = self._running_pool()
-        limits = Limits(self._config.math.cpu_limit_s, self._config.math.wall_limit_s)
+        limits = self._config.math.limits
         futures: list[Future[str | None]] = [
             pool.schedule(run_within, args=(limits, math_answer, response))
             for response in responses

@@ -72,7 +72,7 @@ def train_rl(config: RLConfig) -> None:
             metrics |= throughput(metrics, phases.take(), rollouts.batch)
             if recorder is not None:
                 recorder.write(step, metrics)
-            progress.advance(note=note(metrics))
+            progress.advance(note=summary(metrics))
             run.save(learner, config, step, config.steps, {"sampler": sampler.state_dict()})
 
 
@@ -117,7 +117,7 @@ def make_group_maker(
     return stack.enter_context(GroupMaker(config, folder.tokenizer, rewards, share))
 
 
-def note(metrics: dict[str, float]) -> str:
+def summary(metrics: dict[str, float]) -> str:
     """What the progress of training shows beside the step."""
     return (
         f"reward {metrics['reward/mean']:.3f} accuracy {metrics['reward/accuracy']:.3f} "

@@ -17,7 +17,7 @@ _COLUMNS = ("score", "correct", "formatted", "timed_out", "tokens", "truncated",
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """What is measured of each response, whether or not it is trained on."""
+    """Measurements of each response, whether or not it is trained on."""
 
     table: Tensor
     """[responses, columns] float64."""

@@ -187,9 +187,8 @@ class _Process:
     def stop(self) -> None:
         """Returns when the server and everything it started have ended."""
         if self._guard is not None:
-            self._guard.__exit__(
-                None, None, None
-            )  # closes the guard's standard input, which ends it
+            # Closes the guard's standard input, which ends it, and waits.
+            self._guard.__exit__(None, None, None)
             self._guard = None
 
     def last_lines(self) -> str:
