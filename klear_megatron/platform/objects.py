@@ -19,7 +19,8 @@ T = TypeVar("T")
 _LONGEST_WAIT = timedelta(days=1)
 
 
-def _group() -> dist.ProcessGroup:
+def host_group() -> dist.ProcessGroup:
+    """Collective at its first call. A gloo group of all ranks."""
     return _group_beside(dist.group.WORLD)
 
 
@@ -35,20 +36,20 @@ def connect() -> None:
     Over an open connection a waiting rank notices that another has ended; while connecting it does
     not.
     """
-    _group()
+    host_group()
 
 
 def all_gather(value: T) -> list[T]:
     """Collective. Every rank's value, by rank."""
     everyone: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(everyone, value, group=_group())
+    dist.all_gather_object(everyone, value, group=host_group())
     return everyone
 
 
 def broadcast(value: T, source: int = 0) -> T:
     """Collective. The value of rank `source`; the values of other ranks are ignored."""
     holder = [value]
-    dist.broadcast_object_list(holder, src=source, group=_group())
+    dist.broadcast_object_list(holder, src=source, group=host_group())
     return holder[0]
 
 

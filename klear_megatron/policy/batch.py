@@ -1,8 +1,9 @@
 """Sequences as one flat row of tokens, and the values that a loss needs for each token."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,16 +17,26 @@ class Batch:
     """
 
     tokens: Tensor
-    """[N] int64."""
+    """[N] int32."""
     lengths: list[int]
     """[B] tokens per sequence, prompt and response together."""
-    fields: Mapping[str, Tensor]
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
     """name -> [N] float32."""
+    per_response: Mapping[str, Tensor] = field(default_factory=dict)
+    """name -> [B] float32, the value of all tokens of a response; its prompt's tokens have 0."""
+    prompt_lengths: list[int] = field(default_factory=list)
+    """[B]; may be left out if there is nothing in `per_response`."""
 
     def __post_init__(self) -> None:
-        for name, values in {"tokens": self.tokens, **self.fields}.items():
-            if values.shape != (sum(self.lengths),):
-                raise ValueError(f"{name}: {tuple(values.shape)}, not ({sum(self.lengths)},)")
+        for shape, values in (
+            ((sum(self.lengths),), {"tokens": self.tokens, **self.per_token}),
+            ((len(self.lengths),), self.per_response),
+        ):
+            for name, value in values.items():
+                if value.shape != shape:
+                    raise ValueError(f"{name}: {tuple(value.shape)}, not {shape}")
+        if self.per_response and len(self.prompt_lengths) != len(self.lengths):
+            raise ValueError(f"{len(self.prompt_lengths)} prompt lengths, not {len(self.lengths)}")
 
     @classmethod
     def from_sequences(
@@ -37,22 +48,16 @@ class Batch:
             return _concatenate([torch.as_tensor(row, dtype=dtype) for row in rows], dtype)
 
         return cls(
-            flat(tokens, torch.int64),
+            flat(tokens, torch.int32),
             [len(row) for row in tokens],
             {name: flat(rows, torch.float32) for name, rows in fields.items()},
         )
 
-    @classmethod
-    def concatenate(cls, batches: Sequence["Batch"]) -> "Batch":
-        """All sequences of these batches in order; the batches must have the same fields."""
-        return cls(
-            torch.cat([batch.tokens for batch in batches]),
-            [length for batch in batches for length in batch.lengths],
-            {
-                name: torch.cat([batch.fields[name] for batch in batches])
-                for name in batches[0].fields
-            },
-        )
+    @property
+    def fields(self) -> Mapping[str, Tensor]:
+        """name -> [N] float32. A field of `per_response` is spread over the tokens each time that
+        it is asked for, so that it takes no memory between."""
+        return _Fields(self)
 
     def select(self, sequences: Sequence[int]) -> "Batch":
         """A batch of the given sequences, in the given order."""
@@ -63,12 +68,35 @@ class Batch:
         return Batch(
             self.tokens[rows],
             [self.lengths[i] for i in sequences],
-            {name: values[rows] for name, values in self.fields.items()},
+            {name: values[rows] for name, values in self.per_token.items()},
+            {name: values[list(sequences)] for name, values in self.per_response.items()},
+            [self.prompt_lengths[i] for i in sequences] if self.prompt_lengths else [],
         )
 
     def with_fields(self, **fields: Tensor) -> "Batch":
-        """The same sequences, with these fields added or replaced."""
-        return Batch(self.tokens, self.lengths, {**self.fields, **fields})
+        """The same sequences, with these fields, [N] each, added or replaced."""
+        per_token = {**self.per_token, **fields}
+        return Batch(self.tokens, self.lengths, per_token, self.per_response, self.prompt_lengths)
+
+
+class _Fields(Mapping[str, Tensor]):
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __getitem__(self, name: str) -> Tensor:
+        batch = self._batch
+        if name in batch.per_token:
+            return batch.per_token[name]
+        values = torch.stack([torch.zeros(len(batch.lengths)), batch.per_response[name]], 1)
+        prompts, lengths = np.array(batch.prompt_lengths, int), np.array(batch.lengths, int)
+        counts = np.stack([prompts, lengths - prompts], 1)
+        return torch.from_numpy(np.repeat(values.numpy().ravel(), counts.ravel()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._batch.per_response, **self._batch.per_token})
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def _concatenate(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -250,7 +250,7 @@ def build_micro_batch(
         return torch.cat([c[k] for c in chunks for k in (cp_rank, 2 * cp_size - 1 - cp_rank)])
 
     def tokens_at(index: Tensor) -> Tensor:
-        return torch.where(index >= 0, batch.tokens[index], 0)
+        return torch.where(index >= 0, batch.tokens[index], 0).long()
 
     source, target = mine(sources), mine(targets)
     numbers = [torch.full((total,), number) for number, total in enumerate(padded)]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.config import RLConfig
@@ -20,24 +21,34 @@ def batch_of(groups: Sequence[Group], config: RLConfig) -> Batch:
     - `advantages`: the response's;
     - `rollout_log_probs`: the servers'; NaN where theirs was not finite.
     """
-    rows: dict[str, list[Sequence[float]]] = {
-        name: [] for name in ("tokens", "loss_mask", "correct", "advantages", "rollout_log_probs")
-    }
-    for group in groups:
+    samples = [
+        (group.prompt_ids, response, reward, advantage)
+        for group in groups
         for response, reward, advantage in zip(
             group.responses, group.rewards, group.advantages, strict=True
-        ):
-            prompt, length = group.prompt_ids, len(response.token_ids)
-            trained = not (config.mask_truncated and response.truncated)
-            rows["tokens"].append(prompt + response.token_ids)
-            for name, values in {
-                "loss_mask": [float(trained)] * length,
-                "correct": [float(reward.correct and reward.formatted)] * length,
-                "advantages": [advantage] * length,
-                "rollout_log_probs": response.log_probs,
-            }.items():
-                rows[name].append([0.0] * len(prompt) + values)
-    return Batch.from_sequences(rows.pop("tokens"), **rows)  # type: ignore[arg-type]
+        )
+    ]
+    lengths = [len(prompt) + len(response.token_ids) for prompt, response, _, _ in samples]
+    tokens = torch.empty(sum(lengths), dtype=torch.int32)
+    log_probs = torch.zeros(sum(lengths))
+    for row, values, (prompt, response, _, _) in zip(
+        tokens.split(lengths), log_probs.split(lengths), samples, strict=True
+    ):
+        row.copy_(torch.tensor(prompt + response.token_ids))
+        values[len(prompt) :] = torch.tensor(response.log_probs)
+    trained = [not (config.mask_truncated and response.truncated) for _, response, _, _ in samples]
+    correct = [reward.correct and reward.formatted for _, _, reward, _ in samples]
+    return Batch(
+        tokens,
+        lengths,
+        {"rollout_log_probs": log_probs},
+        {
+            "loss_mask": torch.tensor(trained, dtype=torch.float32),
+            "correct": torch.tensor(correct, dtype=torch.float32),
+            "advantages": torch.tensor([one[-1] for one in samples], dtype=torch.float32),
+        },
+        [len(prompt) for prompt, _, _, _ in samples],
+    )
 
 
 def mini_batches(config: RLConfig, batch: Batch, groups: int, step: int) -> Iterator[Batch]:

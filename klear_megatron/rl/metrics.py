@@ -1,77 +1,66 @@
 """The metrics of a step."""
 
-import statistics
+import collections
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from klear_megatron.losses import trained_tokens
+from klear_megatron.platform import tensors
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.groups import Group
 
-_COLUMNS = ("score", "correct", "formatted", "timed_out", "tokens", "truncated", "informative")
 
+def group_metrics(groups: Sequence[Group], crashes: int) -> dict[str, float]:
+    """Collective. Means and sums over the responses of all ranks' groups, trained on or not; a
+    reward's part is a mean over the responses that have it.
 
-@dataclass(frozen=True)
-class GroupStatistics:
-    """Measurements of each response, whether or not it is trained on."""
-
-    table: Tensor
-    """[responses, columns] float64."""
-    parts: list[dict[str, float]]
-    """The parts of each reward, by name."""
-
-    @classmethod
-    def of(cls, groups: Sequence[Group]) -> "GroupStatistics":
-        graded = [
-            (group, response, reward)
-            for group in groups
-            for response, reward in zip(group.responses, group.rewards, strict=True)
-        ]
-        rows = [
-            (
-                reward.score,
-                reward.correct,
-                reward.formatted,
-                reward.timed_out,
-                len(response.token_ids),
-                response.truncated,
-                group.informative,
-            )
-            for group, response, reward in graded
-        ]
-        table = torch.tensor(rows, dtype=torch.float64).view(-1, len(_COLUMNS))
-        return cls(table, [dict(reward.parts) for _, _, reward in graded])
-
-    @classmethod
-    def concatenate(cls, several: Sequence["GroupStatistics"]) -> "GroupStatistics":
-        return cls(
-            torch.cat([one.table for one in several]),
-            list(chain.from_iterable(one.parts for one in several)),
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """Means and sums over the responses; a reward's part over the responses that have it."""
-        column = dict(zip(_COLUMNS, self.table.T, strict=True))
-        names = sorted({name for part in self.parts for name in part})
-        return {
-            "reward/mean": column["score"].mean().item(),
-            "reward/accuracy": column["correct"].mean().item(),
-            "reward/formatted": column["formatted"].mean().item(),
-            "reward/timed_out": column["timed_out"].sum().item(),
-            "response/length_mean": column["tokens"].mean().item(),
-            "response/length_max": column["tokens"].max().item(),
-            "response/truncated": column["truncated"].mean().item(),
-            "rollout/dropped_groups": 1 - column["informative"].mean().item(),
-            "rollout/tokens": column["tokens"].sum().item(),
-            **{
-                f"reward/{name}": statistics.mean(part[name] for part in self.parts if name in part)
-                for name in names
-            },
+    Args:
+        crashes: of this rank's reward processes.
+    """
+    rewards = [reward for group in groups for reward in group.rewards]
+    responses = [response for group in groups for response in group.responses]
+    lengths = [len(response.token_ids) for response in responses]
+    parts = collections.defaultdict(list)
+    for reward in rewards:
+        for name, value in reward.parts.items():
+            parts[name].append(value)
+    sums = tensors.sums_by_name(
+        {
+            "responses": len(responses),
+            "score": math.fsum(reward.score for reward in rewards),
+            "correct": sum(reward.correct for reward in rewards),
+            "formatted": sum(reward.formatted for reward in rewards),
+            "timed_out": sum(reward.timed_out for reward in rewards),
+            "tokens": sum(lengths),
+            "truncated": sum(response.truncated for response in responses),
+            "informative": sum(len(group.responses) for group in groups if group.informative),
+            "crashes": crashes,
+            # A name of its own for each rank, so that their sums are the ranks' values.
+            f"longest of rank {dist.get_rank()}": max(lengths, default=0),
+            **{f"part {name}": math.fsum(values) for name, values in parts.items()},
+            **{f"responses with {name}": len(values) for name, values in parts.items()},
         }
+    )
+    count = sums["responses"]
+    part_names = [name.removeprefix("part ") for name in sums if name.startswith("part ")]
+    return {
+        "reward/mean": sums["score"] / count,
+        "reward/accuracy": sums["correct"] / count,
+        "reward/formatted": sums["formatted"] / count,
+        "reward/timed_out": sums["timed_out"],
+        "reward/crashes": sums["crashes"],
+        "response/length_mean": sums["tokens"] / count,
+        "response/length_max": max(sums[name] for name in sums if name.startswith("longest of ")),
+        "response/truncated": sums["truncated"] / count,
+        "rollout/dropped_groups": 1 - sums["informative"] / count,
+        "rollout/tokens": sums["tokens"],
+        **{
+            f"reward/{name}": sums[f"part {name}"] / sums[f"responses with {name}"]
+            for name in part_names
+        },
+    }
 
 
 def log_prob_metrics(batch: Batch) -> dict[str, float]:

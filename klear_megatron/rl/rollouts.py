@@ -15,8 +15,9 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.batches import batch_of
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.groups import Group, GroupMaker
-from klear_megatron.rl.metrics import GroupStatistics
+from klear_megatron.rl.metrics import group_metrics
 from klear_megatron.rl.servers import PolicyServers
+from klear_megatron.rl.sharing import share
 from klear_megatron.rollout import Generator
 
 
@@ -101,17 +102,13 @@ class Collector:
 
     def _shared(self, made: Sequence[Group], informative: Sequence[Group]) -> Rollouts:
         """Collective. All leaders' informative groups, no more than are wanted."""
-        crashes = self._maker.rewards.crashes if self._maker is not None else 0
-        mine = batch_of(informative, self._config), GroupStatistics.of(made), crashes
-        shared = [objects.broadcast(mine, source) for source in self._leading_ranks]
-        batches, statistics, all_crashes = zip(*shared, strict=True)
-        batch = Batch.concatenate(batches)
         size = self._config.responses_per_prompt
-        groups = min(self._config.prompts_per_step, len(batch.lengths) // size)
-        metrics = GroupStatistics.concatenate(statistics).metrics()
-        metrics["rollout/groups"] = groups
-        metrics["reward/crashes"] = sum(all_crashes)
-        return Rollouts(batch.select(range(groups * size)), groups, metrics)
+        mine = batch_of(informative, self._config)
+        batch = share(mine, self._leading_ranks, self._config.prompts_per_step * size)
+        groups = len(batch.lengths) // size
+        crashes = self._maker.rewards.crashes if self._maker is not None else 0
+        metrics = group_metrics(made, crashes) | {"rollout/groups": groups}
+        return Rollouts(batch, groups, metrics)
 
 
 def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
