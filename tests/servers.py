@@ -1,13 +1,17 @@
 """Finds the processes of SGLang servers and checks what servers answer."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import psutil
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from klear_megatron.rollout import Response
+from klear_megatron.platform.tensors import PlacedTensor
+from klear_megatron.rollout import Response, RolloutConfig
+from klear_megatron.rollout.weight_sync import WeightSync
 from tests.models import tiny
 
 
@@ -35,3 +39,18 @@ def log_prob_difference(model: PreTrainedModel, prompt: list[int], response: Res
     with torch.no_grad():
         log_probs, _ = tiny.hf_log_probs(model, [prompt + response.token_ids])
     return (torch.tensor(response.log_probs) - log_probs[len(prompt) :]).abs().max().item()
+
+
+@contextlib.contextmanager
+def syncing(
+    urls: list[str], config: RolloutConfig, tensors: Mapping[str, Tensor]
+) -> Iterator[WeightSync]:
+    """A trainer of one rank, this process, that has tensors of these names, types and shapes."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        placed = [PlacedTensor(name, t.dtype, tuple(t.shape), 0) for name, t in tensors.items()]
+        with WeightSync(urls, config, placed) as sync:
+            yield sync
+    finally:
+        dist.destroy_process_group()

@@ -4,12 +4,23 @@ For values of any other kind, see `objects`.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from klear_megatron.platform import objects
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """What a tensor looks like, and the rank that has it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rank: int
 
 
 def broadcast(pieces: Iterable[tuple[Tensor, int]]) -> None:

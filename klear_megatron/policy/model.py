@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.models import padded_vocab_size
 from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.platform.device import this_device
+from klear_megatron.platform.tensors import PlacedTensor
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.build import build_model_chunks, is_logging_rank, wrap_in_half_precision
@@ -26,7 +27,7 @@ from klear_megatron.policy.kernels import Installed, choose_kernels, warn
 from klear_megatron.policy.micro_batches import MicroBatch, build_micro_batch, plan_micro_batches
 from klear_megatron.policy.parallel import initialize_model_parallel
 from klear_megatron.policy.weights import (
-    gather_hf_tensors,
+    HFGather,
     load_hf_weights,
     local_parameters,
     plain,
@@ -105,9 +106,31 @@ class Model:
 
         Every rank must iterate to the end; ranks other than 0 are given nothing.
         """
+        return self._stream(self._gather(to_rank=0))
+
+    @property
+    def placed_hf_tensors(self) -> list[PlacedTensor]:
+        """All full weights under Hugging Face names, in the order of `own_hf_tensors`, and the rank
+        that each is given to there."""
+        return self._own_gather.tensors
+
+    def own_hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Streams full weights under Hugging Face names, each on the lowest rank that holds a part
+        of it. Every rank must iterate to the end."""
+        return self._stream(self._own_gather)
+
+    @cached_property
+    def _own_gather(self) -> HFGather:
+        return self._gather(to_rank=None)
+
+    def _gather(self, to_rank: int | None) -> HFGather:
+        dtypes = {name: p.dtype for name, p in local_parameters(self.chunks).items()}
+        return HFGather(dtypes, self.table, to_rank)
+
+    def _stream(self, gather: HFGather) -> Iterator[tuple[str, Tensor]]:
         self.finish_param_gather()
-        shards = {n: plain(p) for n, p in local_parameters(self.chunks).items()}
-        return gather_hf_tensors(shards, self.table)
+        parameters = local_parameters(self.chunks)
+        return gather.stream(lambda name: plain(parameters[name]))
 
     def finish_param_gather(self) -> None:
         """With overlap_param_gather, parameters are stale until the next forward; gather them now.

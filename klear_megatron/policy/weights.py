@@ -1,7 +1,7 @@
 """Weights in and out of a distributed model, by the architecture's table."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from klear_megatron.models import Weight
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.platform import objects
 from klear_megatron.platform.device import this_device
+from klear_megatron.platform.tensors import PlacedTensor
 
 _TORCH_EXPERT = re.compile(
     r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<linear>linear_fc[12])\.weight"
@@ -99,44 +100,77 @@ def load_hf_weights(chunks: Sequence[LanguageModel], table: Sequence[Weight], pa
         raise RuntimeError(f"the table has no row for {', '.join(parameters)}")
 
 
-def gather_hf_tensors(
-    shards: dict[str, Tensor], table: Sequence[Weight]
-) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors under their Hugging Face names, one at a time, on global rank 0.
+class HFGather:
+    """Puts full tensors together from their shards, under their Hugging Face names.
 
-    Collective: every rank must iterate to the end; only rank 0 receives anything. In every
-    layout, the lowest rank that holds a shard sends it point to point.
+    Which rank holds what is exchanged once, here; making one is collective.
 
     Args:
-        shards: this rank's shard of each row it holds, by the table's names.
+        dtypes: the dtype of this rank's shard of each row of which it holds one, by the row's name.
+        to_rank: the rank that gets everything. By default, each row goes to the lowest rank that
+            holds its first shard, so that each pipeline stage and expert stage keeps its own.
     """
-    rank = dist.get_rank()
-    mine = {
-        row.name: (_shard_position(row)[0], shards[row.name].dtype)
-        for row in table
-        if row.name in shards
-    }
-    everyone = objects.all_gather(mine)
-    owners: dict[str, dict[int, int]] = {}
-    for owner, held in enumerate(everyone):
-        for name, (shard_index, _) in held.items():
-            owners.setdefault(name, {}).setdefault(shard_index, owner)
 
-    for row in table:
-        owner_of = [owner for _, owner in sorted(owners[row.name].items())]
-        if rank == 0:
-            shape = _shard_shape(row)
-            pieces = []
-            for owner in owner_of:
-                if owner == 0:
-                    pieces.append(shards[row.name].detach())
-                else:
-                    dtype = everyone[owner][row.name][1]
-                    pieces.append(torch.empty(shape, dtype=dtype, device=this_device()))
-                    dist.recv(pieces[-1], src=owner)
-            yield from zip(row.sources, row.mapping.split(row.mapping.unshard(pieces)), strict=True)
-        elif rank in owner_of:
-            dist.send(shards[row.name].detach().contiguous(), dst=0)
+    def __init__(
+        self,
+        dtypes: Mapping[str, torch.dtype],
+        table: Sequence[Weight],
+        to_rank: int | None = None,
+    ) -> None:
+        self._table = table
+        mine = {
+            row.name: (_shard_position(row)[0], dtypes[row.name])
+            for row in table
+            if row.name in dtypes
+        }
+        self._dtypes: dict[str, torch.dtype] = {}
+        owners: dict[str, dict[int, int]] = {}
+        for rank, held in enumerate(objects.all_gather(mine)):
+            for name, (shard_index, dtype) in held.items():
+                owners.setdefault(name, {}).setdefault(shard_index, rank)
+                self._dtypes[name] = dtype
+        self._owners = {
+            name: [owner for _, owner in sorted(ranks.items())] for name, ranks in owners.items()
+        }
+        self._to_rank = to_rank
+
+    def _destination(self, row: Weight) -> int:
+        return self._owners[row.name][0] if self._to_rank is None else self._to_rank
+
+    @property
+    def tensors(self) -> list[PlacedTensor]:
+        """Everything that all ranks together get, in the order of each rank's stream."""
+        return [
+            PlacedTensor(name, self._dtypes[row.name], shape, self._destination(row))
+            for row in self._table
+            for name, shape in row.sources.items()
+        ]
+
+    def stream(self, shard: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """This rank's full tensors, one at a time. Collective: every rank must iterate to the end.
+
+        The lowest rank that holds a shard sends it point to point, in every layout.
+
+        Args:
+            shard: this rank's shard of each row of which it holds one, by the row's name.
+        """
+        rank = dist.get_rank()
+        for row in self._table:
+            destination, owners = self._destination(row), self._owners[row.name]
+            if rank == destination:
+                pieces = [
+                    shard(row.name).detach() if owner == rank else self._receive(row, owner)
+                    for owner in owners
+                ]
+                full = pieces[0] if len(pieces) == 1 else row.mapping.unshard(pieces)
+                yield from zip(row.sources, row.mapping.split(full), strict=True)
+            elif rank in owners:
+                dist.send(shard(row.name).detach().contiguous(), dst=destination)
+
+    def _receive(self, row: Weight, owner: int) -> Tensor:
+        piece = torch.empty(_shard_shape(row), dtype=self._dtypes[row.name], device=this_device())
+        dist.recv(piece, src=owner)
+        return piece
 
 
 def _shard_shape(row: Weight) -> torch.Size:

@@ -1,6 +1,5 @@
 """The servers that generate for a policy in training."""
 
-import collections
 import contextlib
 from collections.abc import Callable, Collection
 
@@ -10,7 +9,8 @@ from klear_megatron.platform import objects
 from klear_megatron.policy.model import Model
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, ServersLostError, serving
-from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
+from klear_megatron.rollout.weight_sender import WeightSyncError
+from klear_megatron.rollout.weight_sync import WeightSync
 from klear_megatron.training import run
 
 _MAX_LOSSES_IN_A_ROW = 3
@@ -47,8 +47,10 @@ class PolicyServers:
             servers = serving(config.rollout, folder.path, logs, seed=config.seed, own_weights=True)
             self._servers = stack.enter_context(servers)
             urls = self._servers.urls
-            self._weights = stack.enter_context(WeightSync(urls, config.rollout))
         self._urls = objects.broadcast(urls)
+        self._weights = stack.enter_context(
+            WeightSync(self._urls, config.rollout, model.placed_hf_tensors)
+        )
         self.generator = Generator.for_model(folder, self._urls, config.rollout) if leads else None
 
     def sync(self, version: int) -> None:
@@ -99,13 +101,8 @@ class PolicyServers:
         # The other ranks wait here while servers start: a collective in the policy's own groups
         # would time out.
         objects.together(lambda: self._servers.restore(lost) if self._main else None)
-        failure: str | None = None
-        tensors = self._model.named_hf_tensors()
-        if self._main:
-            try:
-                self._weights.push(tensors, version)
-            except WeightSyncError as error:
-                failure = str(error)
-        # All ranks must finish the stream, whatever happens to the servers.
-        collections.deque(tensors, maxlen=0)
-        return objects.broadcast(failure)
+        try:
+            self._weights.push(self._model.own_hf_tensors(), version)
+        except WeightSyncError as error:
+            return str(error)
+        return None

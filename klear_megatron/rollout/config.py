@@ -49,8 +49,9 @@ class RolloutConfig(Section):
     """Seconds that the responses to one prompt may take."""
     sync_timeout_s: PositiveFloat = 300.0
     """Seconds that sending one bucket of weights may take."""
-    sync_bucket_bytes: PositiveInt = 512 * 2**20
-    """Size of the buckets in which weights are broadcast."""
+    sync_bucket_bytes: PositiveInt = 128 * 2**20
+    """Size of the buckets in which weights are broadcast. Each sending rank and each rank of a
+    server keeps two; a larger tensor makes one of them as large as itself."""
 
     @field_validator("urls")
     @classmethod

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
+from klear_megatron.rollout.server_side import SERVER_SIDE, WEIGHT_LOADER
 
 _FIRST_VERSION = "default"
 """SGLang's name for the weights that a server has read from its checkpoint."""
@@ -45,8 +46,15 @@ def check_takes(url: str, model: Path) -> None:
     its architecture is compared.
 
     Raises:
-        UserError: its weights have other names or shapes, or it does not answer.
+        UserError: its weights have other names or shapes, it was started without the loader of
+            `server_side`, or it does not answer.
     """
+    if WEIGHT_LOADER not in (_ask(url, "server_info")["custom_weight_loader"] or ()):
+        raise UserError(
+            f"rollout.urls: {url} was started without what receives a trainer's weights; start "
+            f"it with `klear-megatron serve`, or with `--custom-weight-loader {WEIGHT_LOADER}` and "
+            f"PYTHONPATH={SERVER_SIDE}"
+        )
     info = _ask(url, "model_info")
     served, wanted = Path(info["model_path"]), ModelFolder(model)
     same = info["architectures"] == wanted.config.architectures

@@ -19,6 +19,7 @@ from klear_megatron.platform.device import HAS_GPU, ranks_on_this_host
 from klear_megatron.platform.files import make_folder
 from klear_megatron.rollout import external_servers, guard
 from klear_megatron.rollout.config import RolloutConfig
+from klear_megatron.rollout.server_side import SERVER_SIDE, WEIGHT_LOADER
 
 _CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
 _LOG_LINES, _LOG_BYTES = 20, 1 << 16
@@ -219,6 +220,7 @@ def server_command(
         "mem-fraction-static": str(config.mem_fraction_static),
         "max-running-requests": str(config.max_running_requests),
         "random-seed": str(seed + index),
+        "custom-weight-loader": WEIGHT_LOADER,
     }
     if config.context_length is not None:
         options["context-length"] = str(config.context_length)
@@ -262,10 +264,11 @@ def server_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in ours and not name.startswith(("TORCHELASTIC_", "PYTHONPATH"))
     }
+    environment["PYTHONPATH"] = str(SERVER_SIDE)
     if not HAS_GPU:
         environment |= {
             "SGLANG_USE_CPU_ENGINE": "1",
-            "PYTHONPATH": str(_CPU_STAND_INS),
+            "PYTHONPATH": f"{SERVER_SIDE}{os.pathsep}{_CPU_STAND_INS}",
             "OMP_NUM_THREADS": "1",
         }
     return environment

@@ -26,7 +26,7 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import PolicyConfig, import_extensions
 from klear_megatron.policy.learner import Learner
 from klear_megatron.policy.micro_batches import build_micro_batch
-from klear_megatron.policy.weights import gather_hf_tensors, local_parameters
+from klear_megatron.policy.weights import HFGather, local_parameters
 
 
 def make_learner(path: Path, *, temperature: float = 1.0, **settings: Any) -> Learner:
@@ -66,7 +66,9 @@ def gradients(learner: Learner) -> dict[str, Tensor]:
                 share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
     shards = {n: p.main_grad for n, p in local_parameters(learner.model.chunks).items()}
-    return {name: t.clone() for name, t in gather_hf_tensors(shards, learner.model.table)}
+    dtypes = {name: shard.dtype for name, shard in shards.items()}
+    stream = HFGather(dtypes, learner.model.table, to_rank=0).stream(shards.__getitem__)
+    return {name: tensor.clone() for name, tensor in stream}
 
 
 def train(

@@ -101,14 +101,14 @@ def test_servers_and_trainer_agree_after_each_push(
 
 def _train_with_stale_servers(config: RLConfig) -> None:
     first: list[Any] = []
-    original = Model.named_hf_tensors
+    original = Model.own_hf_tensors
 
-    def named_hf_tensors(self: Model) -> Iterator[Any]:
+    def own_hf_tensors(self: Model) -> Iterator[Any]:
         if not first:
             first.extend((name, tensor.clone()) for name, tensor in original(self))
         return iter(first)
 
-    Model.named_hf_tensors = named_hf_tensors
+    Model.own_hf_tensors = own_hf_tensors
     train_rl(config)
 
 

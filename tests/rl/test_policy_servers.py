@@ -42,18 +42,18 @@ def _scenario(checkpoint: Path, folder: Path) -> Any:
         }
     )
     main = dist.get_rank() == 0
-    stream = learner.model.named_hf_tensors
+    stream = learner.model.own_hf_tensors
 
     def stream_and_kill() -> Iterator[tuple[str, Tensor]]:
         for number, named in enumerate(stream()):
             if main and number == 10:
                 server_at(servers._urls[0]).kill()
             yield named
-        learner.model.named_hf_tensors = stream
+        learner.model.own_hf_tensors = stream
 
     with contextlib.ExitStack() as stack:
         servers = PolicyServers(learner.model, config, ModelFolder(checkpoint), stack, leads=main)
-        learner.model.named_hf_tensors = stream_and_kill
+        learner.model.own_hf_tensors = stream_and_kill
         with contextlib.redirect_stdout(io.StringIO()) as said:
             servers.sync(1)
         drawn: list[Any] = []

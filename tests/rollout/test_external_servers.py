@@ -8,7 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from klear_megatron.errors import UserError
-from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig, serving
+from klear_megatron.rollout import (
+    Generator,
+    RolloutConfig,
+    SamplingConfig,
+    external_servers,
+    serving,
+)
 from klear_megatron.rollout.external_servers import check_lengths
 from tests.models import tiny
 from tests.rollout.conftest import CONFIG, SharedServers
@@ -85,6 +91,13 @@ def test_servers_of_a_model_of_another_shape_take_no_weights(fresh, tmp_path, co
     model = tiny.write(tmp_path / "model", config)
     message = refusal(fresh.urls, model, tmp_path, own_weights=True)
     assert "whose weights have other names or shapes" in message
+
+
+def test_servers_that_cannot_receive_a_trainers_weights_are_refused(fresh, tmp_path, monkeypatch):
+    monkeypatch.setattr(external_servers, "WEIGHT_LOADER", "another.loader")
+    message = refusal(fresh.urls, fresh.checkpoint, tmp_path, own_weights=True)
+    assert f"{fresh.urls[0]} was started without" in message
+    assert "or with `--custom-weight-loader another.loader` and PYTHONPATH=/" in message
 
 
 def test_a_response_longer_than_the_servers_take_is_refused(servers):

@@ -15,10 +15,9 @@ from klear_megatron.rollout import (
     SamplingConfig,
     ServersLostError,
 )
-from klear_megatron.rollout.weight_sync import WeightSync
 from tests.models import tiny
 from tests.rollout.conftest import CONFIG
-from tests.servers import log_prob_difference, server_at
+from tests.servers import log_prob_difference, server_at, syncing
 
 SAMPLING = SamplingConfig(max_response_length=150)
 PROMPTS = tiny.random_sequences([5] * 60, seed=3)
@@ -97,8 +96,8 @@ def test_server_that_comes_back_is_not_used_before_it_has_current_weights(server
     killed, other = servers.urls
     model = tiny.load(servers.checkpoint)
     own = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    with WeightSync(servers.urls, CONFIG) as sync:
-        sync.push(_weights(servers.checkpoint, 1).items(), version=1)
+    with syncing(servers.urls, CONFIG, own) as sync:
+        sync.push(iter(_weights(servers.checkpoint, 1).items()), version=1)
         server_at(killed).kill()
         servers.running.restore()
         # It answers, but with the weights of its checkpoint.
@@ -109,7 +108,7 @@ def test_server_that_comes_back_is_not_used_before_it_has_current_weights(server
         assert client.lost == {killed}
 
         for version, weights in ((2, _weights(servers.checkpoint, 2)), (3, own)):
-            sync.push(weights.items(), version=version)
+            sync.push(iter(weights.items()), version=version)
             model.load_state_dict(weights)
             for url in (killed, other):
                 client = generator([url])

@@ -1,6 +1,5 @@
 """The servers compute with the trainer's weights after a sync, and only then."""
 
-import collections
 import time
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.learner import Learner
 from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig
-from klear_megatron.rollout.weight_sync import WeightSync, WeightSyncError
+from klear_megatron.rollout.weight_sender import WeightSyncError
+from klear_megatron.rollout.weight_sync import WeightSync
 from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
+from tests.rollout.conftest import SharedServers
+from tests.servers import syncing
 
 PROMPTS = [[5, 6, 7], [300, 2], [11] * 20, [4, 4, 8, 1]]
 SAMPLING = SamplingConfig(max_response_length=24)
@@ -53,17 +56,12 @@ def _train(learner: Learner) -> None:
 def _scenario(checkpoint: Path, urls: list[str], config: RolloutConfig, parallel: Any) -> Any:
     learner = make_learner(checkpoint, parallel=parallel, optimizer={"lr": 1e-2})
     seen = {}
-    sync = WeightSync(urls, config).__enter__() if _main() else None
-    for version in (1, 2):
-        _train(learner)
-        seen[f"before {version}"] = _difference(learner, urls, config)
-        tensors = learner.model.named_hf_tensors()
-        if sync is not None:
-            sync.push(tensors, version)
-        collections.deque(tensors, maxlen=0)
-        seen[f"after {version}"] = _difference(learner, urls, config)
-    if sync is not None:
-        sync.__exit__()
+    with WeightSync(urls, config, learner.model.placed_hf_tensors) as sync:
+        for version in (1, 2):
+            _train(learner)
+            seen[f"before {version}"] = _difference(learner, urls, config)
+            sync.push(learner.model.own_hf_tensors(), version)
+            seen[f"after {version}"] = _difference(learner, urls, config)
     return seen
 
 
@@ -82,40 +80,28 @@ def test_log_probs_agree_after_each_sync_and_not_before(servers, parallel):
         assert responses[0].weight_version == "2"
 
 
-def _push(checkpoint: Path, urls: list[str], config: RolloutConfig, change: Any) -> Any:
-    tensors = change(dict(tiny.load(checkpoint).named_parameters()))
-    with WeightSync(urls, config) as sync:
-        start = time.monotonic()
-        try:
-            sync.push([(name, tensor.detach()) for name, tensor in tensors.items()], version=7)
-        except WeightSyncError as error:
-            return str(error), time.monotonic() - start
-    return None, time.monotonic() - start
+def _push(servers: SharedServers, tensors: dict[str, Tensor], config: RolloutConfig) -> None:
+    with syncing(servers.urls, config, tensors) as sync:
+        sync.push(iter(tensors.items()), version=7)
+
+
+def _own_weights(checkpoint: Path) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tiny.load(checkpoint).named_parameters()}
 
 
 def test_servers_may_have_another_size_than_the_config_says(servers):
     # As with rollout.urls. A group with more ranks than they have would wait until its time-out.
     config = servers.config.model_copy(update={"tensor_parallel_size": 2, "sync_timeout_s": 30})
-    ((message, _),) = run_ranks(1, _push, servers.checkpoint, servers.urls, config, _unchanged)
-    assert message is None
-
-
-def _unchanged(tensors: dict[str, Any]) -> dict[str, Any]:
-    return tensors
-
-
-def _wrong_shape(tensors: dict[str, Any]) -> dict[str, Any]:
-    return tensors | {"model.norm.weight": torch.ones(7)}
+    _push(servers, _own_weights(servers.checkpoint), config)
 
 
 def test_tensor_that_does_not_fit_is_reported_at_once_and_the_next_push_repairs(servers):
-    arguments = servers.checkpoint, servers.urls, servers.config
-    ((message, seconds),) = run_ranks(1, _push, *arguments, _wrong_shape)
-    assert message is not None
-    assert "/update_weights_from_distributed answered" in message
-    assert seconds < servers.config.sync_timeout_s / 2
-    ((message, _),) = run_ranks(1, _push, *arguments, _unchanged)
-    assert message is None
+    tensors = _own_weights(servers.checkpoint)
+    start = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"http://\S+ cannot load the weights: .*\[7\]"):
+        _push(servers, tensors | {"model.norm.weight": torch.ones(7)}, servers.config)
+    assert time.monotonic() - start < servers.config.sync_timeout_s / 2
+    _push(servers, tensors, servers.config)
     (reference,) = tiny.hf_log_probs(tiny.load(servers.checkpoint), [[1, 2, 3]])[:1]
     assert reference.isfinite().all()
     for url in servers.urls:
