@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from klear_megatron.checkpoints.hf_config import find_config
 from klear_megatron.errors import UserError
 from klear_megatron.models.architecture import Weight
 
@@ -33,15 +34,7 @@ def read_config(path: Path) -> PretrainedConfig:
     Raises:
         UserError: the folder does not exist or has no readable config.json.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; a Hugging Face checkpoint is expected")
-    if not (path / "config.json").is_file():
-        hint = ""
-        if (path / "metadata.json").is_file() or (path / "checkpoints").is_dir():
-            hint = f"; `klear-megatron convert {path} OUT` makes one of what is there"
-        raise UserError(
-            f"{path}: no config.json there; a Hugging Face checkpoint is expected{hint}"
-        )
+    find_config(path)
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # any exception: each model type parses its own fields

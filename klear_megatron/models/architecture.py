@@ -1,16 +1,21 @@
-"""What the package needs to know about a model architecture, and the registry of architectures."""
+"""What the package needs to know about a model architecture, and the registry of architectures.
+
+Importing it imports neither torch nor transformers, so that a run can be planned in a second.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING, Any, Protocol
 
 from klear_megatron.errors import UserError
 from klear_megatron.models.mapping import ParamMapping
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Architecture(Protocol):
     """Everything architecture-specific, derived from the Hugging Face config and nothing else."""
 
     def transformer_config(self, hf: PretrainedConfig) -> dict[str, Any]:
-        """Fields of Megatron's TransformerConfig that the architecture fixes."""
+        """Fields of Megatron's TransformerConfig that the architecture fixes; `activation_func` by
+        its name in `torch.nn.functional`."""
 
     def weights(self, hf: PretrainedConfig, padded_vocab_size: int) -> Iterator[Weight]:
         """The table of all weights, each stated once, in a fixed order."""
@@ -62,6 +68,10 @@ def get_architecture(hf: PretrainedConfig) -> Architecture:
             f"{', '.join(sorted(_ARCHITECTURES))}. Register your own with "
             "klear_megatron.models.register_architecture, in a module that policy.imports names."
         )
+    if name.lower() == hf.model_type.replace("_", "") + "forcausallm":
+        return _ARCHITECTURES[name]  # transformers, which takes seconds to import, says the same
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf.model_type)
     # A user's own architecture may have a model_type that transformers knows.
     if by_type != name and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

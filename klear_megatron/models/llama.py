@@ -1,13 +1,16 @@
 """Llama 2 and 3.x: no biases, no QK norm; Llama 3.1 and later scale RoPE by wavelength."""
 
-from collections.abc import Iterator
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor
-from transformers import PretrainedConfig
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from klear_megatron.models import llama_family
 from klear_megatron.models.architecture import Weight, register_architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
 
 
 class Llama:

@@ -3,22 +3,23 @@
 Each architecture's file combines these and adds what is its own.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from klear_megatron.errors import UserError
 from klear_megatron.models.architecture import Weight
 from klear_megatron.models.mapping import QKV, GatedMLP, Replicated, Row, Vocabulary
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the current sequence."""
 
-FeedForward = Callable[[PretrainedConfig, str, str], Iterator[Weight]]
+FeedForward = Callable[["PretrainedConfig", str, str], Iterator[Weight]]
 """(config, Megatron's prefix, Hugging Face's prefix) -> rows of one layer's feed-forward part."""
 
 
@@ -50,7 +51,7 @@ def transformer_config(hf: PretrainedConfig, *, refuse: tuple[str, ...] = ()) ->
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
         "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "activation_func": hf.hidden_act,
         "add_bias_linear": False,
     }
 
@@ -66,6 +67,9 @@ def rotary(hf: PretrainedConfig) -> tuple[Tensor, float]:
     Raises:
         UserError: a kind of RoPE scaling that is not supported.
     """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     kind = hf.rope_parameters["rope_type"]
     if kind not in _ROPE_TYPES:
         raise UserError(

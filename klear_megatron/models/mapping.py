@@ -6,11 +6,14 @@ A mapping is two pairs of inverse functions on full (unsharded) tensors:
 All of them move numbers and never compute with them, so every round trip is bit-identical.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ParamMapping:
@@ -47,6 +50,8 @@ class Sharded(ParamMapping):
         return full.chunk(size, self.dim)[rank]
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        import torch
+
         return torch.cat(list(shards), self.dim)
 
 
@@ -61,6 +66,8 @@ class Vocabulary(Sharded):
     padded_size: int
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        import torch
+
         (part,) = parts
         if self.padded_size == self.size:
             return part
@@ -82,6 +89,8 @@ class QKV(Sharded):
     heads_per_group: int
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        import torch
+
         grouped = [part.reshape(self.groups, -1, *part.shape[1:]) for part in parts]
         return torch.cat(grouped, 1).flatten(0, 1)
 
@@ -97,14 +106,20 @@ class GatedMLP(ParamMapping):
     """gate and up projections stacked; each rank holds its piece of both, again stacked."""
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        import torch
+
         return torch.cat(list(parts), 0)
 
     def split(self, full: Tensor) -> list[Tensor]:
         return list(full.chunk(2, 0))
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        import torch
+
         return torch.cat([half.chunk(size, 0)[rank] for half in full.chunk(2, 0)], 0)
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        import torch
+
         halves = [shard.chunk(2, 0) for shard in shards]
         return torch.cat([gate for gate, _ in halves] + [up for _, up in halves], 0)

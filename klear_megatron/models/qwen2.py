@@ -1,13 +1,16 @@
 """Qwen2 and Qwen2.5: biases on the QKV projections and nowhere else."""
 
-from collections.abc import Iterator
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor
-from transformers import PretrainedConfig
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from klear_megatron.models import llama_family
 from klear_megatron.models.architecture import Weight, register_architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
 
 
 class Qwen2:

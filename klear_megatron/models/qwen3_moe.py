@@ -1,15 +1,18 @@
 """Qwen3-MoE: Qwen3's attention, and in every layer a router that picks k experts per token."""
 
-from collections.abc import Iterator
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor
-from transformers import PretrainedConfig
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from klear_megatron.errors import UserError
 from klear_megatron.models import llama_family
 from klear_megatron.models.architecture import Weight, register_architecture
 from klear_megatron.models.mapping import Replicated
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
 
 
 class Qwen3Moe:

@@ -28,6 +28,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's TransformerConfig for this model in this layout with these kernels."""
     fields = folder.architecture.transformer_config(folder.config)
+    fields["activation_func"] = getattr(torch.nn.functional, fields["activation_func"])
     _, rotary_scaling = folder.architecture.rotary(folder.config)
     # YaRN scales cos and sin of both queries and keys; scaling their products is the same.
     fields["softmax_scale"] = rotary_scaling**2 / math.sqrt(fields["kv_channels"])

@@ -1,14 +1,25 @@
 """Settings of the policy: the model, how it is laid out over ranks, and its optimizer."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, PositiveInt, model_validator
 
-from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.config import Section
 from klear_megatron.config.imports import import_module
 from klear_megatron.errors import UserError
+
+
+class ModelSizes(Protocol):
+    """A model's config, such as a `ModelFolder` has."""
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per mixture-of-experts layer; 0 for a dense model."""
 
 
 class ParallelConfig(Section):
@@ -114,7 +125,7 @@ class ParallelConfig(Section):
             )
         return world_size // self.model_parallel_size
 
-    def check_model(self, folder: ModelFolder) -> None:
+    def check_model(self, folder: ModelSizes) -> None:
         """Checks that the model can be cut into these sizes.
 
         Raises:

@@ -1,7 +1,8 @@
 """Which kernels a run gets, given what it asks for and what is installed.
 
 The choice is pure: the same question has the same answer on any machine. A kernel that is not
-available is replaced by one that computes the same, with a one-line warning.
+available is replaced by one that computes the same, with a one-line warning. Importing this module
+does not import torch, so that a run can be planned in a second.
 """
 
 import importlib.util
@@ -9,10 +10,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from klear_megatron.platform.device import HAS_GPU
 from klear_megatron.policy.config import ModelConfig, OptimizerConfig
 
 _logger = logging.getLogger(__name__)
@@ -41,6 +38,10 @@ class Installed:
     @classmethod
     def here(cls) -> "Installed":
         """What this process finds."""
+        import torch
+
+        from klear_megatron.platform.device import HAS_GPU
+
         return cls(
             torch.cuda.get_device_capability() if HAS_GPU else None,
             importlib.util.find_spec("transformer_engine") is not None,
@@ -145,6 +146,8 @@ def choose_offload(config: OptimizerConfig, installed: Installed) -> tuple[float
 
 def warn(lines: list[str]) -> None:
     """Logs each line once, on the first rank."""
+    import torch.distributed as dist
+
     if dist.get_rank() == 0:
         for line in lines:
             _logger.warning(line)

@@ -24,7 +24,8 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.build import build_model_chunks, is_logging_rank, wrap_in_half_precision
 from klear_megatron.policy.config import ModelConfig
 from klear_megatron.policy.kernels import Installed, choose_kernels, warn
-from klear_megatron.policy.micro_batches import MicroBatch, build_micro_batch, plan_micro_batches
+from klear_megatron.policy.micro_batches import MicroBatch, build_micro_batch
+from klear_megatron.policy.packing import plan_micro_batches
 from klear_megatron.policy.parallel import initialize_model_parallel
 from klear_megatron.policy.weights import (
     HFGather,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from klear_megatron.losses import SFTObjective
-from klear_megatron.policy.micro_batches import plan_micro_batches
+from klear_megatron.policy.packing import plan_micro_batches
 from tests.distributed import laboratory, reference
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klear_megatron.policy.batch import Batch
-from klear_megatron.policy.micro_batches import build_micro_batch, plan_micro_batches
+from klear_megatron.policy.micro_batches import build_micro_batch
+from klear_megatron.policy.packing import plan_micro_batches
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
