@@ -32,6 +32,7 @@ class StubServers:
     Args:
         generate: gets a request's prompt, and returns the log-probabilities to answer with when
             the answer is due. A ConnectionError closes the connection without an answer.
+        tokens: that each server says its KV cache has room for.
     """
 
     def __init__(
@@ -40,10 +41,16 @@ class StubServers:
         places: int,
         generate: Callable[[list[int]], Awaitable[list[float | None]]],
         seen: Callable[[list[StubServer]], None] = lambda servers: None,
+        tokens: int = 10**6,
     ) -> None:
         self.servers = [StubServer(places) for _ in range(count)]
         self._generate = generate
         self._seen = seen
+        self._info = {
+            "dp_size": 1,
+            "max_total_num_tokens": tokens,
+            "internal_states": [{"effective_max_running_requests_per_dp": 10**4}],
+        }
 
     @property
     def urls(self) -> list[str]:
@@ -65,6 +72,8 @@ class StubServers:
                     length = int(head.split("content-length:")[1].split("\r\n")[0])
                     body = json.loads(await reader.readexactly(length))
                     writer.write(await answer(body))
+                elif head.startswith("get /server_info"):
+                    writer.write(_ok(self._info))
                 else:
                     writer.write(HEALTHY)
                 await writer.drain()
@@ -94,7 +103,11 @@ def _answer(log_probs: list[float | None], count: int) -> bytes:
             "output_token_logprobs": [[log_prob, 1, None] for log_prob in log_probs],
         }
     }
-    body = json.dumps([output] * count if count > 1 else output).encode()
+    return _ok([output] * count if count > 1 else output)
+
+
+def _ok(value: Any) -> bytes:
+    body = json.dumps(value).encode()
     head = (
         "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

@@ -1,8 +1,9 @@
 """Settings for reinforcement learning."""
 
 import math
+from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from klear_megatron.data import DataConfig
 from klear_megatron.evaluation import TrainingEvalConfig
@@ -24,7 +25,15 @@ class RLConfig(RunConfig):
     """Prompts per optimizer step; fewer than `prompts_per_step` makes training off-policy."""
     max_generation_batches: PositiveInt = 2
     """Groups whose responses all have the same reward are dropped. While fewer than
-    `prompts_per_step` are left, another batch of prompts is drawn, up to this many batches."""
+    `prompts_per_step` are left, another batch of prompts is drawn, up to this many batches. With
+    `max_staleness`, each dropped group is replaced by one prompt, up to as many in all."""
+    max_staleness: NonNegativeInt = 0
+    """How many versions (steps) the weights that drew a group's oldest token may be behind those
+    that are trained on it. With 0, a step draws, waits and trains. With more, responses are drawn
+    while the trainer trains, up to this many steps ahead; 1 or 2 is usual."""
+    old_log_probs: Literal["trainer", "server"] = "trainer"
+    """The old policy of the loss: the trainer before its first update on the responses, which takes
+    a forward pass, or the servers' weights at the moment that they drew each token."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss; recommended below 32K tokens."""
     sampling: SamplingConfig = SamplingConfig()
@@ -46,6 +55,17 @@ class RLConfig(RunConfig):
             raise ValueError(
                 "sampling: training needs responses from the whole distribution; use top_p 1.0 "
                 "and a temperature above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_staleness(self) -> "RLConfig":
+        corrected = self.loss.tis_clip is not None or self.old_log_probs == "server"
+        if self.max_staleness and not corrected:
+            raise ValueError(
+                f"max_staleness: {self.max_staleness} trains on tokens of older weights, whose "
+                "probabilities must be corrected; set loss.tis_clip (2.0 is usual) or "
+                "old_log_probs: server, or leave max_staleness at 0"
             )
         return self
 

@@ -39,7 +39,9 @@ class PolicyServers:
         leads: bool,
     ) -> None:
         self._model = model
-        self._version = 0
+        self.version = 0
+        """Of the weights that the last `sync` pushed."""
+        self._max_staleness = config.max_staleness
         self._main = run.is_main_rank()
         urls: list[str] = []
         if self._main:
@@ -54,7 +56,8 @@ class PolicyServers:
         self.generator = Generator.for_model(folder, self._urls, config.rollout) if leads else None
 
     def sync(self, version: int) -> None:
-        """Collective. Gives all servers the policy's weights.
+        """Collective. Gives all servers the policy's weights. Requests in flight are interrupted
+        and go on with them; no other is begun meanwhile.
 
         Lost servers are started again first, so that no server gets work before it has current
         weights. If a server is lost during the push, all are started again and get one more push.
@@ -62,6 +65,11 @@ class PolicyServers:
         Raises:
             UserError: a lost server does not come back, or the servers do not take the weights.
         """
+        if self.generator is not None:
+            self.generator.held = True
+            # Also what is still in flight from before, which may be no older.
+            usable = range(version - self._max_staleness, version + 1)
+            self.generator.weight_versions = frozenset(map(str, usable))
         lost = set().union(*objects.all_gather(self.generator.lost if self.generator else set()))
         if failure := self._push(version, lost):
             if self._main:
@@ -71,8 +79,8 @@ class PolicyServers:
             raise WeightSyncError(failure)
         if self.generator is not None:
             self.generator.lost.clear()
-            self.generator.weight_version = str(version)
-        self._version = version
+            self.generator.held = False
+        self.version = version
 
     def persist(self, draw: Callable[[Generator], None]) -> None:
         """Collective. Calls `draw` with the generator on the ranks that lead. If any rank loses all
@@ -90,7 +98,7 @@ class PolicyServers:
             final = [one for one in failures if not isinstance(one, ServersLostError)]
             if final or attempt == _MAX_LOSSES_IN_A_ROW:
                 raise (final or failures)[0]
-            self.sync(self._version)
+            self.sync(self.version)
 
     def _push(self, version: int, lost: Collection[str]) -> str | None:
         """Returns the reason if the push failed.

@@ -12,7 +12,7 @@ from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
-from klear_megatron.rollout.dispatch import Dispatch, Share
+from klear_megatron.rollout.dispatch import Capacity, Dispatch, Share
 from klear_megatron.rollout.prompt_queue import Item, PromptQueue
 from klear_megatron.rollout.requests import (
     GenerationError,
@@ -20,6 +20,7 @@ from klear_megatron.rollout.requests import (
     Response,
     ServerLostError,
     ServersLostError,
+    capacity_of,
     draw_responses,
     generates,
 )
@@ -28,6 +29,9 @@ from klear_megatron.rollout.servers import FRESH_CONNECTIONS, Servers, serving
 OnDone = Callable[[int, list[Response]], None]
 """Gets a prompt's position and the responses to it."""
 
+_LOOK_AGAIN_S = 0.02
+_NEWEST_WEIGHT = 0.01
+"""Of the newest sequence in the mean length, once there were many."""
 _ATTEMPTS = 3
 """A prompt that got no answer this often ends the run: the prompt itself may end the servers."""
 
@@ -59,9 +63,14 @@ class Generator:
         self._vocab_size = vocab_size
         self._stop_token_ids = stop_token_ids
         self.lost: set[str] = set()
-        """Servers that do not answer, or answered with other weights than `weight_version`."""
-        self.weight_version: str | None = None
-        """The version that all responses must be drawn with; None if any will do."""
+        """Servers that do not answer, or answered with other weights than `weight_versions`. One
+        that is removed is used again, also by drawing that goes on."""
+        self.weight_versions: frozenset[str] | None = None
+        """The versions that all tokens must be drawn with; None if any will do."""
+        self.held = False
+        """While it is set, no prompt is given to a server, because the servers get new weights."""
+        self._sequence_tokens = 0.0
+        self._sequences = 0
 
     @classmethod
     def for_model(
@@ -122,6 +131,26 @@ class Generator:
         Args:
             share: which of several leaders this is, each with a generator for the same servers.
         """
+        asyncio.run(
+            self.streaming(
+                prompts, sampling, on_done, responses_per_prompt=responses_per_prompt, share=share
+            )
+        )
+
+    async def streaming(
+        self,
+        prompts: Iterable[Sequence[int] | None],
+        sampling: SamplingConfig,
+        on_done: OnDone,
+        *,
+        responses_per_prompt: int,
+        share: Share,
+    ) -> None:
+        """`stream` as a coroutine, which can be cancelled; the servers then abort its requests.
+
+        Args:
+            prompts: None among them means that the next prompt may not be asked yet.
+        """
 
         async def draw(client: httpx.AsyncClient, item: Item) -> list[Response]:
             self._check(item)
@@ -133,11 +162,21 @@ class Generator:
                 stop_token_ids=self._stop_token_ids,
             )
             self._check_versions(client.base_url, responses)
+            for response in responses:
+                self._note_length(len(item.prompt) + len(response.token_ids))
+            dispatch.sequence_tokens = self._sequence_tokens
             return responses
 
-        places = self.config.max_running_requests // responses_per_prompt
-        dispatch = Dispatch(self.urls, places, share)
-        asyncio.run(_Drawing(self, PromptQueue(prompts), dispatch, draw, on_done).run())
+        dispatch = Dispatch(self.urls, responses_per_prompt, share)
+        dispatch.sequence_tokens = self._sequence_tokens
+        await _Drawing(self, PromptQueue(prompts), dispatch, draw, on_done).run()
+
+    def _note_length(self, tokens: int) -> None:
+        """Follows the mean length of sequences, of which a moment's sequences in flight hold about
+        as many tokens each where lengths are spread as an exponential distribution's."""
+        self._sequences += 1
+        weight = max(1 / self._sequences, _NEWEST_WEIGHT)
+        self._sequence_tokens += weight * (tokens - self._sequence_tokens)
 
     def _check(self, item: Item) -> None:
         if not item.prompt or not all(0 <= token < self._vocab_size for token in item.prompt):
@@ -147,11 +186,13 @@ class Generator:
             )
 
     def _check_versions(self, url: httpx.URL, responses: Sequence[Response]) -> None:
-        for version in {response.weight_version for response in responses}:
-            if self.weight_version not in (None, version):
+        if (expected := self.weight_versions) is None:
+            return
+        for version in {version for response in responses for version in response.versions}:
+            if version not in expected:
                 raise ServerLostError(
                     f"{url}: a response was drawn with weight version {version}, not with "
-                    f"{self.weight_version}; the server has restarted"
+                    f"{' or '.join(sorted(expected))}; the server has restarted"
                 )
 
 
@@ -172,6 +213,9 @@ class _Drawing:
         self._draw = draw
         self._on_done = on_done
         self._running: dict[str, tuple[asyncio.TaskGroup, httpx.AsyncClient]] = {}
+        self._unknown = set(generator.urls)
+        """Servers that have not said yet what they have room for. The first prompts wait for them,
+        or the first server to answer would get them all."""
         self._place_free = asyncio.Event()
         self._all_done = asyncio.Event()
         self._unanswered: collections.Counter[int] = collections.Counter()
@@ -193,13 +237,15 @@ class _Drawing:
     async def _give(self) -> None:
         """Gives the prompts to the servers, until all are done."""
         while True:
-            while not self._dispatch.has_place:
+            while self._unknown or not self._dispatch.has_place:
                 self._place_free.clear()
                 await self._place_free.wait()
             if (item := await self._queue.take()) is None:
                 self._all_done.set()
                 return
-            if self._dispatch.has_place:  # the server may have been lost while `take` waited
+            while self._generator.held:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+            if self._dispatch.has_place:  # the server may have been lost in the meantime
                 self._start(item)
             else:
                 self._queue.give_back(item)
@@ -245,17 +291,33 @@ class _Drawing:
         timeout = httpx.Timeout(generator.config.request_timeout_s, connect=30)
         limits = FRESH_CONNECTIONS
         async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
-            while url not in generator.lost and not self._all_done.is_set():
+            while not self._all_done.is_set():
+                if url in generator.lost:
+                    self._known(url)
+                    if generator.lost.issuperset(generator.urls):
+                        return
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+                    continue
                 try:
                     async with asyncio.TaskGroup() as tasks:
                         self._running[url] = tasks, client
-                        self._dispatch.open(url)
-                        self._place_free.set()
+                        self._dispatch.open(url, await self._capacity(client))
+                        self._known(url)
                         await self._all_done.wait()
                 except* ServerLostError as failures:
+                    self._known(url)
                     self._why_lost = str(failures.exceptions[0])
                     say(f"{self._why_lost}; its prompts are asked again")
                     await self._bring_back(url)
+
+    def _known(self, url: str) -> None:
+        self._unknown.discard(url)
+        self._place_free.set()
+
+    async def _capacity(self, client: httpx.AsyncClient) -> Capacity:
+        found = await capacity_of(client)
+        limit = self._generator.config.max_running_requests
+        return Capacity(min(limit, found.sequences), found.tokens)
 
     async def _bring_back(self, url: str) -> None:
         """Returns when the server answers again or is in `lost`, or nobody needs it."""

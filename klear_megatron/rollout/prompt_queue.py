@@ -1,6 +1,7 @@
 """Prompts that wait for an answer, and wait again where the server that had them gives none."""
 
 import asyncio
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,11 +13,19 @@ class Item(NamedTuple):
     prompt: Sequence[int]
 
 
-class PromptQueue:
-    """The prompts of one event loop, made only as they are taken."""
+_LOOK_AGAIN_S = 0.02
 
-    def __init__(self, prompts: Iterable[Sequence[int]]) -> None:
-        self._new = (Item(i, prompt) for i, prompt in enumerate(prompts))
+
+class PromptQueue:
+    """The prompts of one event loop, made only as they are taken.
+
+    Args:
+        prompts: None among them means that the next prompt may not be asked yet.
+    """
+
+    def __init__(self, prompts: Iterable[Sequence[int] | None]) -> None:
+        self._prompts = iter(prompts)
+        self._positions = itertools.count()
         self._again: list[Item] = []
         self._in_hand = 0
         self._changed = asyncio.Event()
@@ -27,14 +36,21 @@ class PromptQueue:
         Waits while the last prompts are in hand, as they may come back. None when all are done.
         """
         while True:
-            item = self._again.pop() if self._again else next(self._new, None)
-            if item is not None:
+            if self._again:
                 self._in_hand += 1
-                return item
-            if not self._in_hand:
-                return None
-            self._changed.clear()
-            await self._changed.wait()
+                return self._again.pop()
+            try:
+                prompt = next(self._prompts)
+            except StopIteration:
+                if not self._in_hand:
+                    return None
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            if prompt is not None:
+                self._in_hand += 1
+                return Item(next(self._positions), prompt)
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     def done(self) -> None:
         """A prompt in hand has been answered."""

@@ -9,6 +9,7 @@ import httpx
 
 from klear_megatron.errors import UserError
 from klear_megatron.rollout.config import SamplingConfig
+from klear_megatron.rollout.dispatch import Capacity
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,14 @@ class Response:
     finish_reason: Literal["stop", "length"]
     weight_version: str
     """Version of the weights that the last token was drawn from."""
+    spans: tuple[tuple[str, int], ...] = ()
+    """For each version that drew some of the tokens, oldest first: the version, and the number of
+    tokens up to the end of its own. Empty where one version drew all."""
+
+    @property
+    def versions(self) -> list[str]:
+        """The versions of the weights that drew the tokens, oldest first."""
+        return [version for version, _ in self.spans] or [self.weight_version]
 
     @property
     def truncated(self) -> bool:
@@ -92,6 +101,24 @@ async def draw_responses(
     return [_response(output) for output in outputs]
 
 
+async def capacity_of(client: httpx.AsyncClient) -> Capacity:
+    """What the server has room for.
+
+    Raises:
+        ServerLostError: it does not answer.
+    """
+    try:
+        info = (await client.get("/server_info", timeout=60)).raise_for_status().json()
+    except httpx.HTTPError as error:
+        raise ServerLostError(
+            f"{client.base_url}: no answer to /server_info: {str(error) or type(error).__name__}; "
+            "see the server's log"
+        ) from error
+    replicas = info["dp_size"]
+    sequences = info["internal_states"][0]["effective_max_running_requests_per_dp"]
+    return Capacity(replicas * sequences, replicas * info["max_total_num_tokens"])
+
+
 async def generates(client: httpx.AsyncClient) -> bool:
     """Whether the server generates a token, or other requests' tokens, right now."""
     try:
@@ -108,4 +135,7 @@ def _response(output: dict[str, Any]) -> Response:
         log_probs.append(math.nan if log_prob is None else log_prob)
         token_ids.append(token_id)
     reason = meta["finish_reason"]["type"]
-    return Response(token_ids, log_probs, reason, str(meta["weight_version"]))
+    spans = tuple((str(one["version"]), one["end"]) for one in meta.get("weight_versions", ()))
+    if len(spans) == 1:
+        spans = ()
+    return Response(token_ids, log_probs, reason, str(meta["weight_version"]), spans)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from klear_megatron.rollout import Generator, RolloutConfig, SamplingConfig, Share
-from klear_megatron.rollout.dispatch import Dispatch
+from klear_megatron.rollout.dispatch import Capacity, Dispatch
 from tests.stub_servers import StubServer, StubServers, running
 
 GROUP = 8
@@ -85,9 +85,9 @@ def everywhere(servers: int, leaders: int, prompts: int, places: int) -> list[Co
     urls = [f"server {k}" for k in range(servers)]
     in_flight = []
     for leader in range(leaders):
-        dispatch = Dispatch(urls, places, Share(leader, leaders))
+        dispatch = Dispatch(urls, GROUP, Share(leader, leaders))
         for url in urls:
-            dispatch.open(url)
+            dispatch.open(url, Capacity(places * GROUP, 10**6))
         loads: Counter[str] = Counter(dict.fromkeys(urls, 0))
         for position in range(len(range(leader, prompts, leaders))):
             if dispatch.has_place:
@@ -108,14 +108,55 @@ def test_leaders_together_load_servers_alike_and_never_beyond_their_places():
 
 
 def test_a_server_that_is_closed_gets_nothing_and_one_that_comes_back_catches_up():
-    dispatch = Dispatch(["a", "b"], 4, Share())
+    dispatch = Dispatch(["a", "b"], GROUP, Share())
     assert not dispatch.has_place
-    dispatch.open("a")
+    dispatch.open("a", Capacity(4 * GROUP, 10**6))
     assert [dispatch.enter(position) for position in range(3)] == ["a"] * 3
-    dispatch.open("b")
+    dispatch.open("b", Capacity(4 * GROUP, 10**6))
     assert [dispatch.enter(position) for position in range(3)] == ["b"] * 3
     dispatch.close("b")
     assert dispatch.enter(0) == "a"
     assert not dispatch.has_place
     dispatch.leave("a")
     assert dispatch.has_place
+
+
+def in_flight(dispatch: Dispatch) -> Counter[str]:
+    loads: Counter[str] = Counter()
+    while dispatch.has_place:
+        loads[dispatch.enter(loads.total())] += 1
+    return loads
+
+
+def test_a_server_gets_as_many_sequences_as_its_cache_holds_and_it_runs():
+    dispatch = Dispatch(["small", "large"], GROUP, Share())
+    dispatch.open("small", Capacity(sequences=16 * GROUP, tokens=10_000))
+    dispatch.open("large", Capacity(sequences=16 * GROUP, tokens=100_000))
+    dispatch.sequence_tokens = 500.0
+    # 10,000 tokens are 20 sequences, or two groups of 8.
+    assert in_flight(dispatch) == {"small": 2, "large": 16}
+    dispatch.sequence_tokens = 100.0
+    assert in_flight(dispatch) == {"small": 12 - 2}
+    # Longer ones than before: nothing is taken away, and nothing given until there is room.
+    dispatch.sequence_tokens = 1000.0
+    for _ in range(11):
+        dispatch.leave("small")
+        dispatch.leave("large")
+    assert in_flight(dispatch) == {"large": 12 - 5}
+
+
+def test_places_follow_the_lengths_of_the_responses_that_come_back():
+    """A server whose cache holds 3 groups of these responses never gets a fourth."""
+    most = [0]
+
+    async def generate(prompt: list[int]) -> list[float | None]:
+        await asyncio.sleep(0.02)
+        return [-1.0] * 99
+
+    def seen(stubs: list[StubServer]) -> None:
+        if len(stubs[0].prompts) > 32:  # after the first ones, which came before anything was known
+            most[0] = max(most[0], stubs[0].working)
+
+    with running(StubServers(1, 32, generate, seen, tokens=100 * GROUP * 3 + 50)) as stubs:
+        draw_all(stubs, 1, 80, max_running_requests=16 * GROUP)
+    assert most[0] == 3

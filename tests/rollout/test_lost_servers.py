@@ -102,7 +102,7 @@ def test_server_that_comes_back_is_not_used_before_it_has_current_weights(server
         servers.running.restore()
         # It answers, but with the weights of its checkpoint.
         client = generator(servers.urls)
-        client.weight_version = "1"
+        client.weight_versions = frozenset({"1"})
         drawn = client.generate(PROMPTS, SAMPLING)
         assert {response.weight_version for (response,) in drawn} == {"1"}
         assert client.lost == {killed}
@@ -112,7 +112,7 @@ def test_server_that_comes_back_is_not_used_before_it_has_current_weights(server
             model.load_state_dict(weights)
             for url in (killed, other):
                 client = generator([url])
-                client.weight_version = str(version)
+                client.weight_versions = frozenset({str(version)})
                 drawn = client.generate(PROMPTS[:8], SAMPLING)
                 assert difference(model, dict(enumerate(drawn))) < 1e-4
 
