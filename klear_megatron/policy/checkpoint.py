@@ -4,9 +4,10 @@ A checkpoint folder holds Megatron's shards, and under `hf/` the Hugging Face co
 of the model, so that it can be converted without anything else.
 """
 
+import functools
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
 from klear_megatron.errors import UserError
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.observability import say
+from klear_megatron.platform import objects
 from klear_megatron.policy.config import CheckpointConfig
 from klear_megatron.policy.optimizer_state import (
     adopt_loaded,
@@ -90,6 +92,7 @@ class CheckpointWriter:
         optimizer: ChainedOptimizer,
         scheduler: OptimizerParamScheduler,
         state: dict[str, Any],
+        save_beside: Callable[[Path], None] | None = None,
     ) -> None:
         """Collective. With `asynchronous`, a snapshot is written while training goes on, and `path`
         appears in a later call of `finish`."""
@@ -115,6 +118,8 @@ class CheckpointWriter:
             FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _replicas()),
             async_sharded_save=True,
         )
+        if save_beside is not None:
+            objects.together(functools.partial(save_beside, partial))
         request.add_finalize_fn(lambda: self._publish(partial, path))
         if self._config.asynchronous:
             self._queue.schedule_async_request(request)

@@ -1,6 +1,7 @@
 """A model and what trains it: Megatron's optimizer, schedule and checkpoints."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +141,27 @@ class Learner:
         self._optimizer.step_with_ready_grads()
         return grad_norm
 
-    def save(self, path: Path, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        path: Path,
+        state: dict[str, Any],
+        save_beside: Callable[[Path], None] | None = None,
+    ) -> None:
         """Writes a Megatron distributed checkpoint. `path` appears once it is complete: before this
         returns, or with `checkpoint.asynchronous` at a later step or in `finish_saves`.
 
         Args:
             state: what the trainer needs to go on, the same on every rank (JSON-like values).
+            save_beside: writes more files into the checkpoint's folder, whose name it gets; is
+                called on every rank, before this returns.
+
+        Raises:
+            UserError: on all ranks, if `save_beside` raises one on any of them.
         """
         self.model.finish_param_gather()
-        self._writer.save(path, self.model.chunks, self._optimizer, self._scheduler, state)
+        self._writer.save(
+            path, self.model.chunks, self._optimizer, self._scheduler, state, save_beside
+        )
 
     def finish_saves(self) -> None:
         """Waits until every checkpoint begun is complete."""

@@ -3,7 +3,7 @@
 A group is graded as soon as its responses are there, while others are still drawn.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -36,6 +36,20 @@ class Group:
     def informative(self) -> bool:
         """Whether some responses were better than others."""
         return any(self.advantages)
+
+
+def compared(
+    prompt: Prompt,
+    prompt_ids: list[int],
+    responses: list[Response],
+    texts: list[str],
+    rewards: list[Reward],
+) -> Group:
+    """The group of these responses, with their advantages over each other."""
+    scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
+    one_group = torch.zeros(len(rewards), dtype=torch.int64)
+    advantages = group_advantages(scores, one_group).tolist()
+    return Group(prompt, prompt_ids, responses, texts, rewards, advantages)
 
 
 class GroupMaker:
@@ -84,21 +98,36 @@ class GroupMaker:
             share=self.share,
         )
 
+    async def drawing(
+        self,
+        generator: Generator,
+        prompt_ids: Iterable[Sequence[int] | None],
+        keep: Callable[[int, list[Response]], None],
+    ) -> None:
+        """`draw` as a coroutine; see `Generator.streaming`."""
+        await generator.streaming(
+            prompt_ids,
+            self._config.sampling,
+            keep,
+            responses_per_prompt=self._config.responses_per_prompt,
+            share=self.share,
+        )
+
     def grade(
         self, prompt: Prompt, prompt_ids: list[int], responses: list[Response]
     ) -> Future[Group]:
         """The group, graded and compared, in the background."""
 
         def grade() -> Group:
-            texts = [decode_response(self._tokenizer, one.token_ids) for one in responses]
+            texts = [self.text_of(one.token_ids) for one in responses]
             jobs = [(prompt.data_source, text, prompt.ground_truth) for text in texts]
-            rewards = self.rewards.grade(jobs)
-            scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
-            one_group = torch.zeros(len(rewards), dtype=torch.int64)
-            advantages = group_advantages(scores, one_group).tolist()
-            return Group(prompt, prompt_ids, responses, texts, rewards, advantages)
+            return compared(prompt, prompt_ids, responses, texts, self.rewards.grade(jobs))
 
         return self._threads.submit(grade)
+
+    def text_of(self, token_ids: list[int]) -> str:
+        """The text of a response."""
+        return decode_response(self._tokenizer, token_ids)
 
 
 class Making:

@@ -9,9 +9,11 @@ from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.losses import PolicyObjective
 from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.platform import objects
+from klear_megatron.policy.checkpoint import checkpoint_path
 from klear_megatron.policy.learner import Learner
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.rewards import RewardConfig, RewardPool
+from klear_megatron.rl.ahead import AheadCollector
 from klear_megatron.rl.batches import mini_batches
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.evaluation import Evaluations
@@ -51,7 +53,9 @@ def train_rl(config: RLConfig) -> None:
         leads = leader_rank()[0] is not None
         servers = PolicyServers(learner.model, config, folder, stack, leads=leads)
         maker = make_group_maker(config, folder, stack)
-        collector = Collector(config, prompts, sampler, servers, maker)
+        collector = make_collector(config, prompts, sampler, servers, maker, stack, first - 1)
+        if state is not None:
+            collector.load(state, checkpoint_path(config.run_dir, state["step"]))
         recorder = None
         if main := run.is_main_rank():
             next_step = first if state else 0
@@ -73,7 +77,7 @@ def train_rl(config: RLConfig) -> None:
             if recorder is not None:
                 recorder.write(step, metrics)
             progress.advance(note=summary(metrics))
-            run.save(learner, config, step, config.steps, {"sampler": sampler.state_dict()})
+            run.save(learner, config, step, config.steps, collector.state_dict(), collector.save)
 
 
 def train(
@@ -86,22 +90,39 @@ def train(
 ) -> dict[str, float]:
     """Collective. Takes the optimizer steps on one step's rollouts, if there are any groups.
 
-    The old log-probabilities are the trainer's own, before the first update.
-
     Returns:
         Metrics of the steps, by name.
     """
     if not rollouts.groups:
         return {}
-    with phases("log_probs"):
-        log_probs, _ = learner.model.log_probs(rollouts.batch)
-    batch = rollouts.batch.with_fields(old_log_probs=log_probs)
+    batch = rollouts.batch
+    if config.old_log_probs == "server":
+        log_probs = batch.fields["rollout_log_probs"].nan_to_num(0, 0, 0)
+    else:
+        with phases("log_probs"):
+            log_probs, _ = learner.model.log_probs(batch)
+    batch = batch.with_fields(old_log_probs=log_probs)
     with phases("train"):
         trained = [
             learner.train_step(mini_batch, objective)
             for mini_batch in mini_batches(config, batch, rollouts.groups, step)
         ]
     return log_prob_metrics(batch) | train_metrics(trained)
+
+
+def make_collector(
+    config: RLConfig,
+    prompts: LoadedPrompts,
+    sampler: PromptSampler,
+    servers: PolicyServers,
+    maker: GroupMaker | None,
+    stack: contextlib.ExitStack,
+    version: int,
+) -> Collector:
+    """Collective. Draws step by step, or ahead of training; see `Collector`, `AheadCollector`."""
+    if config.max_staleness:
+        return AheadCollector(config, prompts, sampler, servers, maker, stack, version)
+    return Collector(config, prompts, sampler, servers, maker)
 
 
 def make_group_maker(

@@ -63,6 +63,42 @@ def group_metrics(groups: Sequence[Group], crashes: int) -> dict[str, float]:
     }
 
 
+def staleness_metrics(
+    groups: Sequence[Group], version: int, carried_over: int, idle_s: float
+) -> dict[str, float]:
+    """Collective. How far the weights that drew the groups are behind those trained on them.
+
+    Args:
+        groups: this rank's, to train on.
+        version: of the weights that are trained.
+        carried_over: this rank's prompts that are not finished and go on beside the step.
+        idle_s: seconds without a request of this rank's in flight; 0 if it has none.
+    """
+    staleness = [
+        version - min(int(response.versions[0]) for response in group.responses) for group in groups
+    ]
+    spans = [len(response.versions) for group in groups for response in group.responses]
+    rank = dist.get_rank()
+    sums = tensors.sums_by_name(
+        {
+            "groups": len(groups),
+            "staleness": sum(staleness),
+            "responses": len(spans),
+            "spans": sum(spans),
+            "carried_over": carried_over,
+            f"stalest of rank {rank}": max(staleness, default=0),
+            f"idle of rank {rank}": idle_s,
+        }
+    )
+    return {
+        "rollout/staleness_mean": sums["staleness"] / max(sums["groups"], 1),
+        "rollout/staleness_max": max(v for name, v in sums.items() if name.startswith("stalest ")),
+        "rollout/versions_per_response": sums["spans"] / max(sums["responses"], 1),
+        "rollout/carried_over": sums["carried_over"],
+        "seconds/servers_idle": max(v for name, v in sums.items() if name.startswith("idle ")),
+    }
+
+
 def log_prob_metrics(batch: Batch) -> dict[str, float]:
     """How far the servers' log-probabilities are from the trainer's on the trained tokens, and how
     many tokens are not trained because the servers' are not finite."""

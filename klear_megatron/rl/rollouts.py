@@ -3,11 +3,13 @@
 The first rank of each model-parallel group leads: it makes the groups of its share of the prompts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from klear_megatron.data import LoadedPrompts, PromptSampler
+from klear_megatron.errors import UserError
 from klear_megatron.evaluation.responses import response_row, write_rows
 from klear_megatron.observability import Phases, Progress
 from klear_megatron.platform import objects
@@ -19,6 +21,9 @@ from klear_megatron.rl.metrics import group_metrics
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rl.sharing import share
 from klear_megatron.rollout import Generator
+
+DRAWN_AHEAD = "drawn_ahead"
+"""The entry of a checkpoint's state that tells of a buffer."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,29 @@ class Collector:
         made: list[Group] = []
         for _ in range(self._config.max_generation_batches):
             made += self._make(self._sampler.next_batch(wanted), phases)
-            informative = [group for group in made if group.informative]
-            if sum(objects.all_gather(len(informative))) >= wanted:
+            informative = sum(group.informative for group in made)
+            if sum(objects.all_gather(informative)) >= wanted:
                 break
-        if self._maker is not None:
-            dump = self._dumps / f"step_{step:08}_{self._maker.share.leader}.jsonl"
-            write_rows(dump, _rows(made))
-        with phases("share"):
-            return self._shared(made, informative)
+        return self._finish(step, made, phases)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on with the next prompt, the same on every rank."""
+        return {"sampler": self._sampler.state_dict()}
+
+    def save(self, folder: Path) -> None:
+        """Writes what else a checkpoint needs into its folder: nothing."""
+
+    def load(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Collective. Goes on from a checkpoint, after the sampler does.
+
+        Raises:
+            UserError: it has a buffer, whose groups would be lost.
+        """
+        if DRAWN_AHEAD in state:
+            raise UserError(
+                f"max_staleness: {folder} holds groups that were drawn ahead and would be lost "
+                "with 0; set it back to what it was, or choose another run_dir"
+            )
 
     def _make(self, rows: Sequence[int], phases: Phases) -> list[Group]:
         """Collective. The groups of those rows that this rank leads."""
@@ -100,15 +120,20 @@ class Collector:
         with phases("reward"):
             return objects.together(making.finish if making is not None else list)
 
-    def _shared(self, made: Sequence[Group], informative: Sequence[Group]) -> Rollouts:
-        """Collective. All leaders' informative groups, no more than are wanted."""
-        size = self._config.responses_per_prompt
-        mine = batch_of(informative, self._config)
-        batch = share(mine, self._leading_ranks, self._config.prompts_per_step * size)
-        groups = len(batch.lengths) // size
-        crashes = self._maker.rewards.crashes if self._maker is not None else 0
-        metrics = group_metrics(made, crashes) | {"rollout/groups": groups}
-        return Rollouts(batch, groups, metrics)
+    def _finish(self, step: int, made: Sequence[Group], phases: Phases) -> Rollouts:
+        """Collective. Dumps the groups that were made, and shares all leaders' informative ones, no
+        more than are wanted."""
+        if self._maker is not None:
+            dump = self._dumps / f"step_{step:08}_{self._maker.share.leader}.jsonl"
+            write_rows(dump, _rows(made))
+        with phases("share"):
+            size = self._config.responses_per_prompt
+            mine = batch_of([group for group in made if group.informative], self._config)
+            batch = share(mine, self._leading_ranks, self._config.prompts_per_step * size)
+            groups = len(batch.lengths) // size
+            crashes = self._maker.rewards.crashes if self._maker is not None else 0
+            metrics = group_metrics(made, crashes) | {"rollout/groups": groups}
+            return Rollouts(batch, groups, metrics)
 
 
 def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """What the training loops share: starting, saving, and which rank talks to the user."""
 
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -44,13 +46,23 @@ def is_main_rank() -> bool:
 
 
 def save(
-    learner: Learner, config: RunConfig, step: int, last_step: int, state: dict[str, Any]
+    learner: Learner,
+    config: RunConfig,
+    step: int,
+    last_step: int,
+    state: dict[str, Any],
+    save_beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Collective. Writes the Megatron and Hugging Face checkpoints that are due after `step`."""
+    """Collective. Writes the Megatron and Hugging Face checkpoints that are due after `step`.
+
+    Args:
+        save_beside: see `Learner.save`.
+    """
     due = config.save_every is not None and step % config.save_every == 0
     if due or step == last_step:
         path = checkpoint_path(config.run_dir, step)
-        learner.save(path, {**state, "step": step, "config": config.model_dump(mode="json")})
+        state = {**state, "step": step, "config": config.model_dump(mode="json")}
+        learner.save(path, state, save_beside)
         if step == last_step:
             learner.finish_saves()
     if config.export_every is not None and step % config.export_every == 0:
