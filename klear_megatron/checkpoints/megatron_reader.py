@@ -3,7 +3,9 @@
 A checkpoint stores global tensors in chunks, whatever layout wrote it: `.metadata` says which chunk
 of which tensor lies where, and each chunk is a record of `torch.save`, a zip file with a CRC-32.
 Layers are stacked along the first dimension: `decoder.layers.{i}.x` is `decoder.layers.x`[i]. A
-layer's experts are stacked along the second.
+layer's experts are stacked along the second. Other writers than this package may number the layers
+instead, the experts of a layer too, and may store the halves of a gated matrix by themselves, as
+`x_w` and `x_v`.
 """
 
 import math
@@ -18,10 +20,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PretrainedConfig
 
 from klear_megatron.checkpoints.checksums import check_companions
+from klear_megatron.checkpoints.megatron_folder import check_backend, is_megatron_checkpoint
 from klear_megatron.checkpoints.metadata import read_metadata
 from klear_megatron.checkpoints.records import read_record
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, get_architecture
+from klear_megatron.models.mapping import GatedMLP
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,15 @@ class _Stored:
     chunks: list[StoredChunk]
 
 
+_LAYER = r"(?<=^decoder\.layers\.)\d+\."
+_EXPERT = r"(?<=\.mlp\.experts\.experts\.)\d+\."
+
+
 def stacked(name: str) -> tuple[str, tuple[int, ...]]:
     """`decoder.layers.3.x` -> (`decoder.layers.x`, (3,)), with a second index for an expert of a
     layer; other names are returned unchanged, with ()."""
-    numbered = r"(?:(?<=^decoder\.layers\.)|(?<=\.mlp\.experts\.experts\.))(\d+)\."
-    return re.sub(numbered, "", name), tuple(int(number) for number in re.findall(numbered, name))
+    numbered = f"{_LAYER}|{_EXPERT}"
+    return re.sub(numbered, "", name), tuple(int(n[:-1]) for n in re.findall(numbered, name))
 
 
 def full_shape(row: Weight) -> torch.Size:
@@ -67,6 +75,7 @@ class MegatronCheckpoint:
         self.path = path
         if not is_megatron_checkpoint(path):
             raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
+        check_backend(path)
         check_companions(path)
         try:
             self._tensors = _read_metadata(path)
@@ -90,7 +99,19 @@ class MegatronCheckpoint:
 
     def dtype(self, row: Weight) -> torch.dtype:
         """The dtype in which the row's tensor is stored."""
-        return self._tensors[self._locate(row.name)[0]].dtype
+        return self._tensors[self._locate(row)[0][0]].dtype
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the embedding, including padding.
+
+        Raises:
+            UserError: there is no embedding.
+        """
+        embedding = self._tensors.get("embedding.word_embeddings.weight")
+        if embedding is None:
+            raise UserError(f"{self.path}: has no embedding.word_embeddings.weight")
+        return embedding.size[0]
 
     def table(self, hf: PretrainedConfig) -> list[Weight]:
         """The table of the config's architecture, once the names and shapes have been checked.
@@ -98,15 +119,12 @@ class MegatronCheckpoint:
         Raises:
             UserError: tensors are missing, unexpected, mis-shaped or incomplete; lists up to 20.
         """
-        embedding = self._tensors.get("embedding.word_embeddings.weight")
-        if embedding is None:
-            raise UserError(f"{self.path}: has no embedding.word_embeddings.weight")
-        if embedding.size[0] < hf.vocab_size:
+        if self.vocabulary_rows < hf.vocab_size:
             raise UserError(
-                f"{self.path}: embedding.word_embeddings.weight has {embedding.size[0]} rows, "
-                f"fewer than hf/config.json's vocab_size, {hf.vocab_size}"
+                f"{self.path}: embedding.word_embeddings.weight has {self.vocabulary_rows} rows, "
+                f"fewer than config.json's vocab_size, {hf.vocab_size}"
             )
-        table = list(get_architecture(hf).weights(hf, embedding.size[0]))
+        table = list(get_architecture(hf).weights(hf, self.vocabulary_rows))
         self._check(table)
         return table
 
@@ -114,12 +132,15 @@ class MegatronCheckpoint:
         layers: dict[str, set[tuple[int, ...]]] = {}
         problems: list[str] = []
         for row in table:
-            key, index = self._locate(row.name)
-            if key not in self._tensors:
-                problems.append(f"{row.name} is missing")
+            keys, index = self._locate(row)
+            if missing := [key for key in keys if key not in self._tensors]:
+                name = row.name if len(keys) == 1 else missing[0]
+                problems.append(f"{name} is missing")
                 continue
-            layers.setdefault(key, set()).add(index)
-            found = self._tensors[key].size[len(index) :]
+            for key in keys:
+                layers.setdefault(key, set()).add(index)
+            parts = [self._tensors[key].size[len(index) :] for key in keys]
+            found = (sum(part[0] for part in parts), *parts[0][1:])
             if found != tuple(full_shape(row)):
                 problems.append(
                     f"{row.name}: {found} in the checkpoint, {tuple(full_shape(row))} by the config"
@@ -139,7 +160,7 @@ class MegatronCheckpoint:
         if problems:
             more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise UserError(
-                f"{self.path}: hf/config.json and the weights do not match\n  "
+                f"{self.path}: config.json and the weights do not match\n  "
                 + "\n  ".join(problems[:20])
                 + more
             )
@@ -150,7 +171,12 @@ class MegatronCheckpoint:
         Raises:
             UserError: a chunk is corrupt.
         """
-        key, index = self._locate(row.name)
+        keys, index = self._locate(row)
+        parts = [self._stored_tensor(key, index) for key in keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _stored_tensor(self, key: str, index: tuple[int, ...]) -> Tensor:
+        """A stored tensor, or the part of it at `index` along its leading, stacked dimensions."""
         stored = self._tensors[key]
         shape = stored.size[len(index) :]
         mine = [c for c in stored.chunks if _covers(c, index)]
@@ -165,9 +191,21 @@ class MegatronCheckpoint:
             full[place] = self._read(key, chunk)[self._inside(chunk, index)]
         return full
 
-    def _locate(self, name: str) -> tuple[str, tuple[int, ...]]:
-        # Models with unequal layers keep the layer number in the name.
-        return (name, ()) if name in self._tensors else stacked(name)
+    def _locate(self, row: Weight) -> tuple[list[str], tuple[int, ...]]:
+        """The keys of the row's tensor, or of its halves, and the index where it is stacked."""
+        name, (stacked_name, index) = row.name, stacked(row.name)
+        places = {  # the last one is what is missing where there is none
+            name: (),
+            re.sub(_EXPERT, "", name): index[1:],
+            stacked_name: index,
+        }
+        for key, at in places.items():
+            if key in self._tensors:
+                return [key], at
+            halves = [key + "_w", key + "_v"]
+            if isinstance(row.mapping, GatedMLP) and any(h in self._tensors for h in halves):
+                return halves, at
+        return [stacked_name], index
 
     @staticmethod
     def _inside(chunk: StoredChunk, index: tuple[int, ...]) -> tuple[int, ...]:
@@ -187,7 +225,7 @@ class MegatronCheckpoint:
 
 
 _NOT_WEIGHTS = re.compile(
-    r"(chained_\d+\.)?optimizer\.|(random_states|rng_state|rerun_state_machine_state)/"
+    r"(chained_\d+\.)?optimizer\.|(random_states|rng_state|rerun_state_machine_state|common_state)/"
     r"|.*\._extra_state\d*(/|$)"
 )
 """What else a training checkpoint keeps. Transformer Engine's extra states are scales of FP8, which
@@ -238,8 +276,3 @@ def _covers(chunk: StoredChunk, index: tuple[int, ...]) -> bool:
         start <= i < start + size
         for i, start, size in zip(index, chunk.offsets, chunk.sizes, strict=False)
     )
-
-
-def is_megatron_checkpoint(path: Path) -> bool:
-    """Whether the folder's metadata marks it as a Megatron distributed checkpoint."""
-    return (path / "metadata.json").is_file()

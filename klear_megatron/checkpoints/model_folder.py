@@ -1,11 +1,18 @@
 """A Hugging Face model folder, read once and passed to the code that needs parts of it."""
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.megatron_folder import model_settings
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
+from klear_megatron.checkpoints.megatron_settings import check_settings, derived_config
+from klear_megatron.errors import UserError
 from klear_megatron.models import Architecture, Weight, get_architecture
 from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
 
@@ -50,3 +57,37 @@ class ModelFolder:
         """The table of all weights; by default the vocabulary is not padded."""
         size = self.config.vocab_size if padded_vocab_size is None else padded_vocab_size
         return list(self.architecture.weights(self.config, size))
+
+
+@contextlib.contextmanager
+def config_of(source: MegatronCheckpoint, hf: Path | None = None) -> Iterator[ModelFolder]:
+    """The config and tokenizer that belong to a Megatron checkpoint.
+
+    By default those in its `hf/`, as in this package's checkpoints; without that, a config derived
+    from what Megatron-LM or Megatron-Bridge stored of the model, and no tokenizer.
+
+    Args:
+        hf: a Hugging Face folder to use instead.
+
+    Raises:
+        UserError: the checkpoint says of its model what contradicts `hf`, or not enough.
+    """
+    if hf is None and (source.path / "hf").is_dir():
+        yield ModelFolder(source.path / "hf")
+        return
+    settings = model_settings(source.path)
+    if hf is not None:
+        folder = ModelFolder(hf)
+        if settings is not None:
+            check_settings(settings, folder.config, source=source.path)
+        yield folder
+        return
+    if settings is None:
+        raise UserError(
+            f"{source.path}: has neither hf/, the arguments of Megatron-LM in common.pt, nor "
+            "run_config.yaml; give the model's config with --hf"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        config = derived_config(settings, source.vocabulary_rows, source=source.path)
+        config.save_pretrained(temporary)
+        yield ModelFolder(Path(temporary))

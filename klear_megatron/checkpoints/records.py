@@ -15,7 +15,7 @@ def read_record(file: BinaryIO, position: int, length: int) -> Tensor:
 
     The data stays in the file; the tensor is a private memory map of it.
     """
-    record: Any = _Record(file, position, length)
+    record: Any = Record(file, position, length)
     with zipfile.ZipFile(record) as archive:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         data = entries.pop("data/0")
@@ -43,7 +43,7 @@ def _map(file: BinaryIO, position: int, length: int) -> Tensor:
     return torch.frombuffer(mapped, dtype=torch.uint8, offset=before, count=length)
 
 
-class _Record(io.RawIOBase):
+class Record(io.RawIOBase):
     """A part of a file, readable like a file."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:

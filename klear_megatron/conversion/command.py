@@ -8,23 +8,30 @@ from pathlib import Path
 
 from klear_megatron.errors import UserError
 
-_ANY = "Hugging Face folder, Megatron checkpoint, or a run's folder, for its latest checkpoint"
+_ANY = (
+    "Hugging Face folder; Megatron checkpoint; or a run's folder or a root of Megatron-LM, Bridge "
+    "or slime, for its latest checkpoint"
+)
 
 
 def checkpoint_in(path: Path) -> Path:
-    """The path itself; for a run's folder, its latest complete checkpoint, whose name is printed.
+    """The path itself; for a run's folder or a root with a tracker, its latest complete checkpoint,
+    whose name is printed.
 
     Raises:
-        UserError: the run has no complete checkpoint.
+        UserError: there is no complete checkpoint.
     """
-    if not (path / "checkpoints").is_dir():
-        return path
-    from klear_megatron.policy.checkpoint import latest_checkpoint
+    from klear_megatron.checkpoints.megatron_folder import newest_in
 
-    latest = latest_checkpoint(path)
-    if latest is None:
-        raise UserError(f"{path}: no complete checkpoint under checkpoints/")
-    if _rank() == 0:
+    if (path / "checkpoints").is_dir():
+        from klear_megatron.policy.checkpoint import latest_checkpoint
+
+        latest = latest_checkpoint(path)
+        if latest is None:
+            raise UserError(f"{path}: no complete checkpoint under checkpoints/")
+    else:
+        latest = newest_in(path)
+    if latest != path and _rank() == 0:
         print(f"{path}: its latest checkpoint is {latest.name}")
     return latest
 
@@ -47,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     parser.add_argument("checkpoint", type=Path, help=_ANY)
     parser.add_argument("out", type=Path, help="folder to write, in the other format")
+    parser.add_argument(
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="from Megatron only: folder with the model's config and tokenizer (default: hf/ in "
+        "the checkpoint, else a config derived from its args or run_config.yaml)",
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -86,13 +100,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Converts a checkpoint. Ctrl-C ends the process.
 
     Raises:
-        UserError: `--tp` is given for an output of Hugging Face, `--to` contradicts the input, or
-            the output lies inside the input; see also `megatron_to_hf` and `hf_to_megatron`.
+        UserError: `--tp` is given for an output of Hugging Face, `--hf` for an input of it, `--to`
+            contradicts the input, or the output lies inside the input; see also `megatron_to_hf`
+            and `hf_to_megatron`.
     """
     # An exception that Ctrl-C raises while torch writes can get lost or turn into another one.
     # Files already written survive this, as they survive a kill.
     signal.signal(signal.SIGINT, _end)
-    from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
+    from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
     from klear_megatron.conversion.convert import hf_to_megatron, megatron_to_hf
 
     options = {
@@ -108,10 +123,12 @@ def run(arguments: argparse.Namespace) -> None:
         kind = "a Megatron checkpoint" if direction == "hf" else "no Megatron checkpoint"
         raise UserError(f"--to {arguments.to}: {source} is {kind}; give one of the other kind")
     if direction == "megatron":
+        if arguments.hf is not None:
+            raise UserError(f"--hf: {source} is a Hugging Face folder itself; leave --hf out")
         tp = 1 if arguments.tp is None else arguments.tp
         hf_to_megatron(source, arguments.out, tensor_parallel_size=tp, **options)
     elif arguments.tp is None:
-        megatron_to_hf(source, arguments.out, **options)
+        megatron_to_hf(source, arguments.out, hf=arguments.hf, **options)
     else:
         raise UserError(
             f"--tp {arguments.tp}: {source} becomes a Hugging Face folder, which is not cut for "

@@ -27,7 +27,7 @@ from klear_megatron.checkpoints.hf_writer import (
 )
 from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.megatron_writer import WrittenChunk, write_metadata, write_row
-from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.checkpoints.model_folder import ModelFolder, config_of
 from klear_megatron.checkpoints.plan import SHARD_BYTES, Move, describe, in_shards
 from klear_megatron.conversion.job import Processes, carry_out, read_ahead
 from klear_megatron.errors import UserError
@@ -42,19 +42,21 @@ def megatron_to_hf(
     checkpoint: Path,
     out: Path,
     *,
+    hf: Path | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     dry_run: bool = False,
     resume: bool = False,
 ) -> None:
-    """Writes a training checkpoint's weights as a Hugging Face folder.
+    """Writes a Megatron checkpoint's weights as a Hugging Face folder.
 
     Works for every parallel layout, needs no GPUs or ranks, and holds only a few rows of the table
     in memory.
 
     Args:
-        checkpoint: folder of a Megatron distributed checkpoint with the Hugging Face config and
-            tokenizer of its model under `hf/`, as `Learner.save` writes it.
+        checkpoint: folder of a Megatron distributed checkpoint, of this package, Megatron-LM,
+            Megatron-Bridge or slime.
+        hf: folder with the model's config and tokenizer; by default what `config_of` finds.
         dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint.
         shard_bytes: size limit of a safetensors file; a larger row gets a file of its own.
         dry_run: print the plan and write nothing.
@@ -64,22 +66,22 @@ def megatron_to_hf(
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
     source = MegatronCheckpoint(checkpoint)
-    table = source.table(ModelFolder(checkpoint / "hf").config)
-    moves = [Move(row, DTYPES[dtype] if dtype else source.dtype(row)) for row in table]
+    with config_of(source, hf) as folder:
+        table = source.table(folder.config)
+        moves = [Move(row, DTYPES[dtype] if dtype else source.dtype(row)) for row in table]
 
-    def tensors(move: Move) -> list[Tensor]:
-        return move.row.mapping.split(move.checked(source.tensor(move.row), checkpoint))
-
-    processes = Processes.join()
-    files = _hf_files(moves, shard_bytes)
-    if dry_run:
-        _print_plan(files, processes, to_hf=True)
-    else:
+        def tensors(move: Move) -> list[Tensor]:
+            return move.row.mapping.split(move.checked(source.tensor(move.row), checkpoint))
 
         def rows(moves: Sequence[Move]) -> Iterator[list[Tensor]]:
             return read_ahead(map(tensors, moves))
 
-        _write_hf(files, rows, checkpoint, checkpoint / "hf", out, resume, processes)
+        processes = Processes.join()
+        files = _hf_files(moves, shard_bytes)
+        if dry_run:
+            _print_plan(files, processes, to_hf=True)
+        else:
+            _write_hf(files, rows, checkpoint, folder.path, out, resume, processes)
 
 
 def export_hf(model: "Model", out: Path) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from klear_megatron.checkpoints.dtypes import DTYPES
-from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
-from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
+from klear_megatron.checkpoints.model_folder import ModelFolder, config_of
 from klear_megatron.errors import UserError
 from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.models.tokenizer import read_tokenizer
@@ -55,7 +56,8 @@ def logits_difference(a: Path, b: Path, texts: Sequence[str] = ()) -> LogitsDiff
         raise UserError(f"{a}, {b}: logits are compared of one Megatron and one Hugging Face model")
     megatron, hf = kinds[True], kinds[False]
     prompts = _encode(texts, hf) if texts else _random_prompts(ModelFolder(hf).config.vocab_size)
-    ours = _on(prompts, megatron_logits(megatron, megatron / "hf", "float32"))
+    with config_of(MegatronCheckpoint(megatron)) as folder:
+        ours = _on(prompts, megatron_logits(megatron, folder.path, "float32"))
     theirs = _on(prompts, transformers_logits(hf, "float32"))
     relative = float((ours - theirs).abs().max() / theirs.abs().max())
     return LogitsDifference(relative, len(prompts), sum(map(len, prompts)))

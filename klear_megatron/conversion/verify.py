@@ -9,8 +9,9 @@ from torch import Tensor
 
 from klear_megatron.checkpoints.dtypes import dtype_name
 from klear_megatron.checkpoints.hf_reader import HFCheckpoint
-from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint, is_megatron_checkpoint
-from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
+from klear_megatron.checkpoints.model_folder import ModelFolder, config_of
 from klear_megatron.models import Weight
 from klear_megatron.observability import Progress
 
@@ -26,7 +27,8 @@ class Weights:
         self._source: MegatronCheckpoint | HFCheckpoint
         if is_megatron_checkpoint(path):
             self._source = MegatronCheckpoint(path)
-            table = self._source.table(ModelFolder(path / "hf").config)
+            with config_of(self._source) as folder:
+                table = self._source.table(folder.config)
         else:
             table = ModelFolder(path).table()
             self._source = HFCheckpoint(path)

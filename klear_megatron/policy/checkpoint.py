@@ -28,7 +28,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from klear_megatron.checkpoints.checksums import write_checksums
 from klear_megatron.checkpoints.hf_reader import copy_companions
-from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
+from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
 from klear_megatron.errors import UserError
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.observability import say

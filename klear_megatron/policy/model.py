@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
+from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.models import padded_vocab_size
 from klear_megatron.models.language_model import packed_sequences

@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from klear_megatron.checkpoints.megatron_reader import is_megatron_checkpoint
+from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
