@@ -10,6 +10,7 @@ setup(
     package_data={
         "klear_megatron": [
             "py.typed",
+            "planning/*.yaml",
             "rollout/cpu_stand_ins/**/*.py",
             "rewards/sandbox/inside/*.py",
         ]

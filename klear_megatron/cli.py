@@ -17,6 +17,7 @@ from typing import Any
 from klear_megatron.config import load_config
 from klear_megatron.conversion import command as conversion
 from klear_megatron.errors import UserError
+from klear_megatron.planning import command as planning
 from klear_megatron.platform.first_rank import is_first_to_report
 from klear_megatron.release import command as release
 
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     conversion.add_arguments(_add_verb(verbs, _convert))
     conversion.add_verify_arguments(_add_verb(verbs, _verify))
     release.add_arguments(_add_verb(verbs, _release))
+    planning.add_arguments(_add_verb(verbs, _plan, takes_overrides=True))
     _add_verb(verbs, _doctor)
     return parser
 
@@ -196,6 +198,11 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _release(arguments: argparse.Namespace) -> None:
     """Make a folder to publish from a checkpoint, and check it with transformers and SGLang."""
     release.run(arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    """Say whether a run fits, how fast it is, and which layouts are faster."""
+    planning.run(arguments, arguments.overrides)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Finds and reads a Hugging Face config.json without transformers, which takes seconds."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ _ALWAYS_NEEDED = (
     *("num_attention_heads", "num_key_value_heads", "rms_norm_eps"),
 )
 """Fields that every architecture here reads."""
+_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
 
 def find_config(path: Path) -> Path:
@@ -34,11 +34,11 @@ def find_config(path: Path) -> Path:
     return path / "config.json"
 
 
-def read_sizes(path: Path, needed: Iterable[str] = _ALWAYS_NEEDED) -> Any:
+def read_sizes(path: Path) -> Any:
     """What the folder's config.json says, as attributes.
 
-    A config that leaves out fields relies on the defaults of its class in transformers, which then
-    reads it.
+    A config that leaves out fields, or spells them as only some version of transformers does, is
+    read by transformers, which knows their defaults and their other names.
 
     Raises:
         UserError: as `read_config`.
@@ -46,9 +46,10 @@ def read_sizes(path: Path, needed: Iterable[str] = _ALWAYS_NEEDED) -> Any:
     file = find_config(path)
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
+        needed = (*_ALWAYS_NEEDED, *(_OF_EXPERTS if "moe" in fields["model_type"] else ()))
         if all(fields.get(name) is not None for name in needed):
             return SimpleNamespace(**{**fields, "name_or_path": str(path)})
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         pass  # transformers says what is wrong
     from klear_megatron.checkpoints.hf_reader import read_config
 

@@ -9,6 +9,7 @@ import torch
 from klear_megatron.losses import GPPOConfig, Objective, PolicyObjective, SFTObjective
 from tests.distributed import laboratory, reference
 from tests.models import tiny
+from tests.planning.held import held_state, planned_state
 
 TOLERANCE = 1e-5
 
@@ -40,6 +41,9 @@ def write_references(folder: Path) -> None:
 def _train(folder: Path, model: str, objective: str, settings: dict[str, Any]) -> Any:
     learner = laboratory.make_learner(folder / model, optimizer=reference.OPTIMIZER, **settings)
     steps = laboratory.train(learner, reference.BATCHES, OBJECTIVES[objective])
+    buckets = laboratory.SMALL_BUCKET if learner.config.parallel.overlap_grad_reduce else None
+    held, planned = held_state(learner), planned_state(learner, buckets)
+    assert planned == held, f"bytes of weights, gradients, optimizer: {planned}, held {held}"
     return steps, laboratory.weights(learner)
 
 

@@ -28,6 +28,9 @@ from klear_megatron.policy.learner import Learner
 from klear_megatron.policy.micro_batches import build_micro_batch
 from klear_megatron.policy.weights import HFGather, local_parameters
 
+SMALL_BUCKET = 5000
+"""Elements."""
+
 
 def make_learner(path: Path, *, temperature: float = 1.0, **settings: Any) -> Learner:
     """A learner, in float32 unless told otherwise, with its own groups; destroys earlier groups."""
@@ -48,7 +51,7 @@ def make_learner(path: Path, *, temperature: float = 1.0, **settings: Any) -> Le
 def small_buckets() -> Any:
     """While it lasts, overlapped communication goes in many small buckets; Megatron's default is
     larger than the tests' models."""
-    small = partial(DistributedDataParallelConfig, bucket_size=5000)
+    small = partial(DistributedDataParallelConfig, bucket_size=SMALL_BUCKET)
     return mock.patch.object(build, "DistributedDataParallelConfig", small)
 
 

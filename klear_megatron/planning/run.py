@@ -1,0 +1,109 @@
+"""What planning reads of a run's config. The run itself reads all of it; see `sft` and `rl`."""
+
+import math
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from klear_megatron.config import Section
+from klear_megatron.errors import nearest
+from klear_megatron.planning.plan import Work
+from klear_megatron.policy.config import PolicyConfig
+
+READ_ELSEWHERE = frozenset(
+    {
+        *("run_dir", "seed", "save_every", "export_every", "epochs", "max_generation_batches"),
+        *("mask_truncated", "rewards", "loss", "evaluation", "launch"),
+    }
+)
+"""Keys of a run's config that planning has no use for."""
+
+
+class _Part(Section):
+    """Some fields of a section, with the section's own defaults."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class PlannedData(_Part):
+    """Lengths of `data`."""
+
+    max_length: int = 32768
+    max_prompt_length: int = 4096
+
+
+class PlannedSampling(_Part):
+    """Lengths of `sampling`."""
+
+    max_response_length: int = 32768
+
+
+class PlannedRollout(_Part):
+    """Servers of `rollout`."""
+
+    urls: list[str] = Field(default_factory=list)
+    num_servers: int = 1
+    tensor_parallel_size: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    mem_fraction_static: float = 0.8
+    max_running_requests: int = 256
+
+    @property
+    def servers(self) -> int:
+        """How many there are, started or running already."""
+        return len(self.urls) or self.num_servers
+
+
+class PlannedRun(_Part):
+    """An SFT config, which has a `batch_size`, or an RL config."""
+
+    policy: PolicyConfig
+    data: PlannedData = PlannedData()
+    batch_size: int | None = None
+    steps: int | None = None
+    prompts_per_step: int = 128
+    responses_per_prompt: int = 8
+    prompts_per_mini_batch: int = 16
+    sampling: PlannedSampling = PlannedSampling()
+    rollout: PlannedRollout = PlannedRollout()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_unknown_key(cls, values: Any) -> Any:
+        known = [*cls.model_fields, *READ_ELSEWHERE]
+        for key in values if isinstance(values, dict) else ():
+            if key not in known:
+                raise ValueError(f"{key}: unknown key; {nearest(key, known)}")
+        return values
+
+    @classmethod
+    def of(cls, config: Section) -> "PlannedRun":
+        """Of an SFT or RL config that has been read already."""
+        return cls.model_validate(config.model_dump())
+
+    @property
+    def rl(self) -> bool:
+        """Whether it is an RL config."""
+        return self.batch_size is None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the run allows."""
+        if self.rl:
+            return self.data.max_prompt_length + self.sampling.max_response_length
+        return self.data.max_length
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of one step."""
+        return math.ceil(self.prompts_per_step / self.prompts_per_mini_batch) if self.rl else 1
+
+    @property
+    def responses(self) -> int:
+        """Responses of one step."""
+        return self.prompts_per_step * self.responses_per_prompt
+
+    def work(self, length: int | None = None, sequences: int | None = None) -> Work:
+        """One optimizer step's sequences, all of one length: by default, the longest allowed."""
+        default = self.batch_size or self.prompts_per_mini_batch * self.responses_per_prompt
+        return Work((length or self.longest,) * (sequences or default))
