@@ -46,6 +46,8 @@ class StubServers:
         self.servers = [StubServer(places) for _ in range(count)]
         self._generate = generate
         self._seen = seen
+        self.version = "0"
+        """Of the weights, as responses report it."""
         self._info = {
             "dp_size": 1,
             "max_total_num_tokens": tokens,
@@ -90,16 +92,16 @@ class StubServers:
                 finally:
                     server.working -= 1
             self._seen(self.servers)
-            return _answer(log_probs, body["sampling_params"]["n"])
+            return _answer(log_probs, self.version, body["sampling_params"]["n"])
 
         return handle
 
 
-def _answer(log_probs: list[float | None], count: int) -> bytes:
+def _answer(log_probs: list[float | None], version: str, count: int) -> bytes:
     output = {
         "meta_info": {
             "finish_reason": {"type": "stop"},
-            "weight_version": "0",
+            "weight_version": version,
             "output_token_logprobs": [[log_prob, 1, None] for log_prob in log_probs],
         }
     }
@@ -121,10 +123,18 @@ def running(servers: StubServers) -> Iterator[StubServers]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
+
+    async def end_requests() -> None:
+        requests = asyncio.all_tasks() - {asyncio.current_task()}
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+
     try:
         asyncio.run_coroutine_threadsafe(servers.start(), loop).result(10)
         yield servers
     finally:
+        asyncio.run_coroutine_threadsafe(end_requests(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -97,11 +97,11 @@ def train(
         return {}
     batch = rollouts.batch
     if config.old_log_probs == "server":
-        log_probs = batch.fields["rollout_log_probs"].nan_to_num(0, 0, 0)
+        old_log_probs = batch.fields["rollout_log_probs"].nan_to_num(0, 0, 0)  # not trained there
     else:
         with phases("log_probs"):
-            log_probs, _ = learner.model.log_probs(batch)
-    batch = batch.with_fields(old_log_probs=log_probs)
+            old_log_probs, _ = learner.model.log_probs(batch)
+    batch = batch.with_fields(old_log_probs=old_log_probs)
     with phases("train"):
         trained = [
             learner.train_step(mini_batch, objective)

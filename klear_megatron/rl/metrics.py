@@ -130,10 +130,15 @@ def train_metrics(mini_batches: Sequence[dict[str, float]]) -> dict[str, float]:
 def throughput(
     metrics: dict[str, float], seconds: dict[str, float], batch: Batch
 ) -> dict[str, float]:
-    """The seconds, and tokens per second of generation, of training, and of the whole step without
-    its evaluation."""
+    """The seconds, those in which the trainer and the servers had nothing to do, and tokens per
+    second of generation, of training, and of the whole step without its evaluation."""
     generated = metrics["rollout/tokens"]
     training = seconds["seconds/total"] - seconds.get("seconds/evaluate", 0.0)
+    generating = seconds.get("seconds/generate", 0.0)
+    waiting = generating + seconds.get("seconds/reward", 0.0) + seconds.get("seconds/wait", 0.0)
+    seconds["seconds/trainer_idle"] = waiting
+    if "seconds/servers_idle" not in metrics:
+        seconds["seconds/servers_idle"] = training - generating
     rates = {"throughput/tokens_per_second": generated / training}
     if "seconds/generate" in seconds:
         rates["throughput/generated_per_second"] = generated / seconds["seconds/generate"]
