@@ -1,9 +1,10 @@
-"""Kills RL at random moments with SIGKILL, goes on after each, and counts the prompts.
+"""Kills RL, or its servers, at random moments with SIGKILL, and counts the prompts at the end.
 
-    .venv/bin/python tools/kill_training.py CONFIG [--kills N] [--ranks N] [--section.key value ...]
+    .venv/bin/python tools/kill_training.py CONFIG [--kills N] [--servers] [--section.key value ...]
 
-Every prompt that was handed out must have been trained on, counted as dropped, or be in the buffer
-of the last checkpoint, exactly once. `run_dir` must be empty, and `save_every` 1.
+The run is started again after each kill; with `--servers`, it has to go on by itself. Every prompt
+that was handed out must have been trained on, counted as dropped, or be in the buffer of the last
+checkpoint, exactly once. `run_dir` must be empty, and `save_every` 1.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from klear_megatron.policy.checkpoint import latest_checkpoint, read_state
 from klear_megatron.rl.config import RLConfig
 
 _LONGEST_S = 6.0
-"""From the first checkpoint of a start to its kill."""
+"""From a step to the kill."""
 
 
 def main() -> None:
@@ -35,46 +36,74 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--servers", action="store_true")
     options, overrides = parser.parse_known_args()
     config = load_config(RLConfig, options.config, overrides)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     trainer = [f"--nproc-per-node={options.ranks}", "-m", "klear_megatron", "rl"]
     command = [*torchrun, *trainer, str(options.config), *overrides]
     random.seed(options.seed)
+    kill_some = kill_servers if options.servers else kill_trainer
+    process = None
     for number in range(1, options.kills + 1):
-        seconds = random.uniform(0, _LONGEST_S)
-        step = start_and_kill(command, config.run_dir, seconds)
+        if process is None or not options.servers:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_for_step(process, config.run_dir)
+        time.sleep(random.uniform(0, _LONGEST_S))
+        kill_some(process)
+        step = last_step(config.run_dir)
         print(f"kill {number} of {options.kills}: after step {step}", flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if process is None or not options.servers:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    if process.wait():
+        sys.exit(f"the run ended with {process.returncode}")
     print(json.dumps(count_prompts(config), indent=2))
 
 
-def start_and_kill(command: list[str], run_dir: Path, seconds: float) -> int:
-    """Kills all processes of the run but its servers, so many seconds after the run's next step;
-    the servers have to end by themselves.
-
-    Returns:
-        The run's last step.
-    """
+def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """Returns when the run has taken one more step."""
     before = last_step(run_dir)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while last_step(run_dir) == before:
-            if process.poll() is not None:
-                assert process.stderr is not None
-                sys.exit(f"the run ended before it was killed:\n{process.stderr.read().decode()}")
-            time.sleep(0.05)
-        time.sleep(seconds)
+    while last_step(run_dir) <= before:
         if process.poll() is not None:
-            sys.exit("the run ended before it was killed; give it more steps")
-        family = psutil.Process(process.pid).children(recursive=True)
-        for one in [psutil.Process(process.pid), *family]:
-            with contextlib.suppress(psutil.Error):  # it has ended by itself
-                if "sglang" not in " ".join(one.cmdline()):
-                    one.kill()
-        _, alive = psutil.wait_procs(family, timeout=60)
-        if alive:
-            sys.exit(f"processes outlived the run: {alive}")
-    return last_step(run_dir)
+            sys.exit("the run ended before it was killed; see above, or give it more steps")
+        time.sleep(0.05)
+
+
+def kill_trainer(process: subprocess.Popen[bytes]) -> None:
+    """Kills all processes of the run but its servers, which have to end by themselves."""
+    family = family_of(process)
+    for one in family:
+        if not is_server(one):
+            kill(one)
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    if alive:
+        sys.exit(f"processes outlived the run: {alive}")
+
+
+def kill_servers(process: subprocess.Popen[bytes]) -> None:
+    """Kills the servers; the run has to start them again."""
+    for one in family_of(process):
+        if is_server(one):
+            kill(one)
+
+
+def family_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    if process.poll() is not None:
+        sys.exit("the run ended before it was killed; see above, or give it more steps")
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def is_server(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "sglang" in " ".join(process.cmdline())
+    return False
+
+
+def kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.Error):  # it may have ended by itself
+        process.kill()
 
 
 def last_step(run_dir: Path) -> int:
@@ -112,7 +141,7 @@ def count_prompts(config: RLConfig) -> dict[str, int]:
 
 def groups(dump: Path, size: int) -> Iterator[tuple[int, list[float]]]:
     """The prompt and the advantages of each group of a step."""
-    rows = [json.loads(line) for line in dump.read_text().splitlines()]
+    rows = [json.loads(line) for line in dump.read_text().split("\n") if line]
     for start in range(0, len(rows), size):
         group = rows[start : start + size]
         assert len({row["index"] for row in group}) == 1

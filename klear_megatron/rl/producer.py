@@ -52,6 +52,7 @@ class Producer:
         self._grading: set[Slot[Group]] = set()
         self._idle = _IdleTime()
         self._failure: BaseException | None = None
+        self._ended = False
         self._thread: threading.Thread | None = None
         self._drawing: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
 
@@ -60,9 +61,10 @@ class Producer:
 
     def __exit__(self, *exception: object) -> None:
         with self.changed:
-            thread, drawing = self._thread, self._drawing
-            if drawing is not None:
-                loop, task = drawing
+            self._ended = True
+            thread = self._thread
+            if self._drawing is not None:
+                loop, task = self._drawing
                 loop.call_soon_threadsafe(task.cancel)
         if thread is not None:
             thread.join()
@@ -99,7 +101,7 @@ class Producer:
             self._fail(error)
         finally:
             with self.changed:
-                self._thread = self._drawing = None
+                self._thread = None
 
     def _fail(self, error: BaseException) -> None:
         with self.changed:
@@ -109,20 +111,26 @@ class Producer:
     async def _draw(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        generator = self._servers.generator
-        assert generator is not None  # a leader has one
-        asked: list[Slot[Group]] = []
         with self.changed:
+            if self._ended:
+                return
             self._drawing = asyncio.get_running_loop(), task
             # Those that were in flight when all servers were lost, or a checkpoint was saved.
             unfinished = [slot for slot in self.buffer.slots if slot.group is None]
             again = deque(slot for slot in unfinished if slot not in self._grading)
             self._idle.restart()
-        await self._maker.drawing(
-            generator,
-            self._next_prompts(again, asked),
-            lambda position, responses: self._grade(asked[position], responses),
-        )
+        asked: list[Slot[Group]] = []
+        generator = self._servers.generator
+        assert generator is not None  # a leader has one
+        try:
+            await self._maker.drawing(
+                generator,
+                self._next_prompts(again, asked),
+                lambda position, responses: self._grade(asked[position], responses),
+            )
+        finally:
+            with self.changed:
+                self._drawing = None
 
     def _next_prompts(
         self, again: deque[Slot[Group]], asked: list[Slot[Group]]

@@ -1,0 +1,24 @@
+"""Stale tokens are refused unless their probabilities are corrected."""
+
+import pytest
+
+from klear_megatron.rl.config import RLConfig
+from tests.rl.test_buffer_files import config_of
+
+
+@pytest.mark.parametrize("max_staleness", [1, 4])
+def test_staleness_without_a_correction_is_refused(max_staleness):
+    with pytest.raises(ValueError, match=rf"max_staleness: {max_staleness} .*set loss.tis_clip"):
+        config_of(max_staleness=max_staleness, loss={"name": "gppo"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_staleness": 0, "loss": {"name": "gppo"}},
+        {"max_staleness": 2, "loss": {"name": "gppo", "tis_clip": 2.0}},
+        {"max_staleness": 2, "loss": {"name": "gppo"}, "old_log_probs": "server"},
+    ],
+)
+def test_corrected_or_fresh_tokens_are_taken(settings):
+    assert isinstance(config_of(**settings), RLConfig)
