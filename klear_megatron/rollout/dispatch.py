@@ -43,6 +43,7 @@ class Dispatch:
 
     def __init__(self, servers: Sequence[str], group_size: int, share: Share) -> None:
         self._servers = list(servers)
+        self._number = {url: number for number, url in enumerate(servers)}
         self._group_size = group_size
         self._share = share
         self._open: dict[str, Capacity] = {}
@@ -66,7 +67,7 @@ class Dispatch:
             sequences = min(sequences, int(capacity.tokens / self.sequence_tokens))
         places, share = sequences // self._group_size, self._share
         # Dealt on from server to server, so that all leaders have as many, to within one.
-        first = (share.leader - self._servers.index(url) * places) % share.leaders
+        first = (share.leader - self._number[url] * places) % share.leaders
         return max(1, len(range(first, places, share.leaders)))
 
     @property

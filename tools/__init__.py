@@ -1,0 +1,1 @@
+"""Benchmarks and checks, started by hand."""
