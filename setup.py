@@ -41,6 +41,8 @@ setup(
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "simpy",
+            "matplotlib",
             "ruff",
             "mypy",
             "types-PyYAML",
