@@ -202,7 +202,15 @@ def _release(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     """Say whether a run fits, how fast it is, and which layouts are faster."""
-    planning.run(arguments, arguments.overrides)
+
+    def judge(rl: bool) -> object:
+        from klear_megatron.rl.config import RLConfig
+        from klear_megatron.sft.config import SFTConfig
+
+        config: type[RLConfig | SFTConfig] = RLConfig if rl else SFTConfig
+        return load_config(config, arguments.config, arguments.overrides)
+
+    planning.run(arguments, arguments.overrides, judge)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

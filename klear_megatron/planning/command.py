@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from klear_megatron.config import load_config
@@ -46,18 +46,25 @@ def _positive(text: str) -> int:
     return value
 
 
-def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def run(
+    arguments: argparse.Namespace, overrides: Sequence[str], judge: Callable[[bool], object]
+) -> None:
     """Prints the plan.
+
+    Args:
+        judge: reads the whole config, of an RL run or of an SFT run, and refuses a bad one.
 
     Raises:
         UserError: a bad config, an unknown GPU or model, a layout that cannot be, or sequences
             beyond the model's positions.
     """
     config = load_config(PlannedRun, arguments.config, overrides)
+    if config.needs_judging:
+        judge(config.rl)
     hardware = read_hardware(arguments.gpu)
     import_extensions(config.policy)
     model = PlannedModel.read(config.policy.path)
-    work = config.work(arguments.sequence_length, arguments.sequences_per_step)
+    work = config.work(model.positions, arguments.sequence_length, arguments.sequences_per_step)
     gpus = arguments.gpus
     if arguments.search:
         found = search(config.policy, work, gpus=gpus, hardware=hardware, model=model)

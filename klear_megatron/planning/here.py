@@ -9,7 +9,7 @@ from klear_megatron.planning.hardware import Efficiency, Hardware, Peak, read_ha
 
 _NAMES = {"GB200": "gb200", "B200": "b200", "H200": "h200", "H100": "h100", "A100": "a100"}
 """What a GPU calls itself -> its name here."""
-_SIDE = 1024
+_SIDE = 512
 _COPY_BYTES = 2**27
 
 

@@ -46,7 +46,8 @@ def shortage(planned: Plan) -> str:
 def describe_rl(run: PlannedRun, planned: Plan, servers: ServerPlan) -> Iterator[str]:
     """Lines on the servers and on the parts of an RL step that are no optimizer step."""
     rollout, held = run.rollout, servers.sequences
-    yield f"servers           {rollout.servers} of {rollout.tensor_parallel_size} GPUs; of each GPU:"
+    size = rollout.tensor_parallel_size
+    yield f"servers           {rollout.servers} of {size} GPUs; of each GPU:"
     yield f"  {'weights':15} {_gib(servers.weights_bytes)}"
     yield f"  {'KV cache':15} {_gib(servers.cache_bytes)}: {held} sequences of {run.longest} tokens"
     yield "step"

@@ -1,22 +1,30 @@
 """What planning reads of a run's config. The run itself reads all of it; see `sft` and `rl`."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
 from klear_megatron.config import Section
-from klear_megatron.errors import nearest
 from klear_megatron.planning.plan import Work
 from klear_megatron.policy.config import PolicyConfig
 
 READ_ELSEWHERE = frozenset(
     {
-        *("run_dir", "seed", "save_every", "export_every", "epochs", "max_generation_batches"),
+        *(
+            "run_dir",
+            "seed",
+            "save_every",
+            "export_every",
+            "start_without_room",
+            "epochs",
+            "max_generation_batches",
+        ),
         *("mask_truncated", "rewards", "loss", "evaluation", "launch"),
     }
 )
-"""Keys of a run's config that planning has no use for."""
+"""Usual keys of a run's config that planning has no use for. Others are left to the whole config,
+which takes seconds to import."""
 
 
 class _Part(Section):
@@ -54,8 +62,10 @@ class PlannedRollout(_Part):
         return len(self.urls) or self.num_servers
 
 
-class PlannedRun(_Part):
+class PlannedRun(Section):
     """An SFT config, which has a `batch_size`, or an RL config."""
+
+    model_config = ConfigDict(extra="allow")
 
     policy: PolicyConfig
     data: PlannedData = PlannedData()
@@ -67,14 +77,10 @@ class PlannedRun(_Part):
     sampling: PlannedSampling = PlannedSampling()
     rollout: PlannedRollout = PlannedRollout()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_unknown_key(cls, values: Any) -> Any:
-        known = [*cls.model_fields, *READ_ELSEWHERE]
-        for key in values if isinstance(values, dict) else ():
-            if key not in known:
-                raise ValueError(f"{key}: unknown key; {nearest(key, known)}")
-        return values
+    @property
+    def needs_judging(self) -> bool:
+        """Whether a key is not one that every run has: only the whole config knows it."""
+        return bool(set(self.model_extra or {}) - READ_ELSEWHERE)
 
     @classmethod
     def of(cls, config: Section) -> "PlannedRun":
@@ -103,7 +109,11 @@ class PlannedRun(_Part):
         """Responses of one step."""
         return self.prompts_per_step * self.responses_per_prompt
 
-    def work(self, length: int | None = None, sequences: int | None = None) -> Work:
-        """One optimizer step's sequences, all of one length: by default, the longest allowed."""
+    def work(self, positions: int, length: int | None = None, sequences: int | None = None) -> Work:
+        """One optimizer step's sequences, all of one length: by default, the longest allowed.
+
+        Args:
+            positions: the model's, which bound that default.
+        """
         default = self.batch_size or self.prompts_per_mini_batch * self.responses_per_prompt
-        return Work((length or self.longest,) * (sequences or default))
+        return Work((length or min(self.longest, positions),) * (sequences or default))
