@@ -1,14 +1,16 @@
 """Measures RL steps with max_staleness 0 and 1, the trainer on one core and the server on another.
 
-    .venv/bin/python tools/benchmark_async.py [--steps N] [--prompts N] [--length N]
+    .venv/bin/python -m tools.benchmark_async [--steps N] [--prompts N] [--length N]
 
 For a reward that answers at once and one that takes a second, as a remote judge does, prints the
 median seconds of a step with each max_staleness, and what bounds a step from below: the longer of
 `generate + grade` and `log-probs + train + push` with max_staleness 0. Ratios count, as all numbers
-are of one run. It needs Linux and the interpreter of the rollout environment (`make setup`).
+are of one run. Beside the step with max_staleness 1 stands what `rollout_simulation` predicts from
+the parts of a step with 0. Needs Linux and the rollout environment (`make setup`).
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -21,10 +23,15 @@ from typing import Any
 import yaml
 
 from klear_megatron.rollout import RolloutConfig, serving
+from klear_megatron.rollout.dispatch import Capacity
+from tools.rollout_simulation import Scenario, Speed, simulate
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3
 """Steps that do not count."""
+STEP_S, SEQUENCE_S = 2.1e-3, 0.15e-3
+"""A decode step of a tiny model on one core, and its share per sequence, up to a factor: a server
+made 450 tokens/s of one sequence and 4,500 of 32."""
 REWARDS = """
 import asyncio
 
@@ -62,7 +69,11 @@ def main() -> None:
                     staleness: run(folder, settings, servers.urls, reward, staleness, arguments)
                     for staleness in (0, 1)
                 }
-                print(json.dumps({"reward": reward, **compared(steps[0], steps[1])}), flush=True)
+                drawn = folder / f"{reward}_0" / "rollouts"
+                judge_s = 1.0 if reward == "after_a_second" else 0.0
+                prediction = predicted(steps[0], drawn, judge_s, arguments.prompts)
+                values = compared(steps[0], steps[1]) | {"step, predicted": round(prediction, 3)}
+                print(json.dumps({"reward": reward, **values}), flush=True)
 
 
 def run(
@@ -99,6 +110,40 @@ def run(
     subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {name: statistics.median(row[name] for row in rows[WARM_UP:]) for name in rows[-1]}
+
+
+def predicted(waiting: dict[str, float], drawn: Path, judge_s: float, prompts: int) -> float:
+    """Simulated seconds of a step with max_staleness 1.
+
+    Args:
+        waiting: seconds of the parts of a step with max_staleness 0.
+        drawn: its responses, whose lengths are drawn from.
+    """
+    rows = [json.loads(line) for file in drawn.iterdir() for line in file.open()]
+    lengths = [row["tokens"] for row in rows]
+    drawing = waiting["seconds/generate"] + waiting["seconds/reward"]
+    scenario = Scenario(
+        servers=1,
+        leaders=1,
+        prompts_per_step=prompts,
+        responses_per_prompt=8,
+        max_staleness=0,
+        draw_length=lambda draw: draw.choice(lengths),
+        prompt_tokens=0,
+        informative=1 - waiting["rollout/dropped_groups"],
+        max_generation_batches=1,
+        speed=Speed(STEP_S, SEQUENCE_S, 0, 0),
+        capacity=Capacity(256, 40_000),
+        leader_token_s=0,
+        grade_s=judge_s,
+        train_s=lambda lengths: waiting["seconds/total"] - drawing - waiting["seconds/sync"],
+        push_s=waiting["seconds/sync"],
+    )
+    # The server's speed is what makes the simulated step with max_staleness 0 the measured one.
+    rest = waiting["seconds/total"] - drawing + judge_s
+    slower = (drawing - judge_s) / (simulate(scenario).step_s - rest)
+    speed = Speed(STEP_S * slower, SEQUENCE_S * slower, 0, 0)
+    return simulate(dataclasses.replace(scenario, max_staleness=1, speed=speed), steps=50).step_s
 
 
 def compared(waiting: dict[str, float], ahead: dict[str, float]) -> dict[str, float]:
