@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from klear_megatron.errors import UserError
+from klear_megatron.planning import hardware_here
 from klear_megatron.rewards.config import CodeRewardConfig
 from klear_megatron.rewards.sandbox.sandbox import check_sandbox
 from klear_megatron.rollout.config import RolloutConfig
@@ -33,6 +34,7 @@ def examine() -> list[str]:
         if has_gpu and has_apex
         else "PyTorch's Adam",
     )
+    _examine_planning(problems)
     _examine_required("math-verify", "math rewards", problems)
     _examine_bubblewrap(problems)
     _examine_sglang(problems)
@@ -100,6 +102,20 @@ def _examine_apex(problems: list[str]) -> bool:
         return False
     _say("apex", "NVIDIA's (fused kernels)")
     return True
+
+
+def _examine_planning(problems: list[str]) -> None:
+    try:
+        here = hardware_here()
+    except UserError as error:
+        _say("planning", "the GPU's numbers are not known")
+        problems.append(str(error))
+        return
+    _say(
+        "planning",
+        f"{here.memory / 2**30:.1f} GiB, {here.flops.bfloat16 / 1e12:.2f} TFLOP/s in bfloat16, "
+        f"{here.bandwidth / 1e9:.0f} GB/s ({here.sources})",
+    )
 
 
 def _examine_bubblewrap(problems: list[str]) -> None:
