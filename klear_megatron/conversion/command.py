@@ -85,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["hf", "megatron"],
         help="format of the output; refuse any other (default: the one the input is not)",
     )
+    parser.add_argument(
+        "--layout",
+        choices=["megatron-lm"],
+        help="to Megatron only: a root with a tracker and the checkpoint as its `release`, which "
+        "Megatron-LM's --load and Bridge take (default: the checkpoint alone)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
@@ -100,9 +106,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Converts a checkpoint. Ctrl-C ends the process.
 
     Raises:
-        UserError: `--tp` is given for an output of Hugging Face, `--hf` for an input of it, `--to`
-            contradicts the input, or the output lies inside the input; see also `megatron_to_hf`
-            and `hf_to_megatron`.
+        UserError: `--tp` or `--layout` is given for an output of Hugging Face, `--hf` for an input
+            of it, `--to` contradicts the input, or the output lies inside the input; see also
+            `megatron_to_hf` and `hf_to_megatron`.
     """
     # An exception that Ctrl-C raises while torch writes can get lost or turn into another one.
     # Files already written survive this, as they survive a kill.
@@ -126,7 +132,12 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.hf is not None:
             raise UserError(f"--hf: {source} is a Hugging Face folder itself; leave --hf out")
         tp = 1 if arguments.tp is None else arguments.tp
-        hf_to_megatron(source, arguments.out, tensor_parallel_size=tp, **options)
+        layout = arguments.layout == "megatron-lm"
+        hf_to_megatron(
+            source, arguments.out, tensor_parallel_size=tp, for_megatron_lm=layout, **options
+        )
+    elif arguments.layout is not None:
+        raise UserError(f"--layout: {source} becomes a Hugging Face folder; leave --layout out")
     elif arguments.tp is None:
         megatron_to_hf(source, arguments.out, hf=arguments.hf, **options)
     else:

@@ -25,6 +25,7 @@ from klear_megatron.checkpoints.hf_writer import (
     write_index,
     write_shard,
 )
+from klear_megatron.checkpoints.megatron_companions import move_to_release
 from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.megatron_writer import WrittenChunk, write_metadata, write_row
 from klear_megatron.checkpoints.model_folder import ModelFolder, config_of
@@ -117,6 +118,7 @@ def hf_to_megatron(
     *,
     dtype: str | None = None,
     tensor_parallel_size: int = 1,
+    for_megatron_lm: bool = False,
     shard_bytes: int = SHARD_BYTES,
     dry_run: bool = False,
     resume: bool = False,
@@ -130,6 +132,8 @@ def hf_to_megatron(
     Args:
         tensor_parallel_size: the number of pieces in which tensors are stored, so that each of
             that many tensor-parallel ranks reads only its own piece.
+        for_megatron_lm: make `out` a root for Megatron-LM's `--load`: the checkpoint becomes its
+            `release`, beside the tracker.
         dtype, shard_bytes, dry_run, resume: as for `megatron_to_hf`.
 
     Raises:
@@ -158,7 +162,10 @@ def hf_to_megatron(
         copy_companions(hf_dir, folder / "hf")
         set_config_dtype(folder / "hf", (move.dtype for move in moves))
         chunks = {name: [WrittenChunk(**chunk) for chunk in receipts[name]] for name in receipts}
-        write_metadata(folder, {move.row.name: move.dtype for move in moves}, table, chunks)
+        dtypes = {move.row.name: move.dtype for move in moves}
+        write_metadata(folder, dtypes, table, chunks, ModelFolder(hf_dir).config)
+        if for_megatron_lm:
+            move_to_release(folder)
 
     processes = Processes.join()
     shards = in_shards(moves, shard_bytes)
@@ -173,7 +180,10 @@ def hf_to_megatron(
             finish,
             source=hf_dir,
             out=out,
-            settings={"tensor_parallel_size": tensor_parallel_size},
+            settings={
+                "tensor_parallel_size": tensor_parallel_size,
+                "for_megatron_lm": for_megatron_lm,
+            },
             resume=resume,
             processes=processes,
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -28,8 +29,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from klear_megatron.checkpoints.checksums import write_checksums
 from klear_megatron.checkpoints.hf_reader import copy_companions
+from klear_megatron.checkpoints.megatron_companions import (
+    common_objects,
+    point_release_to,
+    write_run_config,
+)
 from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
+from klear_megatron.models import padded_vocab_size
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
@@ -77,12 +85,12 @@ class CheckpointWriter:
     checkpoint is announced once it is complete.
 
     Args:
-        companions: Hugging Face checkpoint whose config and tokenizer come along.
+        folder: the model's config and tokenizer, which come along.
     """
 
-    def __init__(self, config: CheckpointConfig, companions: Path) -> None:
+    def __init__(self, config: CheckpointConfig, folder: ModelFolder) -> None:
         self._config = config
-        self._companions = companions
+        self._folder = folder
         self._queue = AsyncCallsQueue()
 
     def save(
@@ -113,6 +121,7 @@ class CheckpointWriter:
                 "random_states": random_states(),
                 "parallel_sizes": parallel_sizes(),
                 "trainer": state,
+                **self._for_megatron_lm(chunks[0], iteration=state["step"]),
             },
             str(partial),
             FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _replicas()),
@@ -120,25 +129,33 @@ class CheckpointWriter:
         )
         if save_beside is not None:
             objects.together(functools.partial(save_beside, partial))
-        request.add_finalize_fn(lambda: self._publish(partial, path))
+        dtype = chunks[0].config.params_dtype
+        request.add_finalize_fn(lambda: self._publish(partial, path, dtype))
         if self._config.asynchronous:
             self._queue.schedule_async_request(request)
         else:
             request.execute_sync()
 
+    def _for_megatron_lm(self, chunk: LanguageModel, iteration: int) -> dict[str, Any]:
+        hf, tp = self._folder.config, chunk.config.tensor_model_parallel_size
+        padded = padded_vocab_size(hf.vocab_size, tp)
+        return common_objects(hf, padded, chunk.config.params_dtype, iteration)
+
     def finish(self, *, wait: bool) -> None:
         """Collective. Publishes what has been written; with `wait`, everything begun."""
         self._queue.maybe_finalize_async_calls(blocking=wait)
 
-    def _publish(self, partial: Path, path: Path) -> None:
+    def _publish(self, partial: Path, path: Path, dtype: torch.dtype) -> None:
         dist.barrier()
         if dist.get_rank() == 0:
             (partial / "hf").mkdir()
-            copy_companions(self._companions, partial / "hf")
+            copy_companions(self._folder.path, partial / "hf")
+            write_run_config(partial, self._folder.config, dtype)
             write_checksums(partial, {})
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
             say(f"checkpoint {path}")
+            point_release_to(path)
             self._prune(path.parent)
         dist.barrier()
 

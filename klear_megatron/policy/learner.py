@@ -61,7 +61,7 @@ class Learner:
             offload=offload,
             total_steps=total_steps,
         )
-        self._writer = checkpoint.CheckpointWriter(config.checkpoint, companions=config.path)
+        self._writer = checkpoint.CheckpointWriter(config.checkpoint, folder)
 
     def train_step(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """One optimizer step on the whole mini-batch.

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from klear_megatron.checkpoints.megatron_folder import model_settings
 from klear_megatron.cli import main
+from klear_megatron.conversion import hf_to_megatron
 from tests.conversion.folders import same_weights, weights_of
 from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
@@ -105,10 +106,26 @@ def run_config_of(model: str) -> dict[str, Any]:
     return {"model": {"_target_": target, **SHAPES, **OWN[model], **own}, "train": {}}
 
 
+def _load_as_megatron_does(model: str, chunk: Any, folder: Path) -> None:
+    """Loads our conversion with all that Megatron-Core's modules ask for, extra states too."""
+    root = folder / model / "ours"
+    if dist.get_rank() == 0:
+        hf_to_megatron(folder / model / "hf", root, tensor_parallel_size=2, for_megatron_lm=True)
+    dist.barrier()
+    before = {name: tensor.clone() for name, tensor in chunk.named_parameters()}
+    for tensor in chunk.parameters():
+        tensor.data.fill_(torch.nan)
+    wanted = {"model": chunk.sharded_state_dict()}
+    assert any(key.endswith("_extra_state") for key in wanted["model"])
+    chunk.load_state_dict(dist_checkpointing.load(wanted, str(root / "release"))["model"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in chunk.named_parameters())
+
+
 def _write(folder: Path) -> None:
     """Writes `<model>/<layout>`: a root with a tracker, as Megatron-LM does."""
     for model, (_, parallel) in MODELS.items():
         (chunk,) = make_learner(folder / model / "hf", parallel=parallel).model.chunks
+        _load_as_megatron_does(model, chunk, folder)
         for layout, metadata in LAYOUTS.items():
             root = folder / model / layout
             (root / "iter_0000007").mkdir(parents=True, exist_ok=True)
@@ -218,6 +235,54 @@ def test_what_is_not_said_or_not_known_is_refused(
     assert "iter_0000008: a checkpoint of format torch" in message()
     (root / "latest_checkpointed_iteration.txt").write_text("../7")
     assert "neither a number nor 'release'" in message()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_root_for_megatron_lm_says_all_of_the_model(
+    model: str, folder: Path, tmp_path: Path
+) -> None:
+    hf, root = folder / model / "hf", tmp_path / "root"
+    options = ["--to", "megatron", "--layout", "megatron-lm", "--tp", "2"]
+    assert main(["convert", str(hf), str(root), *options]) == 0
+    assert sorted(path.name for path in root.iterdir()) == [
+        "latest_checkpointed_iteration.txt",
+        "release",
+    ]
+    assert (root / "latest_checkpointed_iteration.txt").read_text() == "release"
+    common = dist_checkpointing.load_common_state_dict(str(root / "release"))
+    assert (common["iteration"], common["checkpoint_version"]) == (0, 3.0)
+    theirs = args_of(model)
+    del theirs.attention_backend, theirs.data_path, theirs.world_size, theirs.moe_layer_freq
+    theirs.seq_length = 256
+    assert {name: getattr(common["args"], name, None) for name in vars(theirs)} == vars(theirs)
+    assert common["args"].padded_vocab_size == 384
+    # Without our own copy of the config, each description of the model is enough to make it.
+    shutil.rmtree(root / "release" / "hf")
+    (root / "release" / "SHA256SUMS").unlink()
+    for description in ("run_config.yaml", "common.pt"):
+        out = tmp_path / f"by-{description}"
+        assert main(["convert", str(root), str(out)]) == 0
+        assert same_weights(weights_of(out), weights_of(hf))
+        derived, original = (tiny.load(path).config.to_dict() for path in (out, hf))
+        for config in (derived, original):
+            del config["_name_or_path"]
+            config.pop("head_dim", None)  # always in a derived config
+        assert derived == original
+        (root / "release" / description).unlink()
+
+
+def test_a_run_is_a_root_for_megatron_lm(kinds: Path, tmp_path: Path) -> None:
+    assert (kinds / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert (kinds / "release").readlink() == Path("trained")
+    common = dist_checkpointing.load_common_state_dict(str(kinds / "release"))
+    assert (common["iteration"], common["checkpoint_version"]) == (1, 3.0)
+    assert common["args"].no_save_optim
+    assert common["args"].padded_vocab_size == 128
+    assert yaml.safe_load((kinds / "release" / "run_config.yaml").read_text())["model"][
+        "_target_"
+    ].endswith("GPTModelProvider")
+    assert main(["convert", str(kinds), str(tmp_path / "out")]) == 0
+    assert same_weights(weights_of(tmp_path / "out"), weights_of(kinds / "original"))
 
 
 class Witness:

@@ -172,7 +172,7 @@ def _saves(model: Path, parallel: dict[str, int], run_dir: Path) -> Any:
         snapshots.append(_state(learner))
         learner.save(checkpoint_path(run_dir, step), {"step": step})
     learner.finish_saves()
-    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    kept = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
     loaded = []
     for name in kept:
         state = learner.load(run_dir / "checkpoints" / name)
