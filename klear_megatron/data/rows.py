@@ -3,17 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from klear_megatron.data.files import Row, read_rows
-from klear_megatron.data.livecodebench import LiveCodeBenchRow
+from klear_megatron.data.published import NonEmptyText, published_format
 from klear_megatron.errors import UserError
 
 Message = dict[str, str]
-NonEmptyText = Annotated[str, Field(min_length=1)]
 OnBadRow = Callable[[UserError], object]
 
 
@@ -83,7 +82,7 @@ Parsed = TypeVar("Parsed")
 
 
 def read_prompts(path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None) -> list[Prompt]:
-    """Reads problems, in Klear's format or LiveCodeBench's, from one or several data sets.
+    """Reads problems, in a format of `parse_prompt`, from one or several data sets.
 
     Args:
         path: one or several paths as `read_rows` takes them, read one after another.
@@ -101,13 +100,14 @@ def read_prompts(path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None
 
 
 def parse_prompt(row: Row, index: int) -> Prompt:
-    """Parses a row in Klear's format or LiveCodeBench's.
+    """Parses a row in Klear's format, or as LiveCodeBench, LeetCodeDataset, TACO, APPS and
+    Codeforces are published.
 
     Raises:
         ValidationError: the row is malformed.
     """
-    if "question_content" in row:
-        problem = LiveCodeBenchRow.model_validate(row)
+    if "reward_model" not in row and (published := published_format(row)) is not None:
+        problem = published.model_validate(row)
         return Prompt(problem.data_source, problem.messages, problem.ground_truth, index)
     parsed = _KlearRow.model_validate(row)
     messages = [message.model_dump() for message in parsed.prompt]

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +9,7 @@ import pytest
 from klear_megatron.data import Conversation, Prompt, read_prompts
 from klear_megatron.data.rows import parse_conversation, parse_rows
 from klear_megatron.errors import UserError
-from klear_megatron.rewards import RewardConfig, RewardPool
+from klear_megatron.rewards import RewardConfig, RewardPool, check_ground_truths
 
 # As published by the paper's authors, including keys that we do not read.
 AUTHORS_ROW = {
@@ -196,3 +197,96 @@ def test_livecodebench_rows_are_read_and_graded(tmp_path):
     with RewardPool(RewardConfig(workers=1)) as pool:
         (reward,) = pool.grade([(from_stdin.data_source, program, from_stdin.ground_truth)])
     assert reward.correct
+
+
+ADD_METHOD = "class Solution:\n    def add(self, a: int, b: int) -> int:\n        return a + b"
+ADD_LINE = "print(sum(map(int, input().split())))"
+PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
+    "LeetCodeDataset": (
+        {
+            "task_id": "add-two",
+            "question_id": 1,
+            "difficulty": "Easy",
+            "tags": ["Math"],
+            "problem_description": "Add two numbers.",
+            "starter_code": "class Solution:\n    def add(self, a: int, b: int) -> int:\n        ",
+            "prompt": "import math\n",
+            "entry_point": "Solution().add",
+            "test": "def check(candidate):\n    assert candidate(a = 2,b = 3) == 5\n",
+            "input_output": [{"input": "a = 2, b = 3", "output": "5"}],
+            "query": "You are an expert Python programmer.",
+            "response": "",
+        },
+        ADD_METHOD,
+    ),
+    "TACO": (
+        {
+            "question": "Add two numbers.",
+            "starter_code": "",
+            "input_output": '{"inputs": ["2 3\\n"], "outputs": ["5\\n"]}',
+            "difficulty": "EASY",
+            "solutions": "[]",
+        },
+        ADD_LINE,
+    ),
+    "APPS": (
+        {
+            "problem_id": 7,
+            "question": "Add two numbers.",
+            "starter_code": "class Solution:\n    def add(self, a: int, b: int) -> int:\n        ",
+            "input_output": '{"fn_name": "add", "inputs": [[2, 3]], "outputs": [5]}',
+        },
+        ADD_METHOD,
+    ),
+    "Codeforces": (
+        {
+            "id": "1/A",
+            "contest_start": 1400000000,
+            "description": "Add two numbers.",
+            "input_format": "One line.",
+            "output_format": "Their sum.",
+            "note": None,
+            "examples": [{"input": "2 3", "output": "5"}],
+            "official_tests": [{"input": "2 3\n", "output": "5\n"}],
+            "interaction_format": None,
+            "generated_checker": None,
+            "input_mode": "stdio",
+        },
+        ADD_LINE,
+    ),
+    "LiveCodeBench": (LCB_ROW | {"question_content": "Add two numbers."}, ADD_LINE),
+}
+
+
+def test_rows_are_read_as_they_are_published_and_graded(tmp_path):
+    lines = [json.dumps(row) for row, _ in PUBLISHED.values()]
+    prompts = read_prompts(write_lines(tmp_path / "a.jsonl", *lines))
+    check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in prompts)
+    jobs = []
+    for prompt, (row, program) in zip(prompts, PUBLISHED.values(), strict=True):
+        (message,) = prompt.messages
+        assert "Add two numbers." in message["content"]
+        assert (row.get("starter_code") or "standard input") in message["content"]
+        for code in (program, program.replace("+", "-").replace("sum", "max")):
+            response = f"<think></think>\n```python\n{code}\n```"
+            jobs.append((prompt.data_source, response, prompt.ground_truth))
+    assert "## Output\nTheir sum." in prompts[3].messages[0]["content"]
+    assert "## Example 1, input\n2 3" in prompts[3].messages[0]["content"]
+    with RewardPool(RewardConfig(workers=1)) as pool:
+        rewards = pool.grade(jobs)
+    assert [reward.correct for reward in rewards] == [True, False] * len(PUBLISHED)
+
+
+def test_published_rows_that_cannot_be_graded_are_refused_and_counted(tmp_path):
+    row, _ = PUBLISHED["Codeforces"]
+    rows = [row, {**row, "interaction_format": "Ask."}, {**row, "generated_checker": "checker"}]
+    path = write_lines(
+        tmp_path / "a.jsonl", *map(json.dumps, [*rows, {**row, "official_tests": 1}])
+    )
+    problems: list[UserError] = []
+    prompts = read_prompts(path, problems.append)
+    (problem,) = problems
+    assert "a.jsonl, line 4, field official_tests" in str(problem)
+    with pytest.raises(UserError, match="interactive problem") as refused:
+        check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in prompts)
+    assert "rows that cannot be graded: 2\nrow 1: " in str(refused.value)
