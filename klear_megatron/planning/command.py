@@ -63,7 +63,7 @@ def run(
         judge(config.rl)
     hardware = read_hardware(arguments.gpu)
     import_extensions(config.policy)
-    model = PlannedModel.read(config.policy.path)
+    model = PlannedModel.read(config.policy.hf_folder)
     work = config.work(model.positions, arguments.sequence_length, arguments.sequences_per_step)
     gpus = arguments.gpus
     if arguments.search:

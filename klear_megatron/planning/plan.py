@@ -115,7 +115,7 @@ def plan(
     Raises:
         UserError: an unknown model, a layout that cannot be, or sequences beyond its positions.
     """
-    model = model or PlannedModel.read(policy.path)
+    model = model or PlannedModel.read(policy.hf_folder)
     policy.parallel.check_model(model)
     layout = Layout(policy.parallel, gpus)
     check_lengths(work, model)

@@ -53,7 +53,7 @@ def search(
     Raises:
         UserError: an unknown model, or sequences beyond its positions.
     """
-    model = PlannedModel.read(policy.path) if model is None else model
+    model = PlannedModel.read(policy.hf_folder) if model is None else model
     check_lengths(work, model)
     found = Found([], [], Counter())
     for parallel in _layouts(policy.parallel, model, work, gpus):

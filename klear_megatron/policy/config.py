@@ -227,7 +227,11 @@ class ModelConfig(Section):
     """A model, and how it is laid out and computed."""
 
     path: Path
-    """Hugging Face checkpoint to start from: config, safetensors, tokenizer."""
+    """Weights to start from: a Hugging Face checkpoint with config, safetensors and tokenizer; or a
+    checkpoint of Megatron-LM, Megatron-Bridge, slime or this package, with `hf`."""
+    hf: Path | None = None
+    """Hugging Face checkpoint with the config and tokenizer of a Megatron `path`. RL's servers
+    start from it; the policy's weights are pushed to them before the first step."""
     imports: tuple[str, ...] = ()
     """Modules of your own to import first, such as one that registers an architecture."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -249,6 +253,11 @@ class ModelConfig(Section):
     is computed per micro-batch and averaged over tokens, so gradients depend slightly on packing,
     but not on the ranks that share a micro-batch."""
     parallel: ParallelConfig = ParallelConfig()
+
+    @property
+    def hf_folder(self) -> Path:
+        """Where the config and the tokenizer are."""
+        return self.hf or self.path
 
     @model_validator(mode="after")
     def _fp8_needs_bfloat16(self) -> "ModelConfig":

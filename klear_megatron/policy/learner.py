@@ -30,7 +30,7 @@ class Learner:
     Every method is collective: all ranks call it, with the same arguments.
 
     Args:
-        folder: of `config.path`.
+        folder: of `config.hf_folder`.
         total_steps: optimizer steps of the learning-rate schedule.
         temperature, seed: passed to `Model`.
 

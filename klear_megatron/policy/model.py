@@ -13,8 +13,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
-from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint, newest_in
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
+from klear_megatron.checkpoints.model_folder import ModelFolder, config_of
 from klear_megatron.models import padded_vocab_size
 from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.platform.device import this_device
@@ -30,6 +31,7 @@ from klear_megatron.policy.parallel import initialize_model_parallel
 from klear_megatron.policy.weights import (
     HFGather,
     load_hf_weights,
+    load_megatron_weights,
     local_parameters,
     plain,
 )
@@ -70,15 +72,21 @@ class Model:
         """The chunks as Megatron's schedule takes them; a learner wraps them once more."""
 
     def load(self, path: Path) -> None:
-        """Fills in the weights from a Hugging Face folder or a Megatron checkpoint.
+        """Fills in the weights from a Hugging Face folder or a Megatron checkpoint, of this package
+        or of Megatron-LM, Megatron-Bridge or slime; a root stands for its newest checkpoint.
 
         Raises:
             UserError: the weights are not those of the model's config, or cannot be read.
         """
-        if is_megatron_checkpoint(path):
+        path = newest_in(path)
+        if not is_megatron_checkpoint(path):
+            load_hf_weights(self.chunks, self.table, path)
+        elif (path / "hf").is_dir():  # of this package
             checkpoint.load_weights(path, self.chunks)
         else:
-            load_hf_weights(self.chunks, self.table, path)
+            source = MegatronCheckpoint(path)
+            with config_of(source, self.folder.path) as folder:
+                load_megatron_weights(self.chunks, self.table, source, folder.config)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ from megatron.core import parallel_state
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from klear_megatron.checkpoints.hf_reader import HFCheckpoint
+from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.models import Weight
 from klear_megatron.models.language_model import LanguageModel
 from klear_megatron.platform import objects
@@ -77,7 +79,6 @@ def plain(parameter: torch.nn.Parameter) -> Tensor:
     return parameter.data
 
 
-@torch.no_grad()
 def load_hf_weights(chunks: Sequence[LanguageModel], table: Sequence[Weight], path: Path) -> None:
     """Fills this rank's parameters from a Hugging Face checkpoint.
 
@@ -86,11 +87,39 @@ def load_hf_weights(chunks: Sequence[LanguageModel], table: Sequence[Weight], pa
     """
     checkpoint = HFCheckpoint(path)
     checkpoint.check(table)
+    _fill(chunks, table, lambda row: [checkpoint.tensor(name) for name in row.sources])
+
+
+def load_megatron_weights(
+    chunks: Sequence[LanguageModel],
+    table: Sequence[Weight],
+    checkpoint: MegatronCheckpoint,
+    hf: PretrainedConfig,
+) -> None:
+    """Fills this rank's parameters from a Megatron checkpoint of any writer and any padding.
+
+    Raises:
+        UserError: the checkpoint does not hold exactly the tensors of the table.
+    """
+    theirs = {row.name: row for row in checkpoint.table(hf)}
+    _fill(
+        chunks,
+        table,
+        lambda row: theirs[row.name].mapping.split(checkpoint.tensor(theirs[row.name])),
+    )
+
+
+@torch.no_grad()
+def _fill(
+    chunks: Sequence[LanguageModel],
+    table: Sequence[Weight],
+    sources: Callable[[Weight], list[Tensor]],
+) -> None:
+    """Fills this rank's parameters, from the Hugging Face tensors of each of their rows."""
     parameters = local_parameters(chunks)
     for row in table:
         if (parameter := parameters.pop(row.name, None)) is not None:
-            full = row.mapping.merge([checkpoint.tensor(name) for name in row.sources])
-            shard = row.mapping.shard(full, *_shard_position(row))
+            shard = row.mapping.shard(row.mapping.merge(sources(row)), *_shard_position(row))
             parameter.copy_(shard)
             # Beside an FP8 weight, Transformer Engine keeps the value before rounding. The
             # optimizer starts from that.

@@ -65,7 +65,7 @@ def _what_decides(config: SFTConfig) -> dict[str, Any]:
     files = []
     for one in [path] if isinstance(path, Path) else path:
         files += [one, *one.rglob("*")]
-    model = config.policy.path
+    model = config.policy.hf_folder
     tokenizer = [file for file in model.iterdir() if file.suffix != ".safetensors"]
     return config.data.model_dump(mode="json") | {"files": stamps([*files, *tokenizer])}
 

@@ -28,7 +28,7 @@ def start(config: RunConfig) -> ModelFolder:
         UserError: the config does not fit the model or the world size.
     """
     import_extensions(config.policy)
-    folder = ModelFolder(config.policy.path)
+    folder = ModelFolder(config.policy.hf_folder)
     config.policy.parallel.check_model(folder)
     init_distributed()
     # Before one rank starts servers while the others wait, so that Ctrl-C ends those too.

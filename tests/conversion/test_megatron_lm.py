@@ -24,7 +24,7 @@ from klear_megatron.checkpoints.megatron_folder import model_settings
 from klear_megatron.cli import main
 from klear_megatron.conversion import hf_to_megatron
 from tests.conversion.folders import same_weights, weights_of
-from tests.distributed.laboratory import make_learner
+from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
@@ -283,6 +283,21 @@ def test_a_run_is_a_root_for_megatron_lm(kinds: Path, tmp_path: Path) -> None:
     ].endswith("GPTModelProvider")
     assert main(["convert", str(kinds), str(tmp_path / "out")]) == 0
     assert same_weights(weights_of(tmp_path / "out"), weights_of(kinds / "original"))
+
+
+def _train_from(folder: Path, model: str, layout: str, parallel: dict[str, int]) -> Any:
+    """A learner's weights, from a root of theirs; they are padded for another vocabulary."""
+    learner = make_learner(folder / model / layout, hf=folder / model / "hf", parallel=parallel)
+    return weights(learner)
+
+
+def test_training_starts_from_their_weights(folder: Path) -> None:
+    for model, layout, parallel in [
+        ("qwen3", "numbered", {}),
+        ("qwen3_moe", "singletons", {"expert_model_parallel_size": 2}),
+    ]:
+        ours, _ = run_ranks(2, _train_from, folder, model, layout, parallel)
+        assert same_weights(ours, weights_of(folder / model / "hf"))
 
 
 class Witness:

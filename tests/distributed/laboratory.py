@@ -45,7 +45,9 @@ def make_learner(path: Path, *, temperature: float = 1.0, **settings: Any) -> Le
     import_extensions(config)
     buckets = small_buckets() if config.parallel.overlap_grad_reduce else contextlib.nullcontext()
     with buckets:
-        return Learner(config, ModelFolder(path), total_steps=10, temperature=temperature)
+        return Learner(
+            config, ModelFolder(config.hf_folder), total_steps=10, temperature=temperature
+        )
 
 
 def small_buckets() -> Any:
