@@ -32,7 +32,7 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_EXTRA_STATES = "extra_states.distcp"
+_EXTRA_STATES = "extra_states.pt"
 _ALIGNMENT = 64
 """Records begin at multiples of this in a file, as data does in a record."""
 
