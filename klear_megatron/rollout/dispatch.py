@@ -75,11 +75,6 @@ class Dispatch:
         """Whether a server can take a prompt now."""
         return any(self._in_flight[url] < self.places(url) for url in self._open)
 
-    @property
-    def idle(self) -> bool:
-        """Whether none of this leader's prompts is in flight."""
-        return not self._in_flight.total()
-
     def enter(self, position: int) -> str:
         """Takes a place for the prompt of this position, where there is one.
 
