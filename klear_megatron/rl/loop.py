@@ -23,6 +23,7 @@ from klear_megatron.rl.rollouts import Collector, Rollouts
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import Share
 from klear_megatron.training import run
+from klear_megatron.training.planned import PlannedSteps
 from klear_megatron.training.resume import resume
 
 
@@ -33,6 +34,7 @@ def train_rl(config: RLConfig) -> None:
         UserError: bad data, a bad model, a config that does not fit them, or a server that fails.
     """
     folder = run.start(config)
+    planned = PlannedSteps(config)
     prompts = read_training_prompts(config, folder)
     evaluations = Evaluations(config, folder)
     objective = PolicyObjective(config.loss)
@@ -74,6 +76,9 @@ def train_rl(config: RLConfig) -> None:
                 servers.sync(version=step)
             metrics |= evaluations.after(step, servers, maker, phases)
             metrics |= throughput(metrics, phases.take(), rollouts.batch)
+            if "seconds/train" in metrics:
+                at_a_time = config.prompts_per_mini_batch * config.responses_per_prompt
+                planned.observe(rollouts.batch.lengths, at_a_time, metrics["seconds/train"])
             if recorder is not None:
                 recorder.write(step, metrics)
             progress.advance(note=summary(metrics))

@@ -11,6 +11,7 @@ from klear_megatron.policy.learner import Learner
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.sft.data import read_examples
 from klear_megatron.training import run
+from klear_megatron.training.planned import PlannedSteps
 from klear_megatron.training.resume import resume
 
 
@@ -21,6 +22,7 @@ def train_sft(config: SFTConfig) -> None:
         UserError: bad data, a bad model, or a config that does not fit them.
     """
     folder = run.start(config)
+    planned = PlannedSteps(config)
     examples = read_examples(config, folder)
     steps = len(examples) * config.epochs // config.batch_size
     if steps == 0:
@@ -54,6 +56,7 @@ def train_sft(config: SFTConfig) -> None:
                 trained = learner.train_step(batch, objective)
             metrics = {f"train/{name}": value for name, value in trained.items()} | phases.take()
             metrics["throughput/tokens_per_second"] = len(batch.tokens) / metrics["seconds/train"]
+            planned.observe(batch.lengths, config.batch_size, metrics["seconds/train"])
             if recorder is not None:
                 recorder.write(step, metrics)
             progress.advance(note=f"loss {trained['loss']:.3f}")

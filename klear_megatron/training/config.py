@@ -19,4 +19,6 @@ class RunConfig(Section):
     """Steps between checkpoints; one is always written at the end."""
     export_every: PositiveInt | None = None
     """Steps between Hugging Face checkpoints, written to `hf/` under the run directory."""
+    start_without_room: bool = False
+    """Start even if the plan says that the memory does not suffice for the longest sequences."""
     policy: PolicyConfig
