@@ -5,12 +5,12 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 PLATFORM := $(shell command -v nvidia-smi >/dev/null && echo gpu || echo cpu)
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup setup-launch quickstart test lint clean
 
 quickstart: setup
 	bash examples/quickstart/run.sh
 
-test: setup lint
+test: setup setup-launch lint
 	@bash tools/install_slurm.sh
 	@echo "==> tests"
 	.venv/bin/python -m pytest
@@ -39,5 +39,14 @@ setup: .venv/ready .venv-rollout/ready
 	.venv-rollout/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
+# nemo-run, for `klear-megatron launch`: only on the host that you submit from.
+setup-launch: .venv-launch/ready
+
+.venv-launch/ready: requirements/launch.txt
+	@echo "==> setting up .venv-launch: nemo-run (a minute)"
+	$(PYTHON) -m venv .venv-launch
+	.venv-launch/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
+
 clean:
-	rm -rf .venv .venv-rollout runs
+	rm -rf .venv .venv-rollout .venv-launch runs

@@ -5,6 +5,7 @@ and not after the seconds that Megatron-Core takes to import.
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -14,10 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from klear_megatron.config import load_config
+from klear_megatron.config import Section, load_config
 from klear_megatron.conversion import command as conversion
 from klear_megatron.errors import UserError
+from klear_megatron.launch import command as launching
 from klear_megatron.planning import command as planning
+from klear_megatron.platform.files import write_atomically
 from klear_megatron.platform.first_rank import is_first_to_report
 from klear_megatron.release import command as release
 
@@ -98,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     conversion.add_verify_arguments(_add_verb(verbs, _verify))
     release.add_arguments(_add_verb(verbs, _release))
     planning.add_arguments(_add_verb(verbs, _plan, takes_overrides=True))
+    launching.add_arguments(_add_verb(verbs, _launch, takes_overrides=True))
+    for run in (_status, _logs, _cancel):
+        _add_verb(verbs, run).add_argument("run_dir", type=Path, help="run_dir of a launched run")
     _add_verb(verbs, _doctor)
     return parser
 
@@ -173,6 +179,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     logs = config.run_dir / "logs"
     with serving(config.rollout, config.model, logs, seed=config.seed) as servers:
         print("\n".join(["serving; stop with Ctrl-C", *servers.urls]), flush=True)
+        if config.announce is not None:
+            with write_atomically(config.announce) as file:
+                json.dump(servers.urls, file)
         while True:
             time.sleep(5)
             servers.restore()
@@ -211,6 +220,45 @@ def _plan(arguments: argparse.Namespace) -> None:
         return load_config(config, arguments.config, arguments.overrides)
 
     planning.run(arguments, arguments.overrides, judge)
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    """Run a config as a job: on Slurm through nemo-run, or on this host."""
+    from klear_megatron.curation import CurateConfig
+    from klear_megatron.evaluation import EvalConfig
+    from klear_megatron.rl.config import RLConfig
+    from klear_megatron.rollout import ServeConfig
+    from klear_megatron.sft.config import SFTConfig
+
+    configs: dict[str, type[Section]] = {
+        "sft": SFTConfig,
+        "rl": RLConfig,
+        "serve": ServeConfig,
+        "eval": EvalConfig,
+        "curate": CurateConfig,
+    }
+    launching.launch(arguments, configs)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    """Show the jobs of a launched run, its first error and its newest lines."""
+    from klear_megatron.launch.status import status
+
+    print(status(arguments.run_dir))
+
+
+def _logs(arguments: argparse.Namespace) -> None:
+    """Show the newest lines of all ranks and servers of a launched run."""
+    from klear_megatron.launch.status import logs
+
+    print(logs(arguments.run_dir))
+
+
+def _cancel(arguments: argparse.Namespace) -> None:
+    """Cancel the jobs of a launched run."""
+    from klear_megatron.launch.status import cancel
+
+    print(cancel(arguments.run_dir))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ FLOORS = [
     ["policy", "rollout"],
     ["conversion", "evaluation", "planning"],
     ["curation", "doctor", "release", "training"],
-    ["rl", "sft"],
+    ["launch", "rl", "sft"],
     ["cli"],
     ["__main__"],
 ]

@@ -14,13 +14,30 @@ from klear_megatron.errors import UserError, nearest
 
 C = TypeVar("C", bound=Section)
 
+LAUNCH = "launch"
+"""The top-level section that only `klear-megatron launch` reads."""
+
 
 def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """Reads `path` and applies overrides such as `--policy.optimizer.lr 1e-6` or `--seed=3`.
 
+    A `launch:` section in the file is left to `klear-megatron launch`.
+
     Raises:
         UserError: no such file, no valid YAML, an unknown key (with the nearest valid one), a
             missing one, or a value that is not allowed; all problems in one message.
+    """
+    values = read_values(path)
+    values.pop(LAUNCH, None)
+    values = apply_overrides(values, overrides)
+    return validate(cls, values, f"{path} with the command line's values:")
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        UserError: no such file, no valid YAML, or no mapping.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such config file; check the path")
@@ -34,9 +51,18 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level must be a mapping of keys to values")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Sets what `--section.key value` and `--section.key=value` say, and returns `values`.
+
+    Raises:
+        UserError: an override that is none.
+    """
     for key, value in _parse_overrides(overrides):
         _set(values, key, value)
-    return validate(cls, values, f"{path} with the command line's values:")
+    return values
 
 
 def validate(cls: type[C], values: Mapping[str, Any], title: str) -> C:

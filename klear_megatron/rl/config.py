@@ -73,3 +73,16 @@ class RLConfig(RunConfig):
     def optimizer_steps(self) -> int:
         """The largest possible number; a step whose groups were dropped takes fewer."""
         return self.steps * math.ceil(self.prompts_per_step / self.prompts_per_mini_batch)
+
+    def describe_step(self, data_parallel_size: int) -> list[str]:
+        samples = self.prompts_per_mini_batch * self.responses_per_prompt
+        updates = math.ceil(self.prompts_per_step / self.prompts_per_mini_batch)
+        return [
+            f"a step: {self.prompts_per_step} prompts x {self.responses_per_prompt} responses = "
+            f"{self.prompts_per_step * self.responses_per_prompt} sequences, drawn by "
+            f"{data_parallel_size} leaders, {self.prompts_per_step / data_parallel_size:g} prompts "
+            "each",
+            f"{updates} optimizer steps on them, each of {self.prompts_per_mini_batch} prompts x "
+            f"{self.responses_per_prompt} = {samples} sequences / DP {data_parallel_size} = "
+            f"{samples / data_parallel_size:g} per data-parallel rank",
+        ]

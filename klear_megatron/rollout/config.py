@@ -71,3 +71,5 @@ class ServeConfig(Section):
     """Folder for the servers' logs."""
     rollout: RolloutConfig = RolloutConfig()
     seed: int = 0
+    announce: Path | None = None
+    """File to write the servers' addresses to, as a JSON list, once all of them answer."""

@@ -13,3 +13,10 @@ class SFTConfig(RunConfig):
     epochs: PositiveInt = 1
     batch_size: PositiveInt
     """Conversations per optimizer step."""
+
+    def describe_step(self, data_parallel_size: int) -> list[str]:
+        each = self.batch_size / data_parallel_size
+        return [
+            f"an optimizer step: {self.batch_size} conversations / DP {data_parallel_size} = "
+            f"{each:g} per data-parallel rank"
+        ]

@@ -22,3 +22,7 @@ class RunConfig(Section):
     start_without_room: bool = False
     """Start even if the plan says that the memory does not suffice for the longest sequences."""
     policy: PolicyConfig
+
+    def describe_step(self, data_parallel_size: int) -> list[str]:
+        """How a step's samples are divided over the data-parallel ranks, in plain lines."""
+        raise NotImplementedError

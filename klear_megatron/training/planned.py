@@ -46,7 +46,7 @@ class PlannedSteps:
         except UserError as error:
             say(f"no plan: {error}")
             return None
-        self._model = PlannedModel.read(self.config.policy.path)
+        self._model = PlannedModel.read(self.config.policy.hf_folder)
         work = PlannedRun.of(self.config).work(self._model.positions)
         planned = self._plan(work.lengths)
         say(

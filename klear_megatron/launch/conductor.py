@@ -1,0 +1,305 @@
+"""Runs one job from its batch script: starts the steps, watches them, ends them, decides what next.
+
+    python3 -m klear_megatron.launch.conductor SNAPSHOT/job.json
+
+It runs on the job's first node, outside any container, and needs only the standard library of
+Python 3.9. In a Slurm job its steps are sruns; elsewhere they are processes of this host. Each task
+of a step runs `role`, which reports by files: `servers/NODE.json` once a node's servers answer,
+and `ended/ROLE-RANK.json` when a task has ended.
+
+Exit codes: 0, finished; 75, told to end and can go on; 1, failed; 2, bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klear_megatron.launch.clusters import Cluster, Step, find_cluster
+
+FINISHED, FAILED, BAD_INPUT, CONTINUE = 0, 1, 2, 75
+_POLL_S = 0.3
+_GATHER_S = 3.0
+"""After the first failure, other ranks' errors may arrive this much later: the first one counts."""
+_KILL_AFTER_S = 10.0
+_PREFLIGHT_S = 300.0
+_BEGIN = time.monotonic()
+
+
+class JobError(Exception):
+    """The job cannot go on. `code` is the exit code of the process that ended first, if any."""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def say(message: str) -> None:
+    """Prints a line with the time of day and the seconds since the start."""
+    stamp = f"{time.strftime('%H:%M:%S')} +{time.monotonic() - _BEGIN:.0f}s"
+    print(f"[{stamp}] {message}", flush=True)
+
+
+def main() -> int:
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    cluster = find_cluster(job)
+    snapshot = Path(job["snapshot"])
+    if (snapshot / "finished").exists():
+        say(f"{job['name']}: finished by an earlier job; nothing to do")
+        return FINISHED
+    if (snapshot / "stopped").exists():
+        say(f"{job['name']}: not tried again: {(snapshot / 'stopped').read_text()}")
+        return FAILED
+    while True:
+        code, message = Attempt(job, cluster).run()
+        if code == FINISHED:
+            (snapshot / "finished").touch()
+            say(f"{job['name']}: finished")
+            return FINISHED
+        again = code != CONTINUE or not cluster.told_to_end
+        if code not in (FINISHED, CONTINUE):
+            again = _may_fail_again(job, code, message)
+        if code == CONTINUE:
+            say(f"{job['name']}: saved; {'goes on' if again else 'run it again to go on'}")
+        else:
+            # The last line of the log says what failed.
+            say(f"{'trying again' if again else 'giving up'} after this error:")
+            print(f"error: {message}", flush=True)
+        if not again or not job["requeue"]:
+            return code
+        cluster.requeue()
+
+
+def _may_fail_again(job: dict[str, Any], code: int, message: str) -> bool:
+    """Counts failures without a new step in between. Leaves `stopped` once there were too many."""
+    snapshot = Path(job["snapshot"])
+    file = snapshot / "failures.json"
+    past = json.loads(file.read_text()) if file.exists() else {"in_a_row": 0, "step": -1}
+    step = _newest_step(Path(job["run_dir"]))
+    in_a_row = 1 if step > past["step"] else past["in_a_row"] + 1
+    file.write_text(json.dumps({"in_a_row": in_a_row, "step": step}))
+    if code == BAD_INPUT or in_a_row >= job["failures_in_a_row"]:
+        (snapshot / "stopped").write_text(message)
+        return False
+    return True
+
+
+def _newest_step(run_dir: Path) -> int:
+    """The last step that the trainer has reported; -1 if none."""
+    try:
+        heartbeat = json.loads((run_dir / "heartbeat.json").read_text())
+    except (OSError, ValueError):
+        return -1
+    return int(heartbeat.get("step", -1))
+
+
+@dataclass
+class _Ended:
+    """A task that has ended, as `role` reports it."""
+
+    role: str
+    rank: int
+    node: str
+    code: int
+    time: float
+    error: str
+    explicit: bool
+    """Whether the error is a message of ours, and not the last line of a crash."""
+
+
+class Attempt:
+    """One start of a job's steps. A requeued job makes another attempt in another folder."""
+
+    def __init__(self, job: dict[str, Any], cluster: Cluster) -> None:
+        self._job = job
+        self._cluster = cluster
+        self._folder = Path(job["run_dir"]) / "launch" / cluster.attempt_name()
+        self._steps: dict[str, Step] = {}
+        self._urls: list[str] = []
+
+    def run(self) -> tuple[int, str]:
+        """Returns the exit code, and what is to be said about it."""
+        for name in ("ended", "servers"):
+            (self._folder / name).mkdir(parents=True, exist_ok=True)
+        newest = self._folder.parent / "newest"
+        newest.write_text(self._folder.name)
+        try:
+            code, message = self._run(), ""
+        except JobError as error:
+            code, message = error.code, str(error)
+        finally:
+            self._end_all()
+        outcome = {"code": code, "message": message, "time": time.time()}
+        (self._folder / "outcome.json").write_text(json.dumps(outcome))
+        return code, message
+
+    def _run(self) -> int:
+        main, servers = self._job["main"], self._job["servers"]
+        nodes = self._cluster.nodes()
+        wanted = self._job["nodes"]
+        if len(nodes) < wanted:
+            message = f"the job has {len(nodes)} nodes, but its layout needs {wanted}"
+            raise JobError(message, BAD_INPUT)
+        say(f"{self._job['name']}: {', '.join(nodes)}; logs in {self._folder}")
+        self._describe_attempt(nodes)
+        self._preflight(nodes[:wanted])
+        if server_nodes := nodes[main["nodes"] : wanted]:
+            self._start("server", servers, server_nodes)
+            self._wait_for_servers(server_nodes, servers["deadline_s"])
+        elif self._job["servers_of"]:
+            self._urls = self._servers_of_another_job(Path(self._job["servers_of"]))
+        self._describe_attempt(nodes)
+        self._start(main["role"], main, nodes[: main["nodes"]])
+        return self._wait_for(main["role"])
+
+    def _describe_attempt(self, nodes: list[str]) -> None:
+        """Writes what the tasks have to know and only the running job can say."""
+        addresses = {node: self._cluster.address(node) for node in nodes}
+        _write(self._folder / "attempt.json", {"addresses": addresses, "urls": self._urls})
+
+    def _preflight(self, nodes: list[str]) -> None:
+        """Checks every node before any of them holds GPUs for long.
+
+        Raises:
+            JobError: a node cannot write to the run directory, or lacks what the job needs.
+        """
+        step = self._start("preflight", {"nodes": len(nodes), "tasks_per_node": 1}, nodes)
+        deadline = time.monotonic() + _PREFLIGHT_S
+        while step.poll() is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S / 3)
+        ended = {one.node: one for one in self._ended("preflight")}
+        problems = [f"{node}: {one.error}" for node, one in ended.items() if one.code]
+        problems += [
+            f"{node}: cannot run {self._job['python']}, or does not see {self._folder}; both have "
+            "to be on a file system that all nodes share"
+            for node in nodes
+            if node not in ended
+        ]
+        if problems:
+            raise JobError("\n  ".join(["a node is not fit for the job:", *problems, *step.says()]))
+        del self._steps["preflight"]
+
+    def _wait_for_servers(self, nodes: list[str], deadline_s: float) -> None:
+        """Returns when all servers of all nodes answer.
+
+        Raises:
+            JobError: a server ended, or did not answer in time; names the nodes.
+        """
+        say(f"waiting for the servers of {', '.join(nodes)}, at most {deadline_s} s")
+        deadline = time.monotonic() + deadline_s
+        missing = list(nodes)
+        while missing:
+            for node in list(missing):
+                file = self._folder / "servers" / f"{node}.json"
+                if file.exists():
+                    urls = json.loads(file.read_text())
+                    say(f"{node}: {', '.join(urls)} answers")
+                    self._urls += urls
+                    missing.remove(node)
+            self._check()
+            if missing and time.monotonic() > deadline:
+                raise JobError(
+                    f"the servers of {', '.join(missing)} did not answer within {deadline_s} s "
+                    f"(launch.servers.deadline_s); see {self._folder}/server-*.log"
+                )
+            time.sleep(_POLL_S)
+
+    def _servers_of_another_job(self, run_dir: Path) -> list[str]:
+        launched = run_dir / "launch"
+        try:
+            attempt = launched / (launched / "newest").read_text()
+        except OSError:
+            raise JobError(
+                f"launch.servers.run: {run_dir} has no launched job; launch one with verb: serve"
+            ) from None
+        files = sorted((attempt / "servers").glob("*.json"))
+        urls = [url for file in files for url in json.loads(file.read_text())]
+        if not urls or (attempt / "outcome.json").exists():
+            raise JobError(f"launch.servers.run: no servers of {run_dir} answer; see {attempt}")
+        say(f"servers of {run_dir}: {', '.join(urls)}")
+        return urls
+
+    def _start(self, role: str, step: dict[str, Any], nodes: list[str]) -> Step:
+        if role != "preflight":
+            say(f"starting {role} on {', '.join(nodes)}")
+        self._steps[role] = self._cluster.start(role, step, nodes, self._folder)
+        return self._steps[role]
+
+    def _wait_for(self, role: str) -> int:
+        """Returns FINISHED or CONTINUE when all tasks of the step have ended.
+
+        Raises:
+            JobError: one of the job's tasks failed.
+        """
+        step, passed_on = self._steps[role], False
+        while step.poll() is None:
+            self._check()
+            if self._cluster.told_to_end and not passed_on:
+                say(f"told to end; {role} saves")
+                step.signal(signal.SIGTERM)
+                passed_on = True
+            time.sleep(_POLL_S)
+        self._check()
+        codes = [one.code for one in self._ended(role)]
+        return CONTINUE if CONTINUE in codes else FINISHED
+
+    def _check(self) -> None:
+        """Raises:
+        JobError: a task failed, or a step ended before its tasks.
+        """
+        gone = [
+            step
+            for role, step in self._steps.items()
+            if step.poll() is not None and len(self._ended(role)) < step.tasks
+        ]
+        if not gone and not self._failures():
+            return
+        time.sleep(_GATHER_S)
+        # Slurm kills the tasks of an srun that was killed, and they may still report that.
+        killed = [step for step in self._steps.values() if (step.poll() or 0) < 0]
+        if not killed and (failures := self._failures()):
+            first = min(failures, key=lambda one: (not one.explicit, one.time))
+            raise JobError(
+                f"{first.role} on {first.node}, rank {first.rank}, ended with code {first.code}: "
+                f"{first.error}",
+                BAD_INPUT if first.code == BAD_INPUT else FAILED,
+            )
+        first_gone = (killed or gone)[0]
+        message = [f"{first_gone.name} was ended from outside", *first_gone.says()]
+        raise JobError("\n  ".join(message))
+
+    def _failures(self) -> list[_Ended]:
+        ended = [one for role in self._steps for one in self._ended(role)]
+        return [one for one in ended if one.code not in (FINISHED, CONTINUE)]
+
+    def _ended(self, role: str) -> list[_Ended]:
+        files = sorted((self._folder / "ended").glob(f"{role}-*.json"))
+        return [_Ended(**json.loads(file.read_text())) for file in files]
+
+    def _end_all(self) -> None:
+        """Ends the steps that are left: SIGTERM first, SIGKILL after some seconds."""
+        left = [step for step in self._steps.values() if step.poll() is None]
+        for step in left:
+            step.signal(signal.SIGTERM)
+        deadline = time.monotonic() + _KILL_AFTER_S
+        while any(step.poll() is None for step in left) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        for step in left:
+            step.kill()
+
+
+def _write(path: Path, value: object) -> None:
+    """Writes JSON at once, so that a reader sees all of it or the old file."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(new, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""A run's config and its `launch:` section as a job: pure functions to text and JSON."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klear_megatron.config import Section
+from klear_megatron.errors import UserError
+from klear_megatron.launch.config import ARGUMENT_VERBS, TRAINING_VERBS, LaunchConfig
+from klear_megatron.launch.environment import other_environment, trainer_environment
+from klear_megatron.planning import Plan, PlannedModel, plan, read_hardware
+from klear_megatron.planning.report import shortage
+from klear_megatron.planning.run import PlannedRun
+from klear_megatron.policy.config import PolicyConfig
+from klear_megatron.rollout.config import RolloutConfig, ServeConfig
+from klear_megatron.training.config import RunConfig
+
+_PACKAGE_PARENT = Path(__file__).parents[2]
+_HARDWARE = {"ampere": "a100", "hopper": "h100", "blackwell": "b200"}
+Flags = dict[str, str | None]
+"""Flags of sbatch or srun without their dashes; None for one without a value."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted.
+
+    Args:
+        config: the resolved config of the verb.
+        snapshot: folder for the files of this submission; absolute.
+        working_directory: that of every process; relative paths of the config start there.
+        local: all nodes are this host.
+    """
+
+    launch: LaunchConfig
+    config: Section
+    snapshot: Path
+    working_directory: Path
+    local: bool = False
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory, absolute."""
+        run_dir: Path = self.working_directory / getattr(self.config, "run_dir")  # noqa: B009
+        return run_dir
+
+    @property
+    def name(self) -> str:
+        return self.launch.name or self.run_dir.name
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the whole job."""
+        return self.launch.nodes + self.launch.server_nodes
+
+    @property
+    def policy(self) -> PolicyConfig | None:
+        """The policy's settings, for the verbs that train."""
+        return getattr(self.config, "policy", None)
+
+    @property
+    def rollout(self) -> RolloutConfig | None:
+        """The servers' settings, for the verbs that have servers."""
+        return getattr(self.config, "rollout", None)
+
+    def check(self) -> None:
+        """Checks that the layout fits the nodes.
+
+        Raises:
+            UserError: ranks that the parallel sizes do not divide, servers with more GPUs than a
+                node has, servers that are set twice, or a layout whose planned memory no GPU has.
+        """
+        launch, rollout = self.launch, self.rollout
+        if self.policy is not None:
+            self.policy.parallel.data_parallel_size(launch.nodes * launch.ranks_per_node)
+        planned = self.plan()
+        if planned and not planned.fits and not getattr(self.config, "start_without_room", False):
+            raise UserError(
+                f"policy: {shortage(planned)}. `klear-megatron plan --search` finds layouts that "
+                "fit; start_without_room: true starts all the same"
+            )
+        if launch.servers and rollout and rollout.urls:
+            raise UserError("rollout.urls and launch.servers both say where servers are; unset one")
+        if rollout and (launch.servers or launch.verb == "serve") and launch.gpus_per_node:
+            gpus = self._servers_per_node * rollout.tensor_parallel_size
+            if gpus > launch.gpus_per_node:
+                raise UserError(
+                    f"launch.servers: {self._servers_per_node} servers per node of "
+                    f"{rollout.tensor_parallel_size} GPUs each (rollout.tensor_parallel_size) need "
+                    f"{gpus} GPUs, but a node has {launch.gpus_per_node} (launch.gpus_per_node)"
+                )
+
+    def plan(self) -> Plan | None:
+        """Memory and time of the trainer's worst rank, with sequences as long as allowed. None for
+        other verbs, without GPUs, or where the model is not there yet."""
+        launch, policy = self.launch, self.policy
+        gpus = launch.gpus_per_node or launch.gres
+        if not isinstance(self.config, RunConfig) or policy is None or not gpus:
+            return None
+        if not (policy.hf_folder / "config.json").is_file():
+            return None
+        model = PlannedModel.read(policy.hf_folder)
+        return plan(
+            policy,
+            PlannedRun.of(self.config).work(model.positions),
+            gpus=launch.nodes * launch.ranks_per_node,
+            hardware=read_hardware(_HARDWARE[launch.gpu]),
+            model=model,
+        )
+
+    @property
+    def _servers_per_node(self) -> int:
+        if self.launch.servers:
+            return self.launch.servers.per_node
+        return self.rollout.num_servers if self.rollout else 0
+
+    def header(self) -> list[Flags]:
+        """The flags of sbatch: one component, or two of a heterogeneous job."""
+        launch = self.launch
+        if not launch.heterogeneous:
+            return [self._common_flags() | self._size(self.nodes)]
+        sizes = (launch.nodes, launch.server_nodes)
+        return [self._common_flags() | self._size(nodes) for nodes in sizes]
+
+    def _common_flags(self) -> Flags:
+        launch = self.launch
+        flags: Flags = {
+            "job-name": self.name,
+            "account": launch.account,
+            "partition": launch.partition,
+            "qos": launch.qos,
+            "time": launch.time,
+            "chdir": str(self.working_directory),
+            "output": str(self.run_dir / "launch" / "%j.log"),
+            "open-mode": "append",
+            # Without «B:» it goes to every rank, and not to the batch shell.
+            "signal": f"TERM@{launch.grace_s}",
+        }
+        flags = {name: value for name, value in flags.items() if value is not None}
+        flags["requeue" if launch.requeue else "no-requeue"] = None
+        for flag in launch.sbatch_flags:
+            name, equals, value = flag.removeprefix("--").partition("=")
+            flags[name] = value if equals else None
+        return flags
+
+    def _size(self, nodes: int) -> Flags:
+        launch = self.launch
+        flags: Flags = {"nodes": str(nodes), "ntasks-per-node": str(launch.ranks_per_node)}
+        if launch.cpus_per_rank is None:
+            flags["exclusive"] = None
+        else:
+            flags["cpus-per-task"] = str(launch.cpus_per_rank)
+        if launch.gpus_per_node:
+            flags["gpus-per-node"] = str(launch.gpus_per_node)
+        if launch.gres:
+            flags["gres"] = launch.gres
+        return flags
+
+    def script(self) -> str:
+        """The script for sbatch. Everything that a config says is in job.json beside it, so no
+        value passes through a shell."""
+        header = "#SBATCH hetjob\n".join(
+            "".join(f"#SBATCH {shlex.quote(one)}\n" for one in as_arguments(component))
+            for component in self.header()
+        )
+        lines = [
+            f"cd {shlex.quote(str(self.working_directory))} || exit 1",
+            *self.launch.setup,
+            f"export PYTHONPATH={shlex.quote(str(_PACKAGE_PARENT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"exec {shlex.quote(str(self._host_python))} -m klear_megatron.launch.conductor "
+            f"{shlex.quote(str(self.snapshot / 'job.json'))}",
+        ]
+        return f"#!/bin/bash\n{header}" + "\n".join(lines) + "\n"
+
+    @property
+    def _host_python(self) -> Path:
+        """Runs the conductor, which is outside the container and needs no package."""
+        return Path("python3") if self.launch.container else self.launch.python
+
+    def data(self) -> dict[str, Any]:
+        """What the conductor and the roles read: job.json."""
+        launch = self.launch
+        servers = self._server_step() if launch.server_nodes or launch.verb == "serve" else None
+        of = launch.servers.run if launch.servers else None
+        return {
+            "name": self.name,
+            "verb": launch.verb,
+            "header": self.header(),
+            "continuations": launch.continuations,
+            "run_dir": str(self.run_dir),
+            "snapshot": str(self.snapshot),
+            "nodes": self.nodes,
+            "python": str(launch.python),
+            "prefix": self._prefix(),
+            "srun_flags": self._srun_flags(),
+            "ports": list(launch.ports),
+            "gpus_per_node": launch.gpus_per_node or 0,
+            "needs": ["torch", "megatron.core", "transformers"],
+            "programs": [str(self.rollout.python)] if self.rollout else [],
+            "requeue": launch.requeue,
+            "failures_in_a_row": launch.failures_in_a_row,
+            "main": servers if launch.verb == "serve" else self._main_step(),
+            "servers": servers,
+            "servers_of": str(self.working_directory / of) if of else None,
+        }
+
+    def _command(self, verb: str, *arguments: str) -> list[str]:
+        return [str(self.launch.python), "-m", "klear_megatron", verb, *arguments]
+
+    def _main_step(self) -> dict[str, Any]:
+        launch = self.launch
+        arguments = launch.arguments
+        if launch.verb not in ARGUMENT_VERBS:
+            arguments = (str(self.snapshot / "config.yaml"),)
+        trains = launch.verb in TRAINING_VERBS
+        environment = other_environment(launch)
+        if self.policy is not None:
+            environment = trainer_environment(launch, self.policy.parallel)
+        return {
+            "role": "trainer" if trains else launch.verb,
+            "nodes": launch.nodes,
+            "tasks_per_node": launch.ranks_per_node,
+            "command": self._command(launch.verb, *arguments),
+            "environment": environment,
+            "het_group": 0 if launch.heterogeneous else None,
+        }
+
+    def _server_step(self) -> dict[str, Any]:
+        launch, rollout = self.launch, self.rollout
+        assert rollout is not None  # the verbs are rl and serve
+        step: dict[str, Any] = {
+            "role": "server",
+            "nodes": launch.server_nodes or launch.nodes,
+            "tasks_per_node": 1,
+            "per_node": self._servers_per_node,
+            "gpus_per_server": rollout.tensor_parallel_size,
+            "seed": getattr(self.config, "seed"),  # noqa: B009
+            "deadline_s": launch.servers.deadline_s if launch.servers else 0,
+            "command": self._command("serve", str(self.snapshot / "serve.yaml")),
+            "environment": other_environment(launch),
+            "het_group": 1 if launch.heterogeneous else None,
+        }
+        if self.local:
+            trainer = launch.nodes * launch.ranks_per_node if launch.verb == "rl" else 0
+            step["first_gpu"] = trainer
+        return step
+
+    def serve_config(self) -> ServeConfig | None:
+        """The config of `klear-megatron serve` on a servers' node."""
+        if isinstance(self.config, ServeConfig):
+            return self.config
+        if not self.launch.server_nodes or self.policy is None or self.rollout is None:
+            return None
+        path = self.policy.path
+        return ServeConfig(model=path, run_dir=self.run_dir, rollout=self.rollout)
+
+    def _mounts(self) -> list[str]:
+        ours = (self.working_directory, self.run_dir, _PACKAGE_PARENT)
+        assert self.launch.container is not None
+        return [*(f"{path}:{path}" for path in ours), *self.launch.container.mounts]
+
+    def _srun_flags(self) -> list[str]:
+        launch, flags = self.launch, []
+        if launch.gpus_per_node:
+            flags.append(f"--gpus-per-node={launch.gpus_per_node}")
+        if launch.container and launch.container.runtime == "pyxis":
+            flags += [
+                f"--container-image={launch.container.image}",
+                f"--container-mounts={','.join(self._mounts())}",
+                f"--container-workdir={self.working_directory}",
+            ]
+            if launch.secrets:  # the image may set them, too
+                flags.append(f"--container-env={','.join(launch.secrets)}")
+        return [*flags, *launch.srun_flags]
+
+    def _prefix(self) -> list[str]:
+        container = self.launch.container
+        if container is None or container.runtime != "apptainer":
+            return []
+        binds = [word for mount in self._mounts() for word in ("--bind", mount)]
+        gpus = ["--nv"] if self.launch.gpus_per_node or self.launch.gres else []
+        where = ["--pwd", str(self.working_directory)]
+        return ["apptainer", "exec", *gpus, *binds, *where, container.image]
+
+
+def as_arguments(flags: Flags) -> list[str]:
+    """The flags as sbatch takes them."""
+    return [f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()]

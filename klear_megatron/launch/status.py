@@ -1,0 +1,125 @@
+"""What a launched run does, from the files of its run directory and from squeue."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from klear_megatron.errors import UserError
+
+_LINES = 10
+
+
+def status(run_dir: Path) -> str:
+    """The jobs of a run, its newest attempt, the first error of all ranks, and the newest lines.
+
+    Raises:
+        UserError: nothing was launched with this run directory.
+    """
+    folder = _launch_folder(run_dir)
+    lines = [f"job {job}: {state}" for job, state in _jobs(run_dir).items()]
+    lines = lines or ["no job is waiting or running"]
+    attempt = _newest_attempt(folder)
+    if attempt is None:
+        return "\n".join([*lines, "no job has started yet"])
+    lines.append(f"newest attempt: {attempt}")
+    outcome = attempt / "outcome.json"
+    if outcome.exists():
+        told = json.loads(outcome.read_text())
+        kind = {0: "finished", 75: "saved, to be continued"}.get(told["code"], "failed")
+        lines.append(f"it ended: {kind}")
+    reports = [json.loads(file.read_text()) for file in (attempt / "ended").glob("*.json")]
+    failed = [report for report in reports if report["code"] not in (0, 75)]
+    if failed:
+        first = min(failed, key=lambda report: (not report["explicit"], report["time"]))
+        lines.append(
+            f"first error: {first['role']} on {first['node']}, rank {first['rank']}, code "
+            f"{first['code']}: {first['error']}"
+        )
+    newest = max(attempt.glob("*.log"), key=lambda log: log.stat().st_mtime, default=None)
+    if newest is not None:
+        lines += [f"the end of {newest}:", *_tail(newest)]
+    return "\n".join(lines)
+
+
+def logs(run_dir: Path) -> str:
+    """The last lines of every log of the newest attempt.
+
+    Raises:
+        UserError: nothing was launched with this run directory, or no job has started.
+    """
+    attempt = _newest_attempt(_launch_folder(run_dir))
+    if attempt is None:
+        raise UserError(f"{run_dir}: no job has started yet; `klear-megatron status` shows them")
+    lines = []
+    for log in sorted(attempt.glob("*.log")):
+        lines += [f"==> {log}", *_tail(log)]
+    return "\n".join(lines)
+
+
+def cancel(run_dir: Path) -> str:
+    """Cancels the jobs of a run that wait or run.
+
+    Raises:
+        UserError: nothing was launched with this run directory, or scancel failed.
+    """
+    _launch_folder(run_dir)
+    jobs = list(_jobs(run_dir))
+    if not jobs:
+        return "no job is waiting or running"
+    answer = subprocess.run(
+        ["scancel", *jobs],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if answer.returncode:
+        raise UserError(f"scancel {' '.join(jobs)}: {answer.stderr.strip()}")
+    return f"cancelled {', '.join(jobs)}"
+
+
+def _launch_folder(run_dir: Path) -> Path:
+    folder = run_dir / "launch"
+    if not folder.is_dir():
+        raise UserError(f"{run_dir}: nothing was launched with this run directory")
+    return folder
+
+
+def _newest_attempt(folder: Path) -> Path | None:
+    newest = folder / "newest"
+    return folder / newest.read_text() if newest.exists() else None
+
+
+def _jobs(run_dir: Path) -> dict[str, str]:
+    """Job -> state and reason, of the user's jobs that write their log into the run directory.
+
+    Needs no accounting. Without Slurm on this host there are none.
+    """
+    try:
+        answer = subprocess.run(
+            ["squeue", "--me", "--noheader", "--format=%A"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except FileNotFoundError:
+        return {}
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"squeue: {error.stderr.strip()}") from error
+    found = {}
+    log = f"{run_dir.absolute() / 'launch'}/"
+    for job in dict.fromkeys(answer.stdout.split()):
+        shown = subprocess.run(
+            ["scontrol", "show", "job", job],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+        fields = dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
+        if f" StdOut={log}" in " ".join(shown.split()):
+            found[job] = f"{fields['JobState']} (reason: {fields['Reason']})"
+    return found
+
+
+def _tail(log: Path) -> list[str]:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [f"    {line}" for line in lines[-_LINES:]]
