@@ -57,6 +57,7 @@ def main() -> int:
         say(f"{job['name']}: not tried again: {(snapshot / 'stopped').read_text()}")
         return FAILED
     while True:
+        first_step = _newest_step(Path(job["run_dir"]))
         code, message = Attempt(job, cluster).run()
         if code == FINISHED:
             (snapshot / "finished").touch()
@@ -64,9 +65,10 @@ def main() -> int:
             return FINISHED
         again = code != CONTINUE or not cluster.told_to_end
         if code not in (FINISHED, CONTINUE):
-            again = _may_fail_again(job, code, message)
+            again = _may_fail_again(job, code, message, first_step)
         if code == CONTINUE:
-            say(f"{job['name']}: saved; {'goes on' if again else 'run it again to go on'}")
+            how = "goes on" if again else "run it again to go on"
+            say(f"{job['name']}: told to end; {how} from the newest checkpoint")
         else:
             # The last line of the log says what failed.
             say(f"{'trying again' if again else 'giving up'} after this error:")
@@ -76,27 +78,33 @@ def main() -> int:
         cluster.requeue()
 
 
-def _may_fail_again(job: dict[str, Any], code: int, message: str) -> bool:
-    """Counts failures without a new step in between. Leaves `stopped` once there were too many."""
+def _may_fail_again(job: dict[str, Any], code: int, message: str, first_step: int) -> bool:
+    """Counts failures without a new step in between. Leaves `stopped` once there were too many.
+
+    Args:
+        first_step: the newest step before the attempt that failed.
+    """
     snapshot = Path(job["snapshot"])
     file = snapshot / "failures.json"
     past = json.loads(file.read_text()) if file.exists() else {"in_a_row": 0, "step": -1}
     step = _newest_step(Path(job["run_dir"]))
     in_a_row = 1 if step > past["step"] else past["in_a_row"] + 1
     file.write_text(json.dumps({"in_a_row": in_a_row, "step": step}))
-    if code == BAD_INPUT or in_a_row >= job["failures_in_a_row"]:
+    # Once a step was taken, the input is good, and code 2 says that servers were lost.
+    bad_input = code == BAD_INPUT and step <= first_step
+    if bad_input or in_a_row >= job["failures_in_a_row"]:
         (snapshot / "stopped").write_text(message)
         return False
     return True
 
 
 def _newest_step(run_dir: Path) -> int:
-    """The last step that the trainer has reported; -1 if none."""
+    """The last step whose metrics the trainer has written; -1 if none."""
     try:
-        heartbeat = json.loads((run_dir / "heartbeat.json").read_text())
-    except (OSError, ValueError):
+        rows = (run_dir / "metrics.jsonl").read_text().splitlines()
+        return int(json.loads(rows[-1])["step"])
+    except (OSError, ValueError, IndexError):
         return -1
-    return int(heartbeat.get("step", -1))
 
 
 @dataclass
@@ -241,7 +249,7 @@ class Attempt:
         while step.poll() is None:
             self._check()
             if self._cluster.told_to_end and not passed_on:
-                say(f"told to end; {role} saves")
+                say(f"told to end; passing it on to {role}")
                 step.signal(signal.SIGTERM)
                 passed_on = True
             time.sleep(_POLL_S)
@@ -284,7 +292,10 @@ class Attempt:
 
     def _end_all(self) -> None:
         """Ends the steps that are left: SIGTERM first, SIGKILL after some seconds."""
-        left = [step for step in self._steps.values() if step.poll() is None]
+        # The tasks of an srun that was killed may live on.
+        left = [
+            step for step in self._steps.values() if (step.poll() or 0) < 0 or step.poll() is None
+        ]
         for step in left:
             step.signal(signal.SIGTERM)
         deadline = time.monotonic() + _KILL_AFTER_S

@@ -69,11 +69,17 @@ class Job:
 
         Raises:
             UserError: ranks that the parallel sizes do not divide, servers with more GPUs than a
-                node has, servers that are set twice, or a layout whose planned memory no GPU has.
+                node has, servers that are set twice, a requeued run that is never saved, or a
+                layout whose planned memory no GPU has.
         """
         launch, rollout = self.launch, self.rollout
         if self.policy is not None:
             self.policy.parallel.data_parallel_size(launch.nodes * launch.ranks_per_node)
+        if isinstance(self.config, RunConfig) and self.config.save_every is None and launch.requeue:
+            raise UserError(
+                "save_every: not set, so a requeued job would begin anew each time; set it, or set "
+                "launch.requeue to false"
+            )
         planned = self.plan()
         if planned and not planned.fits and not getattr(self.config, "start_without_room", False):
             raise UserError(

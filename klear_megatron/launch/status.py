@@ -25,7 +25,7 @@ def status(run_dir: Path) -> str:
     outcome = attempt / "outcome.json"
     if outcome.exists():
         told = json.loads(outcome.read_text())
-        kind = {0: "finished", 75: "saved, to be continued"}.get(told["code"], "failed")
+        kind = {0: "finished", 75: "told to end, to be continued"}.get(told["code"], "failed")
         lines.append(f"it ended: {kind}")
     reports = [json.loads(file.read_text()) for file in (attempt / "ended").glob("*.json")]
     failed = [report for report in reports if report["code"] not in (0, 75)]

@@ -15,7 +15,7 @@ from megatron.core.distributed.distributed_data_parallel import DistributedDataP
 
 from klear_megatron.losses import PolicyObjective, Sequences, SFTObjective
 from klear_megatron.models import attention, language_model, spec
-from klear_megatron.policy import build, learner, micro_batches, model
+from klear_megatron.policy import build, learner, micro_batches, model, packing
 from tests.distributed import reference
 from tests.distributed.comparison import deviations
 from tests.distributed.ranks import run_ranks
@@ -48,7 +48,7 @@ def denominator_per_rank() -> None:
                 if b.fields["loss_mask"] is fields["loss_mask"]
             }
             ranks = parallel_state.get_data_parallel_world_size()
-            plan = micro_batches.plan_micro_batches(lengths, ranks, 64)
+            plan = packing.plan_micro_batches(lengths, ranks, 64)
             mine = {i for pack in plan[parallel_state.get_data_parallel_rank()] for i in pack}
             rows = torch.cat(
                 [torch.full((n,), i in mine, dtype=torch.bool) for i, n in enumerate(lengths)]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_job(slurm_conf: Path, run_dir: Path) -> Callable[..., Path]:
-    """Writes a job whose ranks run Python code, and returns its script."""
+def make_job(slurm_conf: Path, run_dir: Path) -> Iterator[Callable[..., Path]]:
+    """Writes a job whose ranks run Python code, and returns its script. Leaves no job behind."""
 
     def make(code: str, *arguments: str, **launch: Any) -> Path:
         settings = {"verb": "sft", "nodes": 2, "cpus_per_rank": 1, "time": "00:05:00"} | launch
@@ -41,7 +41,10 @@ def make_job(slurm_conf: Path, run_dir: Path) -> Callable[..., Path]:
         (snapshot / "job.json").write_text(json.dumps(values))
         return script
 
-    return make
+    yield make
+    while jobs := subprocess.check_output(["squeue", "--noheader", "--format=%A"], text=True):
+        subprocess.run(["scancel", *jobs.split()], check=True)
+        time.sleep(0.3)
 
 
 def submit(script: Path) -> str:
@@ -120,7 +123,9 @@ def test_a_killed_srun_ends_the_job_and_is_named(make_job, run_dir):
 
     def sruns() -> list[psutil.Process]:
         all_of_them = psutil.process_iter(["name", "cmdline"])
-        return [one for one in all_of_them if "--job-name=trainer" in (one.info["cmdline"] or [])]
+        ours = f"{run_dir}/launch/snapshots/1/job.json"
+        commands = [(one, one.info["cmdline"] or []) for one in all_of_them]
+        return [one for one, words in commands if words[:1] == ["srun"] and ours in words]
 
     os.kill(sruns()[0].pid, signal.SIGKILL)
     begin = time.monotonic()
@@ -147,7 +152,7 @@ def test_a_job_that_was_told_to_end_goes_on_after_a_requeue(make_job, run_dir, t
     again.touch()
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
     log = run_dir / "launch" / f"{job}.log"
-    wait_for(lambda: "saved; goes on" in log.read_text())
+    wait_for(lambda: "told to end; goes on" in log.read_text())
     wait_for(lambda: "PENDING" in status(run_dir))
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
     wait_for(lambda: (script.parent / "finished").exists(), timeout=120)
