@@ -41,7 +41,7 @@ def main() -> None:
         dist.barrier()
         learner = _trained(folder / "model")
         parameters = sum(p.numel() for chunk in learner.model.chunks for p in chunk.parameters())
-        saving = _measure(learner.save, folder / "checkpoint", {})
+        saving = _measure(learner.save, folder / "checkpoint", {"step": 1})
         loading = _measure(learner.load, folder / "checkpoint")
         own_part = 2 * parameters + 12 * parameters // dist.get_world_size()
         if dist.get_rank() == 0:

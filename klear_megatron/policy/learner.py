@@ -151,7 +151,8 @@ class Learner:
         returns, or with `checkpoint.asynchronous` at a later step or in `finish_saves`.
 
         Args:
-            state: what the trainer needs to go on, the same on every rank (JSON-like values).
+            state: `step`, and what else the trainer needs to go on, the same on every rank
+                (JSON-like values).
             save_beside: writes more files into the checkpoint's folder, whose name it gets; is
                 called on every rank, before this returns.
 
