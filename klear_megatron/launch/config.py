@@ -77,6 +77,15 @@ class SiteConfig(Section):
             raise ValueError(f"{time!r} is not a time; write HH:MM:SS or D-HH:MM:SS")
         return time
 
+    @model_validator(mode="after")
+    def _grace_fits_into_the_limit(self) -> "SiteConfig":
+        if self.grace_s >= _seconds(self.time):
+            raise ValueError(
+                f"grace_s ({self.grace_s}) is not less than time ({self.time}), so the run would "
+                "be told to end as soon as it begins; choose a smaller grace_s or a longer time"
+            )
+        return self
+
     @field_validator("environment", "secrets")
     @classmethod
     def _are_names(
@@ -101,6 +110,19 @@ class SiteConfig(Section):
         if not 1024 <= ports[0] < ports[1] <= 65535:
             raise ValueError(f"{list(ports)}: give the first and the last port, within 1024..65535")
         return ports
+
+
+def _seconds(time: str) -> int:
+    """The seconds of a limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 class ServersConfig(Section):

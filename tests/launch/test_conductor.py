@@ -32,7 +32,7 @@ def make_job(slurm_conf: Path, run_dir: Path) -> Iterator[Callable[..., Path]]:
     """Writes a job whose ranks run Python code, and returns its script. Leaves no job behind."""
 
     def make(code: str, *arguments: str, **launch: Any) -> Path:
-        settings = {"verb": "sft", "nodes": 2, "cpus_per_rank": 1, "time": "00:05:00"} | launch
+        settings = {"verb": "sft", "nodes": 2, "cpus_per_rank": 1, "time": "00:30:00"} | launch
         snapshot = run_dir / "launch" / "snapshots" / "1"
         job = Job(LaunchConfig(**settings), CommandConfig(run_dir=run_dir), snapshot, ROOT)
         script = write_snapshot(job)

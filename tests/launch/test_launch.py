@@ -104,6 +104,7 @@ def test_a_dry_run_prints_a_script_for_bash_and_the_arithmetic(capsys):
         (["--launch.servers.per_node", "9"], "a node has 8 (launch.gpus_per_node)"),
         (["--save_every", "null"], "a requeued job would begin anew each time"),
         (["--launch.tiem", "1:00"], "tiem: unknown key"),
+        (["--launch.time", "5"], "would be told to end as soon as it begins"),
         (["--launch.time", "soon"], "'soon' is not a time"),
         (["--launch.secrets", "[NO_SUCH_SECRET]"], "NO_SUCH_SECRET is not set in your shell"),
     ],
