@@ -5,15 +5,15 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klear_megatron.config import Section
 from klear_megatron.config.loading import LAUNCH, apply_overrides, read_values, validate
 from klear_megatron.errors import UserError
 from klear_megatron.launch.config import CommandConfig, LaunchConfig, SiteConfig
-from klear_megatron.launch.job import Job
-from klear_megatron.launch.layout import describe_layout
-from klear_megatron.launch.snapshot import snapshot_path, write_snapshot
+
+if TYPE_CHECKING:
+    from klear_megatron.launch.job import Job
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -44,6 +44,10 @@ def launch(arguments: argparse.Namespace, configs: Mapping[str, type[Section]]) 
         UserError: a config or a site file that is refused, a layout that does not fit the nodes, a
             missing secret, no nemo-run, or a job that Slurm refuses.
     """
+    # Here, as they import torch, which the other verbs' parsers must not wait for.
+    from klear_megatron.launch.layout import describe_layout
+    from klear_megatron.launch.snapshot import write_snapshot
+
     job = read_job(arguments, configs)
     job.check()
     for name in job.launch.secrets:
@@ -59,8 +63,11 @@ def launch(arguments: argparse.Namespace, configs: Mapping[str, type[Section]]) 
     _submit(job, script, arguments.executor)
 
 
-def read_job(arguments: argparse.Namespace, configs: Mapping[str, type[Section]]) -> Job:
+def read_job(arguments: argparse.Namespace, configs: Mapping[str, type[Section]]) -> "Job":
     """The job that the files and the command line describe."""
+    from klear_megatron.launch.job import Job
+    from klear_megatron.launch.snapshot import snapshot_path
+
     values = apply_overrides(read_values(arguments.config), arguments.overrides)
     section = values.pop(LAUNCH, None)
     if not isinstance(section, dict):
@@ -88,7 +95,7 @@ def read_job(arguments: argparse.Namespace, configs: Mapping[str, type[Section]]
     )
 
 
-def _submit(job: Job, script: Path, executor: str) -> None:
+def _submit(job: "Job", script: Path, executor: str) -> None:
     python = job.launch.nemo_run_python
     if not python.is_file():
         raise UserError(

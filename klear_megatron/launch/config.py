@@ -70,9 +70,11 @@ class SiteConfig(Section):
             raise ValueError("gres and gpus_per_node request the same GPUs; set one of them")
         return self
 
-    @field_validator("time")
+    @field_validator("time", mode="before")
     @classmethod
-    def _is_a_time(cls, time: str) -> str:
+    def _is_a_time(cls, time: object) -> object:
+        if not isinstance(time, str):
+            raise ValueError("put the time in quotes; YAML reads 12:00:00 as a number")
         if not _TIME.fullmatch(time):
             raise ValueError(f"{time!r} is not a time; write HH:MM:SS or D-HH:MM:SS")
         return time
