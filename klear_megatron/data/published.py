@@ -4,6 +4,7 @@ Their tests stay as they are until a response is graded: `rewards` reads each fo
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -27,22 +28,19 @@ class PublishedRow(BaseModel):
     """A problem, its starter code where there is some, and its tests."""
 
     data_source: ClassVar[str]
+    tests: ClassVar[set[str]]
+    """The fields that say how to grade a response."""
     starter_code: str | None = None
 
     @property
+    @abstractmethod
     def question(self) -> str:
         """The problem's text."""
-        raise NotImplementedError
 
     @property
     def ground_truth(self) -> str:
         """The tests, as JSON."""
-        return json.dumps(self.model_dump(include=self.tests(), exclude_none=True))
-
-    @classmethod
-    def tests(cls) -> set[str]:
-        """The fields that say how to grade a response."""
-        raise NotImplementedError
+        return json.dumps(self.model_dump(include=self.tests, exclude_none=True))
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -54,6 +52,7 @@ class LiveCodeBenchRow(PublishedRow):
     """`livecodebench/code_generation_lite`, all versions."""
 
     data_source = "coder1_longcot_livecodebench"
+    tests = {"public_test_cases", "private_test_cases", "metadata"}
     question_content: NonEmptyText
     public_test_cases: str = "[]"
     private_test_cases: str = "[]"
@@ -63,15 +62,12 @@ class LiveCodeBenchRow(PublishedRow):
     def question(self) -> str:
         return self.question_content
 
-    @classmethod
-    def tests(cls) -> set[str]:
-        return {"public_test_cases", "private_test_cases", "metadata"}
-
 
 class LeetCodeRow(PublishedRow):
     """`newfacade/LeetCodeDataset`."""
 
     data_source = "coder1_longcot_leetcode"
+    tests = {"test", "entry_point"}
     problem_description: NonEmptyText
     entry_point: NonEmptyText
     test: NonEmptyText
@@ -80,15 +76,12 @@ class LeetCodeRow(PublishedRow):
     def question(self) -> str:
         return self.problem_description
 
-    @classmethod
-    def tests(cls) -> set[str]:
-        return {"test", "entry_point"}
-
 
 class TacoRow(PublishedRow):
     """`BAAI/TACO` and `codeparrot/apps`."""
 
     data_source = "coder1_longcot_taco"
+    tests = {"input_output"}
     text: NonEmptyText = Field(alias="question")
     input_output: Any
 
@@ -96,15 +89,12 @@ class TacoRow(PublishedRow):
     def question(self) -> str:
         return self.text
 
-    @classmethod
-    def tests(cls) -> set[str]:
-        return {"input_output"}
-
 
 class CodeforcesRow(PublishedRow):
     """`open-r1/codeforces`."""
 
     data_source = "coder1_longcot_codeforces"
+    tests = {"official_tests", "interaction_format", "generated_checker", "input_mode"}
     description: NonEmptyText
     input_format: str | None = None
     output_format: str | None = None
@@ -124,10 +114,6 @@ class CodeforcesRow(PublishedRow):
         parts["Note"] = self.note
         sections = [f"## {title}\n{text}" for title, text in parts.items() if text]
         return "\n\n".join([self.description, *sections])
-
-    @classmethod
-    def tests(cls) -> set[str]:
-        return {"official_tests", "interaction_format", "generated_checker", "input_mode"}
 
 
 _FORMATS: dict[str, type[PublishedRow]] = {

@@ -3,8 +3,9 @@
 from klear_megatron.planning.hardware import Efficiency, Hardware, read_hardware
 from klear_megatron.planning.here import hardware_here
 from klear_megatron.planning.model import PlannedModel
-from klear_megatron.planning.plan import Plan, Work, plan
+from klear_megatron.planning.plan import Plan, plan
 from klear_megatron.planning.search import search
+from klear_megatron.planning.work import Work
 
 __all__ = [
     "Efficiency",

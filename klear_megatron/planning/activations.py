@@ -11,6 +11,7 @@ from typing import Any
 
 from klear_megatron.planning.layout import Chunk, Layout
 from klear_megatron.planning.model import PlannedModel
+from klear_megatron.planning.work import Work
 from klear_megatron.policy.config import ModelConfig
 from klear_megatron.policy.kernels import Kernels
 
@@ -18,18 +19,6 @@ _KEPT_PROBABILITIES = 2**27  # as klear_megatron/models/log_probs.py
 _CHUNK_LOGITS = 2**26
 _LOSS_BYTES_PER_TOKEN = 13
 """A mask and three float32 numbers, of GPPO; other losses save about as much."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """The tokens of one micro-batch on one rank."""
-
-    lengths: tuple[int, ...]
-    """Of each sequence, padding included, over all context-parallel ranks."""
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,7 @@ class Activations:
     def of(
         cls, config: ModelConfig, model: PlannedModel, layout: Layout, kernels: Kernels
     ) -> "Activations":
-        """Those of a run with this config and these kernels."""
+        """The activations of a run with this config and these kernels."""
         granularity = config.recompute_granularity
         modules = kernels.transformer["recompute_modules"]
         return cls(
@@ -95,7 +84,7 @@ class Activations:
         )
 
     def layer(self, work: Work) -> LayerBytes:
-        """One layer's bytes."""
+        """One layer's bytes, of a micro-batch with its padding."""
         m, tp, cp = self.model, self.layout.tp, self.layout.cp
         tokens = work.tokens // cp
         sequence = tokens // tp

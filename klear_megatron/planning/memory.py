@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from klear_megatron.planning import schedule
-from klear_megatron.planning.activations import Activations, Work
+from klear_megatron.planning.activations import Activations
 from klear_megatron.planning.layout import Layout, Place
 from klear_megatron.planning.model import PlannedModel
 from klear_megatron.planning.state import StateBytes
+from klear_megatron.planning.work import Work
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,10 @@ from klear_megatron.planning.model import PlannedModel
 from klear_megatron.planning.state import Formats, StateBytes, default_bucket, state_bytes
 from klear_megatron.planning.state import roughly as state_of_stage
 from klear_megatron.planning.step_time import StepSeconds, StepTime
+from klear_megatron.planning.work import Work
 from klear_megatron.policy.config import PolicyConfig
 from klear_megatron.policy.kernels import Kernels, choose_kernels, choose_offload
 from klear_megatron.policy.packing import plan_micro_batches
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one optimizer step works on."""
-
-    lengths: tuple[int, ...]
-    """Tokens of each sequence, over all data-parallel ranks."""
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class Plan:
 
     @property
     def model_tflops_per_gpu(self) -> float:
-        """Of the model's own FLOPs, without recomputation, attention halved for causality."""
+        """Without recomputation, and with attention halved for causality."""
         return self.model_flops / self.seconds.total / self.gpus / 1e12
 
     @property

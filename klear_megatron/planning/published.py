@@ -13,7 +13,8 @@ import yaml
 
 from klear_megatron.planning.hardware import Efficiency, read_hardware
 from klear_megatron.planning.model import PlannedModel
-from klear_megatron.planning.plan import Plan, Work, plan
+from klear_megatron.planning.plan import Plan, plan
+from klear_megatron.planning.work import Work
 from klear_megatron.policy.config import PolicyConfig
 
 _ARCHITECTURES = {

@@ -43,6 +43,14 @@ def shortage(planned: Plan) -> str:
     )
 
 
+def refusal(planned: Plan) -> str:
+    """Why a run whose plan does not fit is not started, and what to do."""
+    return (
+        f"policy: {shortage(planned)}. `klear-megatron plan --search` finds layouts that fit; "
+        "start_without_room: true starts all the same"
+    )
+
+
 def describe_rl(run: PlannedRun, planned: Plan, servers: ServerPlan) -> Iterator[str]:
     """Lines on the servers and on the parts of an RL step that are no optimizer step."""
     rollout, held = run.rollout, servers.sequences

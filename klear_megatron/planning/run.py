@@ -6,21 +6,22 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from klear_megatron.config import Section
-from klear_megatron.planning.plan import Work
+from klear_megatron.planning.work import Work
 from klear_megatron.policy.config import PolicyConfig
 
 READ_ELSEWHERE = frozenset(
     {
-        *(
-            "run_dir",
-            "seed",
-            "save_every",
-            "export_every",
-            "start_without_room",
-            "epochs",
-            "max_generation_batches",
-        ),
-        *("mask_truncated", "rewards", "loss", "evaluation", "launch"),
+        "run_dir",
+        "seed",
+        "save_every",
+        "export_every",
+        "start_without_room",
+        "epochs",
+        "max_generation_batches",
+        "mask_truncated",
+        "rewards",
+        "loss",
+        "evaluation",
     }
 )
 """Usual keys of a run's config that planning has no use for. Others are left to the whole config,
@@ -84,7 +85,7 @@ class PlannedRun(Section):
 
     @classmethod
     def of(cls, config: Section) -> "PlannedRun":
-        """Of an SFT or RL config that has been read already."""
+        """What planning needs of an SFT or RL config that has been read already."""
         return cls.model_validate(config.model_dump())
 
     @property

@@ -1,4 +1,4 @@
-"""What is alive when: the order of forwards and backwards on one rank of Megatron's pipeline."""
+"""The order of forwards and backwards on a rank of Megatron's pipeline, and what stays alive."""
 
 from collections.abc import Callable, Iterator
 

@@ -9,7 +9,8 @@ from typing import Any
 from klear_megatron.errors import UserError
 from klear_megatron.planning.hardware import Hardware
 from klear_megatron.planning.model import PlannedModel
-from klear_megatron.planning.plan import Plan, Work, check_lengths, plan
+from klear_megatron.planning.plan import Plan, check_lengths, plan
+from klear_megatron.planning.work import Work
 from klear_megatron.policy.config import ParallelConfig, PolicyConfig
 
 _MOST_VIRTUAL_STAGES = 6

@@ -7,11 +7,12 @@ over a bandwidth. The slowest pipeline stage and the data-parallel rank with the
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from klear_megatron.planning.activations import Activations, Work
+from klear_megatron.planning.activations import Activations
 from klear_megatron.planning.hardware import Hardware
 from klear_megatron.planning.layout import Layout
 from klear_megatron.planning.model import PlannedModel
 from klear_megatron.planning.state import StateBytes
+from klear_megatron.planning.work import Work
 
 _PASSES = 4
 """How often a saved byte crosses memory: written and read in forward; read, and its gradient

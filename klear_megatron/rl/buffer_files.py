@@ -153,7 +153,7 @@ def deal(all_held: Sequence[Held], per_step: int, share: Share) -> Held:
 
 
 def _settings(config: RLConfig) -> dict[str, Any]:
-    """Those that the buffered groups depend on."""
+    """The settings that the buffered groups depend on."""
     return {
         "max_staleness": config.max_staleness,
         "prompts_per_step": config.prompts_per_step,

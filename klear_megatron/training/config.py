@@ -1,5 +1,6 @@
 """Settings that every training run has."""
 
+from abc import abstractmethod
 from pathlib import Path
 
 from pydantic import PositiveInt
@@ -23,6 +24,6 @@ class RunConfig(Section):
     """Start even if the plan says that the memory does not suffice for the longest sequences."""
     policy: PolicyConfig
 
+    @abstractmethod
     def describe_step(self, data_parallel_size: int) -> list[str]:
         """How a step's samples are divided over the data-parallel ranks, in plain lines."""
-        raise NotImplementedError

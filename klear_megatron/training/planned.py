@@ -9,7 +9,7 @@ import torch.distributed as dist
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.planning import Hardware, Plan, PlannedModel, Work, hardware_here, plan
-from klear_megatron.planning.report import short_layout, shortage
+from klear_megatron.planning.report import refusal, short_layout
 from klear_megatron.planning.run import PlannedRun
 from klear_megatron.platform import objects
 from klear_megatron.training.config import RunConfig
@@ -34,13 +34,10 @@ class PlannedSteps:
             lacking = self._announce()
         lacking = objects.broadcast(lacking)
         if lacking and not config.start_without_room:
-            raise UserError(
-                f"policy: {lacking}. `klear-megatron plan --search` finds layouts that fit; "
-                "start_without_room: true starts all the same"
-            )
+            raise UserError(lacking)
 
     def _announce(self) -> str | None:
-        """Says what is planned for the longest sequences; returns why it does not fit."""
+        """Says what is planned for the longest sequences; returns a refusal if it does not fit."""
         try:
             self._hardware = hardware_here()
         except UserError as error:
@@ -54,7 +51,7 @@ class PlannedSteps:
             f"{planned.available_bytes / 2**30:.2f} GiB, and {planned.seconds.total:.2f} s per "
             "optimizer step, with sequences as long as allowed"
         )
-        return None if planned.fits else shortage(planned)
+        return None if planned.fits else refusal(planned)
 
     def _plan(self, lengths: Sequence[int]) -> Plan:
         assert self._hardware is not None
