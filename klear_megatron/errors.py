@@ -1,5 +1,7 @@
 """The one exception that is meant for the user rather than for a developer, and advice in it."""
 
+from __future__ import annotations  # a job's batch script may run under Python 3.9
+
 import difflib
 from collections.abc import Iterable
 

@@ -114,7 +114,6 @@ class SlurmJob(_Told):
             # Ranks have threads and workers; one CPU each would starve them.
             "--cpu-bind=none",
             "--kill-on-bad-exit=1",
-            *(f"--{flag}" for flag in step.get("srun_flags", [])),
             *([f"--het-group={group}"] if group is not None else []),
             *self._job["srun_flags"],
         ]
@@ -174,9 +173,7 @@ class ThisHost(_Told):
         self._restarts = 0
 
     def nodes(self) -> list[str]:
-        servers = self._job.get("servers") or {"nodes": 0}
-        total = self._job["main"]["nodes"] + (servers["nodes"] or 0)
-        return [f"local{index}" for index in range(total)]
+        return [f"local{index}" for index in range(self._job["nodes"])]
 
     def address(self, node: str) -> str:
         return "127.0.0.1"

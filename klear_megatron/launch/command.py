@@ -1,4 +1,4 @@
-"""The verbs `launch`, `status`, `logs` and `cancel` of the command line."""
+"""The verb `launch` of the command line."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from klear_megatron.config import Section
 from klear_megatron.config.loading import LAUNCH, apply_overrides, read_values, validate
 from klear_megatron.errors import UserError
-from klear_megatron.launch.config import CommandConfig, LaunchConfig, SiteConfig
+from klear_megatron.launch.config import PACKAGE_PARENT, CommandConfig, LaunchConfig, SiteConfig
 
 if TYPE_CHECKING:
     from klear_megatron.launch.job import Job
@@ -103,8 +103,8 @@ def _submit(job: "Job", script: Path, executor: str) -> None:
             f"nemo-run, or submit the job yourself: sbatch {script}"
         )
     command = [str(python), "-m", "klear_megatron.launch.nemo", str(job.snapshot), executor]
-    parent = str(Path(__file__).parents[2])
-    answer = subprocess.run(command, env={**os.environ, "PYTHONPATH": parent}, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
+    answer = subprocess.run(command, env=environment, check=False)
     if answer.returncode:
         raise UserError(f"the job was not submitted (see above); its files are in {job.snapshot}")
     print(f"`klear-megatron status {job.run_dir}` shows what it does; its files: {job.snapshot}")

@@ -13,17 +13,23 @@ Exit codes: 0, finished; 75, told to end and can go on; 1, failed; 2, bad input.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from klear_megatron.launch.clusters import Cluster, Step, find_cluster
+from klear_megatron.launch.reports import (
+    BAD_INPUT,
+    CONTINUE,
+    FAILED,
+    FINISHED,
+    first_failure,
+    read_reports,
+    write_json,
+)
 
-FINISHED, FAILED, BAD_INPUT, CONTINUE = 0, 1, 2, 75
 _POLL_S = 0.3
 _GATHER_S = 3.0
 """After the first failure, other ranks' errors may arrive this much later: the first one counts."""
@@ -63,13 +69,12 @@ def main() -> int:
             (snapshot / "finished").touch()
             say(f"{job['name']}: finished")
             return FINISHED
-        again = code != CONTINUE or not cluster.told_to_end
-        if code not in (FINISHED, CONTINUE):
-            again = _may_fail_again(job, code, message, first_step)
         if code == CONTINUE:
+            again = not cluster.told_to_end
             how = "goes on" if again else "run it again to go on"
             say(f"{job['name']}: told to end; {how} from the newest checkpoint")
         else:
+            again = _may_fail_again(job, code, message, first_step)
             # The last line of the log says what failed.
             say(f"{'trying again' if again else 'giving up'} after this error:")
             print(f"error: {message}", flush=True)
@@ -107,20 +112,6 @@ def _newest_step(run_dir: Path) -> int:
         return -1
 
 
-@dataclass
-class _Ended:
-    """A task that has ended, as `role` reports it."""
-
-    role: str
-    rank: int
-    node: str
-    code: int
-    time: float
-    error: str
-    explicit: bool
-    """Whether the error is a message of ours, and not the last line of a crash."""
-
-
 class Attempt:
     """One start of a job's steps. A requeued job makes another attempt in another folder."""
 
@@ -155,21 +146,21 @@ class Attempt:
             message = f"the job has {len(nodes)} nodes, but its layout needs {wanted}"
             raise JobError(message, BAD_INPUT)
         say(f"{self._job['name']}: {', '.join(nodes)}; logs in {self._folder}")
-        self._describe_attempt(nodes)
         self._preflight(nodes[:wanted])
+        addresses = {node: self._cluster.address(node) for node in nodes}
+        self._describe_attempt(addresses)
         if server_nodes := nodes[main["nodes"] : wanted]:
             self._start("server", servers, server_nodes)
             self._wait_for_servers(server_nodes, servers["deadline_s"])
         elif self._job["servers_of"]:
             self._urls = self._servers_of_another_job(Path(self._job["servers_of"]))
-        self._describe_attempt(nodes)
+        self._describe_attempt(addresses)
         self._start(main["role"], main, nodes[: main["nodes"]])
         return self._wait_for(main["role"])
 
-    def _describe_attempt(self, nodes: list[str]) -> None:
+    def _describe_attempt(self, addresses: dict[str, str]) -> None:
         """Writes what the tasks have to know and only the running job can say."""
-        addresses = {node: self._cluster.address(node) for node in nodes}
-        _write(self._folder / "attempt.json", {"addresses": addresses, "urls": self._urls})
+        write_json(self._folder / "attempt.json", {"addresses": addresses, "urls": self._urls})
 
     def _preflight(self, nodes: list[str]) -> None:
         """Checks every node before any of them holds GPUs for long.
@@ -181,7 +172,7 @@ class Attempt:
         deadline = time.monotonic() + _PREFLIGHT_S
         while step.poll() is None and time.monotonic() < deadline:
             time.sleep(_POLL_S / 3)
-        ended = {one.node: one for one in self._ended("preflight")}
+        ended = {one.node: one for one in read_reports(self._folder, "preflight")}
         problems = [f"{node}: {one.error}" for node, one in ended.items() if one.code]
         problems += [
             f"{node}: cannot run {self._job['python']}, or does not see {self._folder}; both have "
@@ -254,41 +245,30 @@ class Attempt:
                 passed_on = True
             time.sleep(_POLL_S)
         self._check()
-        codes = [one.code for one in self._ended(role)]
+        codes = [one.code for one in read_reports(self._folder, role)]
         return CONTINUE if CONTINUE in codes else FINISHED
 
     def _check(self) -> None:
-        """Raises:
-        JobError: a task failed, or a step ended before its tasks.
+        """Returns if all is well so far.
+
+        Raises:
+            JobError: a task failed, or a step ended before its tasks.
         """
         gone = [
             step
             for role, step in self._steps.items()
-            if step.poll() is not None and len(self._ended(role)) < step.tasks
+            if step.poll() is not None and len(read_reports(self._folder, role)) < step.tasks
         ]
-        if not gone and not self._failures():
+        if not gone and first_failure(read_reports(self._folder)) is None:
             return
         time.sleep(_GATHER_S)
         # Slurm kills the tasks of an srun that was killed, and they may still report that.
         killed = [step for step in self._steps.values() if (step.poll() or 0) < 0]
-        if not killed and (failures := self._failures()):
-            first = min(failures, key=lambda one: (not one.explicit, one.time))
-            raise JobError(
-                f"{first.role} on {first.node}, rank {first.rank}, ended with code {first.code}: "
-                f"{first.error}",
-                BAD_INPUT if first.code == BAD_INPUT else FAILED,
-            )
+        if not killed and (first := first_failure(read_reports(self._folder))):
+            raise JobError(str(first), BAD_INPUT if first.code == BAD_INPUT else FAILED)
         first_gone = (killed or gone)[0]
         message = [f"{first_gone.name} was ended from outside", *first_gone.says()]
         raise JobError("\n  ".join(message))
-
-    def _failures(self) -> list[_Ended]:
-        ended = [one for role in self._steps for one in self._ended(role)]
-        return [one for one in ended if one.code not in (FINISHED, CONTINUE)]
-
-    def _ended(self, role: str) -> list[_Ended]:
-        files = sorted((self._folder / "ended").glob(f"{role}-*.json"))
-        return [_Ended(**json.loads(file.read_text())) for file in files]
 
     def _end_all(self) -> None:
         """Ends the steps that are left: SIGTERM first, SIGKILL after some seconds."""
@@ -303,13 +283,6 @@ class Attempt:
             time.sleep(_POLL_S)
         for step in left:
             step.kill()
-
-
-def _write(path: Path, value: object) -> None:
-    """Writes JSON at once, so that a reader sees all of it or the old file."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(new, path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ Verb = Literal["sft", "rl", "serve", "eval", "curate", "convert", "verify", "rel
 TRAINING_VERBS = ("sft", "rl")
 ARGUMENT_VERBS = ("convert", "verify", "release")
 """Verbs that take arguments instead of a YAML file."""
+PACKAGE_PARENT = Path(__file__).parents[2]
+"""The folder from which the package is imported: the checkout, or site-packages."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")

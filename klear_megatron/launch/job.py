@@ -7,16 +7,20 @@ from typing import Any
 
 from klear_megatron.config import Section
 from klear_megatron.errors import UserError
-from klear_megatron.launch.config import ARGUMENT_VERBS, TRAINING_VERBS, LaunchConfig
+from klear_megatron.launch.config import (
+    ARGUMENT_VERBS,
+    PACKAGE_PARENT,
+    TRAINING_VERBS,
+    LaunchConfig,
+)
 from klear_megatron.launch.environment import other_environment, trainer_environment
 from klear_megatron.planning import Plan, PlannedModel, plan, read_hardware
-from klear_megatron.planning.report import shortage
+from klear_megatron.planning.report import refusal
 from klear_megatron.planning.run import PlannedRun
 from klear_megatron.policy.config import PolicyConfig
 from klear_megatron.rollout.config import RolloutConfig, ServeConfig
 from klear_megatron.training.config import RunConfig
 
-_PACKAGE_PARENT = Path(__file__).parents[2]
 _HARDWARE = {"ampere": "a100", "hopper": "h100", "blackwell": "b200"}
 Flags = dict[str, str | None]
 """Flags of sbatch or srun without their dashes; None for one without a value."""
@@ -24,7 +28,7 @@ Flags = dict[str, str | None]
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted.
+    """A run and the job that it is submitted as.
 
     Args:
         config: the resolved config of the verb.
@@ -82,10 +86,7 @@ class Job:
             )
         planned = self.plan()
         if planned and not planned.fits and not getattr(self.config, "start_without_room", False):
-            raise UserError(
-                f"policy: {shortage(planned)}. `klear-megatron plan --search` finds layouts that "
-                "fit; start_without_room: true starts all the same"
-            )
+            raise UserError(refusal(planned))
         if launch.servers and rollout and rollout.urls:
             raise UserError("rollout.urls and launch.servers both say where servers are; unset one")
         if rollout and (launch.servers or launch.verb == "serve") and launch.gpus_per_node:
@@ -173,7 +174,7 @@ class Job:
         lines = [
             f"cd {shlex.quote(str(self.working_directory))} || exit 1",
             *self.launch.setup,
-            f"export PYTHONPATH={shlex.quote(str(_PACKAGE_PARENT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={shlex.quote(str(PACKAGE_PARENT))}${{PYTHONPATH:+:$PYTHONPATH}}",
             f"exec {shlex.quote(str(self._host_python))} -m klear_megatron.launch.conductor "
             f"{shlex.quote(str(self.snapshot / 'job.json'))}",
         ]
@@ -191,7 +192,6 @@ class Job:
         of = launch.servers.run if launch.servers else None
         return {
             "name": self.name,
-            "verb": launch.verb,
             "header": self.header(),
             "continuations": launch.continuations,
             "run_dir": str(self.run_dir),
@@ -262,7 +262,7 @@ class Job:
         return ServeConfig(model=path, run_dir=self.run_dir, rollout=self.rollout)
 
     def _mounts(self) -> list[str]:
-        ours = (self.working_directory, self.run_dir, _PACKAGE_PARENT)
+        ours = (self.working_directory, self.run_dir, PACKAGE_PARENT)
         assert self.launch.container is not None
         return [*(f"{path}:{path}" for path in ours), *self.launch.container.mounts]
 

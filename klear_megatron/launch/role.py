@@ -28,8 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-_CONTINUE = 75
-_BAD_INPUT = 2
+from klear_megatron.launch.reports import (
+    BAD_INPUT,
+    CONTINUE,
+    FINISHED,
+    Report,
+    write_json,
+    write_report,
+)
+
 _ERROR_LINES = 50
 _OURS = re.compile(r"error( on rank \d+)?: (?P<message>.*)")
 _CRASH = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b.*|Fatal Python error.*")
@@ -67,7 +74,7 @@ def main() -> int:
     task = Task.of_environment()
     if role == "preflight":
         problem = _unfit(job)
-        _report(folder, role, task, _BAD_INPUT if problem else 0, error=problem)
+        _report(folder, role, task, BAD_INPUT if problem else FINISHED, problem, explicit=True)
         return 0
     parent = _Parent(role, task, folder)
     with contextlib.ExitStack() as stack:
@@ -113,8 +120,7 @@ def _rank_environment(
     file = folder / "master_port"
     if task.rank == 0:
         port = _take_ports(address, job["ports"], 1, stack)
-        file.with_suffix(".new").write_text(str(port))
-        os.replace(file.with_suffix(".new"), file)
+        write_json(file, port)
     deadline = time.monotonic() + _MASTER_S
     while not file.exists():
         if time.monotonic() > deadline:
@@ -208,10 +214,14 @@ class _Parent:
             code = self._process.wait()
             pump.join(timeout=2)  # a process that the command left behind may hold the pipe
         if self._told and code == -signal.SIGTERM:
-            code = _CONTINUE  # it goes on from the newest checkpoint
-        _report(self._folder, self._role, self._task, code, lines=self._last)
-        if code in (0, _CONTINUE):
-            return 0
+            code = CONTINUE  # it goes on from the newest checkpoint
+        if code in (FINISHED, CONTINUE):
+            _report(self._folder, self._role, self._task, code)
+            return FINISHED
+        error, explicit = _first_error(list(self._last))
+        if code < 0:
+            error = f"killed by {signal.Signals(-code).name}; the last line was: {error}"
+        _report(self._folder, self._role, self._task, code, error, explicit=explicit)
         deadline = time.monotonic() + _WAIT_TO_BE_ENDED_S
         while not self._told and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -230,31 +240,10 @@ class _Parent:
 
 
 def _report(
-    folder: Path,
-    role: str,
-    task: Task,
-    code: int,
-    *,
-    lines: collections.deque[str] | tuple[str, ...] = (),
-    error: str = "",
+    folder: Path, role: str, task: Task, code: int, error: str = "", *, explicit: bool = False
 ) -> None:
-    explicit = bool(error)
-    if code not in (0, _CONTINUE) and not error:
-        error, explicit = _first_error(list(lines))
-        if code < 0:
-            error = f"killed by {signal.Signals(-code).name}; the last line was: {error}"
-    report = {
-        "role": role,
-        "rank": task.rank,
-        "node": task.node,
-        "code": code,
-        "time": time.time(),
-        "error": error,
-        "explicit": explicit,
-    }
-    file = folder / "ended" / f"{role}-{task.rank}.json"
-    file.with_suffix(".new").write_text(json.dumps(report))
-    os.replace(file.with_suffix(".new"), file)
+    report = Report(role, task.rank, task.node, code, time.time(), error, explicit)
+    write_report(report, folder)
 
 
 def _first_error(lines: list[str]) -> tuple[str, bool]:

@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 
 from klear_megatron.config import write_config
+from klear_megatron.launch.config import PACKAGE_PARENT
 from klear_megatron.launch.job import Job
 from klear_megatron.platform.files import make_folder
-
-_CHECKOUT = Path(__file__).parents[2]
 
 
 def snapshot_path(run_dir: Path) -> Path:
@@ -48,13 +47,13 @@ def write_snapshot(job: Job) -> Path:
 
 def _write_code(folder: Path) -> None:
     commit, changes = _git("rev-parse", "HEAD").strip(), _git("diff", "HEAD", "--binary")
-    if not (_CHECKOUT / ".git").exists():  # installed, inside another project's checkout
+    if not (PACKAGE_PARENT / ".git").exists():  # installed, inside another project's checkout
         commit, changes = "", ""
     code = {
         "version": importlib.metadata.version("klear_megatron"),
         "commit": commit or None,
         "dirty": bool(changes),
-        "path": str(_CHECKOUT),
+        "path": str(PACKAGE_PARENT),
     }
     (folder / "code.json").write_text(json.dumps(code, indent=1), encoding="utf-8")
     if changes:
@@ -65,7 +64,7 @@ def _git(*command: str) -> str:
     """What git says about the checkout; empty without git or a checkout."""
     try:
         answer = subprocess.run(
-            ["git", "-C", str(_CHECKOUT), *command],  # noqa: S607
+            ["git", "-C", str(PACKAGE_PARENT), *command],  # noqa: S607
             capture_output=True,
             text=True,
             errors="surrogateescape",

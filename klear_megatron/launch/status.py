@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 from klear_megatron.errors import UserError
+from klear_megatron.launch.reports import CONTINUE, FINISHED, first_failure, read_reports
 
 _LINES = 10
 
@@ -25,16 +26,12 @@ def status(run_dir: Path) -> str:
     outcome = attempt / "outcome.json"
     if outcome.exists():
         told = json.loads(outcome.read_text())
-        kind = {0: "finished", 75: "told to end, to be continued"}.get(told["code"], "failed")
-        lines.append(f"it ended: {kind}")
-    reports = [json.loads(file.read_text()) for file in (attempt / "ended").glob("*.json")]
-    failed = [report for report in reports if report["code"] not in (0, 75)]
-    if failed:
-        first = min(failed, key=lambda report: (not report["explicit"], report["time"]))
-        lines.append(
-            f"first error: {first['role']} on {first['node']}, rank {first['rank']}, code "
-            f"{first['code']}: {first['error']}"
+        kind = {FINISHED: "finished", CONTINUE: "told to end, to be continued"}.get(
+            told["code"], "failed"
         )
+        lines.append(f"it ended: {kind}")
+    if first := first_failure(read_reports(attempt)):
+        lines.append(f"first error: {first}")
     newest = max(attempt.glob("*.log"), key=lambda log: log.stat().st_mtime, default=None)
     if newest is not None:
         lines += [f"the end of {newest}:", *_tail(newest)]
