@@ -114,8 +114,9 @@ def log_prob_metrics(batch: Batch) -> dict[str, float]:
 
 
 def train_metrics(mini_batches: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the mini-batches; for extremes, the most extreme."""
-    metrics = {}
+    """Means over the mini-batches; for extremes, the most extreme. The gradient norm gets both: a
+    mean hides the one mini-batch that went wrong."""
+    metrics = {"train/grad_norm_max": max(one["grad_norm"] for one in mini_batches)}
     for name in mini_batches[0]:
         values = [mini_batch[name] for mini_batch in mini_batches]
         if name.endswith("_min"):

@@ -69,7 +69,7 @@ def config(make_config, quickstart, two_servers) -> Any:
     [
         ({}, 2),
         ({"tensor_model_parallel_size": 2}, 1),
-        ({"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}, 1),
+        ({"pipeline_model_parallel_size": 2}, 1),
         ({"context_parallel_size": 2}, 1),
     ],
     ids=["dp2", "tp2", "pp2", "cp2"],

@@ -38,6 +38,14 @@ def head(path: Path, rows: int, to: Path) -> Path:
     return to
 
 
+def test_no_token_of_the_base_model_has_a_zero_embedding(quickstart):
+    # RMSNorm would multiply the gradients of a sampled token by 1/sqrt(eps) = 1000.
+    norms = load_file(quickstart / "base" / "model.safetensors")["model.embed_tokens.weight"].norm(
+        dim=1
+    )
+    assert norms.min() > norms.median() / 2
+
+
 def test_sft_learns_and_a_resumed_run_is_the_uninterrupted_one(make_config, quickstart, tmp_path):
     config = str(make_config("sft"))
     data = head(quickstart / "sft.jsonl", 32 * 32, tmp_path / "sft.jsonl")
