@@ -3,6 +3,7 @@
 from klear_megatron.losses.advantages import group_advantages
 from klear_megatron.losses.cispo import CISPOConfig, cispo
 from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.corrections import drawn_tokens, trained_tokens
 from klear_megatron.losses.gppo import CEGPPOConfig, GPPOConfig, gppo
 from klear_megatron.losses.gspo import GSPOConfig
 from klear_megatron.losses.inputs import LossInputs, Sequences, TokenLoss
@@ -11,7 +12,6 @@ from klear_megatron.losses.objective import (
     PolicyObjective,
     Result,
     SFTObjective,
-    trained_tokens,
 )
 from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip
 from klear_megatron.losses.registry import CustomLossConfig, LossConfig
@@ -33,6 +33,7 @@ __all__ = [
     "Sequences",
     "TokenLoss",
     "cispo",
+    "drawn_tokens",
     "gppo",
     "group_advantages",
     "ppo_clip",

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from klear_megatron.losses.config import ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
+from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.surrogate import (
     clipped_inputs,
     clipping_metrics,
-    ratio_of,
     surrogate,
 )
 

@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from klear_megatron.config import Section
+from klear_megatron.losses.corrections import CorrectionOptions
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
-class PolicyLossConfig(Section):
+class PolicyLossConfig(CorrectionOptions):
     """What stands beside the loss of a token. Each loss adds its name and options of its own."""
 
     aggregation: Aggregation = "token_mean"
@@ -21,10 +21,6 @@ class PolicyLossConfig(Section):
     """The divisor of sequence_sum: a constant such as the longest response's length."""
     sft_alpha: float = Field(0.1, ge=0)
     """Weight of the negative log-likelihood of correct responses; 0 turns it off."""
-    tis_clip: float | None = Field(None, ge=1)
-    """Truncated importance sampling (Yao et al. 2025): each token's policy loss is multiplied by
-    the ratio of its probability in the trainer to that in the server that drew it, at most by this;
-    2.0 is usual. The two differ in rounding, as with FP8 or bfloat16."""
 
     @model_validator(mode="after")
     def _check_divisor(self) -> "PolicyLossConfig":

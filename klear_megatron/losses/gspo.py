@@ -7,10 +7,10 @@ from pydantic import Field
 
 from klear_megatron.losses.config import Aggregation, ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
+from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.surrogate import (
     clipped_tokens,
     clipping_metrics,
-    ratio_of,
     surrogate,
 )
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+Fields = Mapping[str, Tensor]
+"""name -> [T] float32, aligned with the log-probabilities."""
+
 
 def _unchanged(sums: Tensor) -> Tensor:
     return sums

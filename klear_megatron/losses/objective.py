@@ -12,13 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from klear_megatron.errors import UserError
-from klear_megatron.losses.inputs import LossInputs, Sequences
+from klear_megatron.losses.corrections import (
+    finite_log_probs,
+    importance_weight,
+    trained_tokens,
+)
+from klear_megatron.losses.inputs import Fields, LossInputs, Sequences
+from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.registry import LossConfig, resolve_loss
-from klear_megatron.losses.surrogate import ratio_of
-
-Fields = Mapping[str, Tensor]
-"""name -> [T] float32, aligned with the log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class PolicyObjective:
 
     Fields: `loss_mask` is 1 on the response tokens to train, `correct` is 1 on those of correct
     responses; `advantages` and `old_log_probs` are the loss's; `rollout_log_probs`, the servers'
-    own, are needed for `tis_clip`. A token whose `rollout_log_probs` is NaN or infinite is not
-    trained. `ref_log_probs` and `old_entropy` are passed on to losses that use them.
+    own, are needed for corrections of the mismatch. A token that is not trained, because its
+    `rollout_log_probs` is not finite or a mask leaves it out, counts nowhere, the SFT term
+    included. `ref_log_probs` and `old_entropy` are passed on to losses that use them.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -89,7 +91,7 @@ class PolicyObjective:
         self._token_loss = resolve_loss(config)
 
     def denominators(self, fields: Fields, sequences: Sequences) -> dict[str, float]:
-        mask = trained_tokens(fields)
+        mask = trained_tokens(fields, sequences, self._config)
         return {
             "sequences": max(float((sequences.sums(mask) > 0).sum()), 1.0),
             "tokens": max(float(mask.sum()), 1.0),
@@ -104,13 +106,13 @@ class PolicyObjective:
         sequences: Sequences,
         denominators: Mapping[str, float],
     ) -> Result:
-        mask = trained_tokens(fields)
+        mask = trained_tokens(fields, sequences, self._config)
         weight = mask / denominators["tokens"]
         inputs = _loss_inputs(log_probs, entropy, fields, sequences, mask)
         token_loss = self._token_loss(inputs)
         values, metrics = token_loss.values, dict(token_loss.metrics)
-        if self._config.tis_clip is not None:
-            correction, clipped = truncated_importance(inputs, self._config.tis_clip)
+        if self._config.corrects_mismatch:
+            correction, clipped = importance_weight(inputs, self._config)
             values = values * correction
             metrics |= {"tis_weight": correction, "tis_clipped": clipped}
         policy_loss = (values * self._aggregation_weight(inputs, denominators)).sum()
@@ -146,33 +148,12 @@ class PolicyObjective:
                 return mask / (self._config.sum_divisor * denominators["sequences"])
 
 
-def trained_tokens(fields: Fields) -> Tensor:
-    """[T] 1 on the tokens to train: those of `loss_mask`, except where the server reported NaN or
-    an infinite number as the log-probability of a token that it drew."""
-    mask = fields["loss_mask"]
-    if "rollout_log_probs" in fields:
-        mask = mask * fields["rollout_log_probs"].isfinite()
-    return mask
-
-
-def truncated_importance(inputs: LossInputs, clip: float) -> tuple[Tensor, Tensor]:
-    """The weight min(pi_trainer / pi_server, clip) of each token, and where it was clipped.
-
-    Raises:
-        UserError: the batch does not have the servers' log-probabilities.
-    """
-    if inputs.rollout_log_probs is None:
-        raise UserError("loss.tis_clip: the batch has no rollout_log_probs")
-    mismatch = ratio_of(inputs.old_log_probs, inputs.rollout_log_probs)
-    return mismatch.clamp(max=clip), mismatch > clip
-
-
 def _loss_inputs(
     log_probs: Tensor, entropy: Tensor, fields: Fields, sequences: Sequences, mask: Tensor
 ) -> LossInputs:
     old, rollout = fields["old_log_probs"], fields.get("rollout_log_probs")
     if rollout is not None:
-        rollout = rollout.where(rollout.isfinite(), old)
+        rollout = finite_log_probs(rollout, old)
     return LossInputs(
         log_probs=log_probs,
         old_log_probs=old,

@@ -60,12 +60,18 @@ class RLConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_staleness(self) -> "RLConfig":
-        corrected = self.loss.tis_clip is not None or self.old_log_probs == "server"
-        if self.max_staleness and not corrected:
+        from_servers = self.old_log_probs == "server"
+        if self.loss.corrects_mismatch and from_servers:
+            raise ValueError(
+                "old_log_probs: server leaves nothing to correct, since the old policy is the "
+                "servers'; remove loss.tis_clip, loss.token_mask and loss.sequence_mask, or use "
+                "old_log_probs: trainer"
+            )
+        if self.max_staleness and not (self.loss.corrects_mismatch or from_servers):
             raise ValueError(
                 f"max_staleness: {self.max_staleness} trains on tokens of older weights, whose "
-                "probabilities must be corrected; set loss.tis_clip (2.0 is usual) or "
-                "old_log_probs: server, or leave max_staleness at 0"
+                "probabilities must be corrected; set loss.tis_clip (2.0 is usual), a mask of loss "
+                "or old_log_probs: server, or leave max_staleness at 0"
             )
         return self
 

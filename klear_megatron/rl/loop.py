@@ -112,7 +112,7 @@ def train(
             learner.train_step(mini_batch, objective)
             for mini_batch in mini_batches(config, batch, rollouts.groups, step)
         ]
-    return log_prob_metrics(batch) | train_metrics(trained)
+    return log_prob_metrics(batch, config.loss) | train_metrics(trained)
 
 
 def make_collector(

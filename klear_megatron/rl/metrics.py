@@ -4,9 +4,10 @@ import collections
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
-from klear_megatron.losses import trained_tokens
+from klear_megatron.losses import LossConfig, Sequences, drawn_tokens, trained_tokens
 from klear_megatron.platform import tensors
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.groups import Group
@@ -99,17 +100,27 @@ def staleness_metrics(
     }
 
 
-def log_prob_metrics(batch: Batch) -> dict[str, float]:
-    """How far the servers' log-probabilities are from the trainer's on the trained tokens, and how
-    many tokens are not trained because the servers' are not finite."""
-    trained = trained_tokens(batch.fields) > 0
-    left_out = batch.fields["loss_mask"].sum() - trained.sum()
+def log_prob_metrics(batch: Batch, loss: LossConfig) -> dict[str, float]:
+    """How far the servers' log-probabilities are from the trainer's, how many tokens are not
+    trained because the servers' are not finite, and which share of the others, and of responses
+    with any, the masks of `loss` leave out."""
+    fields = batch.fields
+    drawn = drawn_tokens(fields)
+    left_out = fields["loss_mask"].sum() - drawn.sum()
     metrics = {"rollout/log_probs_not_finite": left_out.item()}
-    if trained.any():
-        ours, servers = batch.fields["old_log_probs"], batch.fields["rollout_log_probs"]
-        difference = (ours - servers)[trained].abs()
+    if drawn.any():
+        difference = (fields["old_log_probs"] - fields["rollout_log_probs"])[drawn > 0].abs()
         metrics["rollout/log_prob_difference_mean"] = difference.mean().item()
         metrics["rollout/log_prob_difference_max"] = difference.max().item()
+    if loss.token_mask is not None or loss.sequence_mask is not None:
+        sequences = Sequences.whole(batch.lengths)
+        trained = trained_tokens(fields, sequences, loss)
+        for name, before, after in (
+            ("tokens", drawn, trained),
+            ("sequences", sequences.sums(drawn) > 0, sequences.sums(trained) > 0),
+        ):
+            share = 1 - after.sum() / before.sum().clamp(min=1) if before.any() else torch.zeros(())
+            metrics[f"rollout/masked_{name}"] = share.item()
     return metrics
 
 

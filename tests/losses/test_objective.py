@@ -5,48 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from klear_megatron.errors import UserError
 from klear_megatron.losses import (
     CISPOConfig,
     GPPOConfig,
-    Objective,
     PolicyObjective,
     PPOClipConfig,
-    Result,
     Sequences,
     SFTObjective,
     gppo,
 )
-
-LENGTHS = [9, 1, 17, 13]
-TOKENS = sum(LENGTHS)
-SEQUENCES = Sequences.whole(LENGTHS)
-
-
-def make_fields(seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """log-probabilities (a leaf), entropies and the fields of a mini-batch, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(TOKENS, generator=generator, dtype=torch.float64)
-
-    log_probs = -random().abs()
-    fields = {
-        "old_log_probs": log_probs + random(0.4),
-        "rollout_log_probs": log_probs + random(0.4),
-        "advantages": random(),
-        "loss_mask": (random() > -0.5).double(),
-        "correct": (random() > 0).double(),
-    }
-    return log_probs.requires_grad_(), random().abs(), fields
-
-
-def whole(
-    objective: Objective, log_probs: Tensor, entropy: Tensor, fields: dict[str, Tensor]
-) -> Result:
-    """The objective of a mini-batch in one part."""
-    denominators = objective.denominators(fields, SEQUENCES)
-    return objective(log_probs, entropy, fields, SEQUENCES, denominators)
+from tests.losses.mini_batch import LENGTHS, SEQUENCES, TOKENS, make_fields, whole
 
 
 def test_policy_objective_is_eq_7_plus_alpha_times_eq_14():
@@ -134,6 +102,7 @@ def test_truncated_importance_sampling_weighs_the_policy_loss_and_nothing_else()
     [
         PolicyObjective(GPPOConfig()),
         PolicyObjective(GPPOConfig(tis_clip=1.3)),
+        PolicyObjective(GPPOConfig(token_mask=(0.6, 1.5))),
         PolicyObjective(GPPOConfig(aggregation="sequence_sum", sum_divisor=17)),
         SFTObjective(),
     ],
@@ -225,10 +194,3 @@ def test_tokens_without_a_finite_rollout_log_prob_are_left_out(value):
     gradients = [torch.autograd.grad(r.loss, log_probs)[0] for r in (actual, expected)]
     assert torch.equal(*gradients)
     assert gradients[0].isfinite().all()
-
-
-def test_importance_sampling_needs_the_servers_log_probs():
-    log_probs, entropy, fields = make_fields()
-    del fields["rollout_log_probs"]
-    with pytest.raises(UserError, match=r"loss\.tis_clip: the batch has no rollout_log_probs"):
-        whole(PolicyObjective(GPPOConfig(tis_clip=2.0)), log_probs, entropy, fields)

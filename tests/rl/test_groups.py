@@ -10,7 +10,7 @@ import torch
 
 from klear_megatron.data import LoadedPrompts, Prompt
 from klear_megatron.errors import UserError
-from klear_megatron.losses import group_advantages
+from klear_megatron.losses import GPPOConfig, group_advantages
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rewards import Reward, RewardPool
 from klear_megatron.rl.batches import batch_of
@@ -163,9 +163,27 @@ def test_log_probs_that_are_not_finite_are_counted_and_leave_the_differences_alo
     group = group_of([Reward(1.0, correct=True, formatted=True)], log_probs)
     batch = batch_of([group], config_of(Path()))
     ours = torch.tensor([0.0, 0.0, -1.5, -2.0, -3.25])
-    metrics = log_prob_metrics(batch.with_fields(old_log_probs=ours))
+    metrics = log_prob_metrics(batch.with_fields(old_log_probs=ours), GPPOConfig())
     assert metrics == {
         "rollout/log_probs_not_finite": 1,
         "rollout/log_prob_difference_mean": 0.375,
         "rollout/log_prob_difference_max": 0.5,
     }
+
+
+def test_masked_tokens_and_responses_are_counted_and_the_differences_are_those_of_all():
+    rewards = [Reward(1.0, correct=True, formatted=True)] * 2
+    batch = batch_of([group_of(rewards, [-1.0, math.nan, -1.0, -1.0])], config_of(Path()))
+    ours = torch.tensor([0, 0, -1, -1, -1, -2, 0, 0, -2, -1, -2, -2])  # ratios 1 and exp(-1)
+    batch = batch.with_fields(old_log_probs=ours.float())
+    loss = GPPOConfig(token_mask=(0.5, 2), sequence_mask=(0.6, 2))
+    assert log_prob_metrics(batch, loss) == pytest.approx(
+        {
+            "rollout/log_probs_not_finite": 2,
+            "rollout/log_prob_difference_mean": 4 / 6,
+            "rollout/log_prob_difference_max": 1,
+            # The second response as a whole, by exp(-1), and one of three tokens of the first.
+            "rollout/masked_tokens": 4 / 6,
+            "rollout/masked_sequences": 1 / 2,
+        }
+    )

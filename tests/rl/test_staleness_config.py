@@ -17,8 +17,16 @@ def test_staleness_without_a_correction_is_refused(max_staleness):
     [
         {"max_staleness": 0, "loss": {"name": "gppo"}},
         {"max_staleness": 2, "loss": {"name": "gppo", "tis_clip": 2.0}},
+        {"max_staleness": 2, "loss": {"name": "gspo", "token_mask": [0.5, 5.0]}},
+        {"max_staleness": 2, "loss": {"name": "gppo", "sequence_mask": [0.99, 1.01]}},
         {"max_staleness": 2, "loss": {"name": "gppo"}, "old_log_probs": "server"},
     ],
 )
 def test_corrected_or_fresh_tokens_are_taken(settings):
     assert isinstance(config_of(**settings), RLConfig)
+
+
+@pytest.mark.parametrize("correction", [{"tis_clip": 2.0}, {"token_mask": [0.5, 5.0]}])
+def test_corrections_of_the_servers_own_probabilities_are_refused(correction):
+    with pytest.raises(ValueError, match=r"old_log_probs: server .*remove loss\.tis_clip"):
+        config_of(old_log_probs="server", loss={"name": "gppo"} | correction)
