@@ -12,6 +12,7 @@ quickstart: setup
 
 test: setup setup-launch lint
 	@bash tools/install_slurm.sh
+	@bash tools/install_chromium.sh
 	@echo "==> tests"
 	.venv/bin/python -m pytest
 

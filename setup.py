@@ -11,6 +11,7 @@ setup(
         "klear_megatron": [
             "py.typed",
             "planning/*.yaml",
+            "report/page/*",
             "rollout/cpu_stand_ins/**/*.py",
             "rewards/sandbox/inside/*.py",
         ]
@@ -32,6 +33,7 @@ setup(
         "antlr4-python3-runtime==4.13.2",
         "pebble",
         "tensorboard",
+        "plotly>=6",
         "tqdm",
     ],
     extras_require={
@@ -43,6 +45,7 @@ setup(
             "hypothesis",
             "simpy",
             "matplotlib",
+            "playwright",
             "ruff",
             "mypy",
             "types-PyYAML",

@@ -23,6 +23,7 @@ from klear_megatron.planning import command as planning
 from klear_megatron.platform.files import write_atomically
 from klear_megatron.platform.first_rank import is_first_to_report
 from klear_megatron.release import command as release
+from klear_megatron.report import command as reporting
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.overrides = rest
         parsed.run(parsed)
     except UserError as error:
-        _report(error)
+        _print_error(error)
         return _BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(error: UserError) -> None:
+def _print_error(error: UserError) -> None:
     """Prints the error, unless another rank has printed the same one."""
     # torchrun sends SIGTERM as soon as one rank has failed; this one may be about to print.
     handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     release.add_arguments(_add_verb(verbs, _release))
     planning.add_arguments(_add_verb(verbs, _plan, takes_overrides=True))
     launching.add_arguments(_add_verb(verbs, _launch, takes_overrides=True))
+    reporting.add_arguments(_add_verb(verbs, _report))
     for run in (_status, _logs, _cancel):
         _add_verb(verbs, run).add_argument("run_dir", type=Path, help="run_dir of a launched run")
     _add_verb(verbs, _doctor)
@@ -238,6 +240,11 @@ def _launch(arguments: argparse.Namespace) -> None:
         "curate": CurateConfig,
     }
     launching.launch(arguments, configs)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Write a page about runs: curves, costs, rollouts and evaluations in one HTML file."""
+    reporting.run(arguments)
 
 
 def _status(arguments: argparse.Namespace) -> None:

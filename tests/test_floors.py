@@ -12,7 +12,7 @@ FLOORS = [
     ["policy", "rollout"],
     ["conversion", "evaluation", "planning"],
     ["curation", "doctor", "release", "training"],
-    ["launch", "rl", "sft"],
+    ["launch", "report", "rl", "sft"],
     ["cli"],
     ["__main__"],
 ]

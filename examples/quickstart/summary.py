@@ -36,7 +36,8 @@ def main() -> None:
             f"  {stage:11} avg@{scores['samples_per_problem']} {scores['accuracy']:6.1%} "
             f"± {scores['standard_error']:.1%}"
         )
-    print(f"\ncheckpoint   {out / 'rl-hf'}")
+    print(f"\nreport       {out / 'report.html'}   (open it in a browser)")
+    print(f"checkpoint   {out / 'rl-hf'}")
     print(f"TensorBoard  {out / 'rl' / 'tensorboard'}   (tensorboard --logdir {out})")
     print(f"metrics      {out / 'rl' / 'metrics.jsonl'}")
     print(f"rollouts     {out / 'rl' / 'rollouts'}")

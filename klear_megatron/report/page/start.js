@@ -1,0 +1,11 @@
+showRuns();
+showAccount();
+showEvaluations();
+showCurves();
+showTime();
+showDistributions();
+showRollouts().then(() => {
+  for (const part of document.querySelectorAll("main > section"))
+    document.querySelector("nav").append(el("a", { href: `#${part.id}` }, part.querySelector("h2").textContent));
+  document.body.dataset.ready = "true";
+});
