@@ -4,6 +4,9 @@ from klear_megatron.losses.advantages import group_advantages
 from klear_megatron.losses.cispo import CISPOConfig, cispo
 from klear_megatron.losses.config import PolicyLossConfig
 from klear_megatron.losses.corrections import drawn_tokens, trained_tokens
+from klear_megatron.losses.dppo import DPPOConfig, dppo
+from klear_megatron.losses.entropy_ratio import EntropyRatioOptions
+from klear_megatron.losses.gmpo import GMPOConfig
 from klear_megatron.losses.gppo import CEGPPOConfig, GPPOConfig, gppo
 from klear_megatron.losses.gspo import GSPOConfig
 from klear_megatron.losses.inputs import LossInputs, Sequences, TokenLoss
@@ -15,11 +18,16 @@ from klear_megatron.losses.objective import (
 )
 from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip
 from klear_megatron.losses.registry import CustomLossConfig, LossConfig
+from klear_megatron.losses.reinforce import REINFORCEConfig, reinforce
+from klear_megatron.losses.sapo import SAPOConfig, sapo
 
 __all__ = [
     "CEGPPOConfig",
     "CISPOConfig",
     "CustomLossConfig",
+    "DPPOConfig",
+    "EntropyRatioOptions",
+    "GMPOConfig",
     "GPPOConfig",
     "GSPOConfig",
     "LossConfig",
@@ -28,14 +36,19 @@ __all__ = [
     "PPOClipConfig",
     "PolicyLossConfig",
     "PolicyObjective",
+    "REINFORCEConfig",
     "Result",
+    "SAPOConfig",
     "SFTObjective",
     "Sequences",
     "TokenLoss",
     "cispo",
+    "dppo",
     "drawn_tokens",
     "gppo",
     "group_advantages",
     "ppo_clip",
+    "reinforce",
+    "sapo",
     "trained_tokens",
 ]

@@ -22,6 +22,11 @@ class PolicyLossConfig(CorrectionOptions):
     sft_alpha: float = Field(0.1, ge=0)
     """Weight of the negative log-likelihood of correct responses; 0 turns it off."""
 
+    @property
+    def uses_old_entropy(self) -> bool:
+        """Whether the loss needs the entropies before the first update on the responses."""
+        return False
+
     @model_validator(mode="after")
     def _check_divisor(self) -> "PolicyLossConfig":
         if self.sum_divisor != 1 and self.aggregation != "sequence_sum":

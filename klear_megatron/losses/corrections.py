@@ -25,7 +25,7 @@ def _around_one(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 Bounds = Annotated[tuple[float, float], AfterValidator(_around_one)]
-"""The smallest and the largest ratio that is trained."""
+"""The smallest and the largest ratio of what is trained."""
 
 
 class CorrectionOptions(Section):

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from klear_megatron.losses.config import ClippedLossConfig
+from klear_megatron.losses.entropy_ratio import EntropyRatioOptions, entropy_clipped
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.surrogate import (
@@ -16,7 +16,7 @@ from klear_megatron.losses.surrogate import (
 )
 
 
-class GPPOOptions(ClippedLossConfig):
+class GPPOOptions(EntropyRatioOptions):
     """Options of `gppo`, shared by its named settings."""
 
     beta_low: float = Field(1.0, ge=0)
@@ -103,4 +103,5 @@ def gppo_loss(inputs: LossInputs, config: GPPOOptions) -> TokenLoss:
     )
     low, high = clipped_inputs(inputs, config)
     kept = (low & (config.beta_low > 0)) | (high & (config.beta_high > 0))
-    return TokenLoss(values, clipping_metrics(low, high, kept))
+    loss = TokenLoss(values, clipping_metrics(low, high, kept))
+    return entropy_clipped(loss, inputs, config)

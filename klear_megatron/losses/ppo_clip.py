@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from klear_megatron.losses.config import ClippedLossConfig
+from klear_megatron.losses.entropy_ratio import EntropyRatioOptions, entropy_clipped
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.surrogate import (
@@ -17,7 +17,7 @@ from klear_megatron.losses.surrogate import (
 )
 
 
-class PPOClipConfig(ClippedLossConfig):
+class PPOClipConfig(EntropyRatioOptions):
     """Options of `ppo_clip`."""
 
     name: Literal["ppo_clip"] = "ppo_clip"
@@ -64,4 +64,5 @@ def ppo_clip_loss(inputs: LossInputs, config: PPOClipConfig) -> TokenLoss:
         dual_clip=config.dual_clip,
     )
     low, high = clipped_inputs(inputs, config)
-    return TokenLoss(values, clipping_metrics(low, high, kept=torch.zeros_like(low)))
+    loss = TokenLoss(values, clipping_metrics(low, high, kept=torch.zeros_like(low)))
+    return entropy_clipped(loss, inputs, config)

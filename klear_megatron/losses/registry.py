@@ -12,10 +12,14 @@ from klear_megatron.config.imports import import_object
 from klear_megatron.errors import UserError, nearest
 from klear_megatron.losses.cispo import CISPOConfig, cispo_loss
 from klear_megatron.losses.config import PolicyLossConfig
+from klear_megatron.losses.dppo import DPPOConfig, dppo_loss
+from klear_megatron.losses.gmpo import GMPOConfig, gmpo_loss
 from klear_megatron.losses.gppo import CEGPPOConfig, GPPOConfig, gppo_loss
 from klear_megatron.losses.gspo import GSPOConfig, gspo_loss
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip_loss
+from klear_megatron.losses.reinforce import REINFORCEConfig, reinforce_loss
+from klear_megatron.losses.sapo import SAPOConfig, sapo_loss
 
 _LOSSES: dict[str, Callable[..., TokenLoss]] = {
     "gppo": gppo_loss,
@@ -23,6 +27,10 @@ _LOSSES: dict[str, Callable[..., TokenLoss]] = {
     "ppo_clip": ppo_clip_loss,
     "cispo": cispo_loss,
     "gspo": gspo_loss,
+    "gmpo": gmpo_loss,
+    "sapo": sapo_loss,
+    "dppo": dppo_loss,
+    "reinforce": reinforce_loss,
 }
 
 
@@ -34,6 +42,10 @@ class CustomLossConfig(PolicyLossConfig):
 
     name: str
     """The function, as `package.module:function` or `path/to/file.py:function`."""
+
+    @property
+    def uses_old_entropy(self) -> bool:
+        return True  # it may
 
     @field_validator("name")
     @classmethod
@@ -58,6 +70,10 @@ LossConfig = Annotated[
     | Annotated[PPOClipConfig, Tag("ppo_clip")]
     | Annotated[CISPOConfig, Tag("cispo")]
     | Annotated[GSPOConfig, Tag("gspo")]
+    | Annotated[GMPOConfig, Tag("gmpo")]
+    | Annotated[SAPOConfig, Tag("sapo")]
+    | Annotated[DPPOConfig, Tag("dppo")]
+    | Annotated[REINFORCEConfig, Tag("reinforce")]
     | Annotated[CustomLossConfig, Tag("custom")],
     Field(discriminator=Discriminator(_tag)),
 ]

@@ -8,7 +8,12 @@ from klear_megatron.losses.ratio import ratio_of
 
 
 def surrogate(
-    log_probs: Tensor, factor: Tensor, advantages: Tensor, *, stopped: Tensor | None = None
+    log_probs: Tensor,
+    factor: Tensor,
+    advantages: Tensor,
+    *,
+    gradient: Tensor | None = None,
+    stopped: Tensor | None = None,
 ) -> Tensor:
     """A loss whose value is -factor * advantages and whose gradient by `log_probs` is the same.
 
@@ -17,6 +22,7 @@ def surrogate(
 
     Args:
         factor: same shape as the others, without gradient.
+        gradient: same shape; takes the factor's place in the gradient.
         stopped: same shape, bool; where true, the gradient is zero.
     """
     wide = log_probs.to(factor.dtype)
@@ -24,7 +30,9 @@ def surrogate(
     differentiable_zero = wide - wide.detach()
     if stopped is not None:
         differentiable_zero = differentiable_zero.masked_fill(stopped, 0)
-    return -factor * advantages * (1 + differentiable_zero)
+    values = -factor * advantages
+    slopes = values if gradient is None else -gradient * advantages
+    return values + slopes * differentiable_zero
 
 
 def clipped_tokens(

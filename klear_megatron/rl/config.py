@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from klear_megatron.data import DataConfig
 from klear_megatron.evaluation import TrainingEvalConfig
-from klear_megatron.losses import GPPOConfig, LossConfig
+from klear_megatron.losses import EntropyRatioOptions, GPPOConfig, LossConfig
 from klear_megatron.rewards import RewardConfig
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.training.config import RunConfig
@@ -66,6 +66,11 @@ class RLConfig(RunConfig):
                 "old_log_probs: server leaves nothing to correct, since the old policy is the "
                 "servers'; remove loss.tis_clip, loss.token_mask and loss.sequence_mask, or use "
                 "old_log_probs: trainer"
+            )
+        if isinstance(self.loss, EntropyRatioOptions) and self.loss.entropy_ratio and from_servers:
+            raise ValueError(
+                "old_log_probs: server does not say what the entropies were; remove "
+                "loss.entropy_ratio, or use old_log_probs: trainer"
             )
         if self.max_staleness and not (self.loss.corrects_mismatch or from_servers):
             raise ValueError(

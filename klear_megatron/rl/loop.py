@@ -105,7 +105,9 @@ def train(
         old_log_probs = batch.fields["rollout_log_probs"].nan_to_num(0, 0, 0)  # not trained there
     else:
         with phases("log_probs"):
-            old_log_probs, _ = learner.model.log_probs(batch)
+            old_log_probs, old_entropy = learner.model.log_probs(batch)
+        if config.loss.uses_old_entropy:
+            batch = batch.with_fields(old_entropy=old_entropy)
     batch = batch.with_fields(old_log_probs=old_log_probs)
     with phases("train"):
         trained = [

@@ -11,6 +11,7 @@ from klear_megatron.errors import UserError
 from klear_megatron.losses import (
     CEGPPOConfig,
     CISPOConfig,
+    DPPOConfig,
     GPPOConfig,
     GSPOConfig,
     LossConfig,
@@ -77,6 +78,8 @@ def inputs(log_probs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor)
         ("{name: cispo, sft_alpha: 0}", CISPOConfig(sft_alpha=0)),
         ("{name: gspo, aggregation: token_mean}", GSPOConfig(aggregation="token_mean")),
         ("{name: ce_gppo, beta_high: 0.5}", CEGPPOConfig(beta_high=0.5)),
+        ("{name: dppo, divergence: kl}", DPPOConfig(divergence="kl")),
+        ("{entropy_ratio: [0.95, 1.1]}", GPPOConfig(entropy_ratio=(0.95, 1.1))),
     ],
 )
 def test_the_name_decides_which_options_there_are(tmp_path, loss, expected):
@@ -92,6 +95,8 @@ def test_the_name_decides_which_options_there_are(tmp_path, loss, expected):
         ("{name: ppo_clip, clip_low: 1}", "loss.clip_low: .* less than 1; given: 1"),
         ("{name: own_losses:reinforce, sft_alpha: -1}", "loss.sft_alpha: .* greater than"),
         ("{sum_divisor: 9}", "loss: sum_divisor has no effect without .*sequence_sum"),
+        ("{name: reinforce, clip_low: 0.1}", "loss.clip_low: unknown key"),
+        ("{name: gspo, entropy_ratio: [0.9, 1.1]}", "loss.entropy_ratio: unknown key"),
         ("gppo", "loss: .* dictionary .*; given: 'gppo'"),
     ],
 )

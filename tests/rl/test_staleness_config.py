@@ -30,3 +30,10 @@ def test_corrected_or_fresh_tokens_are_taken(settings):
 def test_corrections_of_the_servers_own_probabilities_are_refused(correction):
     with pytest.raises(ValueError, match=r"old_log_probs: server .*remove loss\.tis_clip"):
         config_of(old_log_probs="server", loss={"name": "gppo"} | correction)
+
+
+def test_entropy_ratios_need_the_trainers_forward_pass():
+    loss = {"name": "gppo", "entropy_ratio": [0.95, 1.1]}
+    assert config_of(loss=loss | {"tis_clip": 2.0}).loss.uses_old_entropy
+    with pytest.raises(ValueError, match="does not say what the entropies were"):
+        config_of(old_log_probs="server", loss=loss)
