@@ -1,6 +1,11 @@
 """Losses: pure functions on per-token tensors, and their sums over a mini-batch."""
 
-from klear_megatron.losses.advantages import group_advantages
+from klear_megatron.losses.advantages import (
+    AdvantageConfig,
+    advantages_of,
+    group_advantages,
+    whitened,
+)
 from klear_megatron.losses.cispo import CISPOConfig, cispo
 from klear_megatron.losses.config import PolicyLossConfig
 from klear_megatron.losses.corrections import drawn_tokens, trained_tokens
@@ -22,6 +27,7 @@ from klear_megatron.losses.reinforce import REINFORCEConfig, reinforce
 from klear_megatron.losses.sapo import SAPOConfig, sapo
 
 __all__ = [
+    "AdvantageConfig",
     "CEGPPOConfig",
     "CISPOConfig",
     "CustomLossConfig",
@@ -42,6 +48,7 @@ __all__ = [
     "SFTObjective",
     "Sequences",
     "TokenLoss",
+    "advantages_of",
     "cispo",
     "dppo",
     "drawn_tokens",
@@ -51,4 +58,5 @@ __all__ = [
     "reinforce",
     "sapo",
     "trained_tokens",
+    "whitened",
 ]

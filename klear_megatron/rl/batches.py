@@ -1,10 +1,12 @@
 """Groups as tensors, and the mini-batches that a step trains on."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from klear_megatron.losses import whitened
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.groups import Group
@@ -49,6 +51,13 @@ def batch_of(groups: Sequence[Group], config: RLConfig) -> Batch:
         },
         [len(prompt) for prompt, _, _, _ in samples],
     )
+
+
+def with_whitened_advantages(batch: Batch) -> Batch:
+    """The step's batch with its advantages whitened over all responses that are trained."""
+    values = batch.per_response
+    advantages = whitened(values["advantages"], values["loss_mask"])
+    return replace(batch, per_response={**values, "advantages": advantages})
 
 
 def mini_batches(config: RLConfig, batch: Batch, groups: int, step: int) -> Iterator[Batch]:

@@ -120,7 +120,8 @@ def read(
         texts = [text_of(response.token_ids) for response in drawn]
         rewards = [Reward(**one["reward"]) for one in responses]
         row = slot.row
-        slot.group = compared(prompts.prompts[row], prompts.token_ids[row], drawn, texts, rewards)
+        prompt, prompt_ids = prompts.prompts[row], prompts.token_ids[row]
+        slot.group = compared(prompt, prompt_ids, drawn, texts, rewards, config.advantages)
         slot.informative = slot.group.informative
         return slot
 
@@ -153,21 +154,23 @@ def deal(all_held: Sequence[Held], per_step: int, share: Share) -> Held:
 
 
 def _settings(config: RLConfig) -> dict[str, Any]:
-    """The settings that the buffered groups depend on."""
+    """The settings that the buffered groups depend on. Their advantages are computed anew."""
     return {
         "max_staleness": config.max_staleness,
         "prompts_per_step": config.prompts_per_step,
         "responses_per_prompt": config.responses_per_prompt,
+        "overlong": config.overlong and config.overlong.model_dump(),
         **{f"sampling.{key}": value for key, value in config.sampling.model_dump().items()},
     }
 
 
 def _check(path: Path, before: dict[str, Any], config: RLConfig) -> None:
     for key, now in _settings(config).items():
-        if before[key] != now:
+        then = before.get(key)
+        if then != now:
             raise UserError(
-                f"{key}: was {before[key]} when {path} was written and is {now}, but the groups "
-                "there were drawn for that; change it back, or choose another run_dir"
+                f"{key}: was {then} when {path} was written and is {now}, but the groups there "
+                "were made for that; change it back, or choose another run_dir"
             )
 
 

@@ -3,14 +3,25 @@
 import math
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from klear_megatron.config import Section
 from klear_megatron.data import DataConfig
 from klear_megatron.evaluation import TrainingEvalConfig
-from klear_megatron.losses import EntropyRatioOptions, GPPOConfig, LossConfig
+from klear_megatron.losses import AdvantageConfig, EntropyRatioOptions, GPPOConfig, LossConfig
 from klear_megatron.rewards import RewardConfig
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.training.config import RunConfig
+
+
+class OverlongConfig(Section):
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, Eq. 13): a response loses more of its
+    reward the closer it comes to the length limit."""
+
+    buffer: PositiveInt
+    """Tokens before `sampling.max_response_length` over which the penalty grows from 0."""
+    penalty: float = Field(1.0, gt=0)
+    """What a response of `sampling.max_response_length` loses."""
 
 
 class RLConfig(RunConfig):
@@ -39,6 +50,8 @@ class RLConfig(RunConfig):
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
+    overlong: OverlongConfig | None = None
+    advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = GPPOConfig()
     evaluation: TrainingEvalConfig | None = None
 
@@ -55,6 +68,12 @@ class RLConfig(RunConfig):
             raise ValueError(
                 "sampling: training needs responses from the whole distribution; use top_p 1.0 "
                 "and a temperature above 0"
+            )
+        longest = self.sampling.max_response_length
+        if self.overlong is not None and self.overlong.buffer > longest:
+            raise ValueError(
+                f"overlong.buffer ({self.overlong.buffer}) is more than the longest response: "
+                f"sampling.max_response_length ({longest})"
             )
         return self
 

@@ -5,13 +5,12 @@ A group is graded as soon as its responses are there, while others are still dra
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.data import LoadedPrompts, Prompt
-from klear_megatron.losses import group_advantages
+from klear_megatron.losses import AdvantageConfig, advantages_of
 from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.rewards import Reward, RewardPool
 from klear_megatron.rl.config import RLConfig
@@ -31,11 +30,12 @@ class Group:
     texts: list[str]
     rewards: list[Reward]
     advantages: list[float]
+    """Over each other, before a step's are whitened."""
 
     @property
     def informative(self) -> bool:
         """Whether some responses were better than others."""
-        return any(self.advantages)
+        return min(self.advantages) < max(self.advantages)
 
 
 def compared(
@@ -44,12 +44,28 @@ def compared(
     responses: list[Response],
     texts: list[str],
     rewards: list[Reward],
+    config: AdvantageConfig,
 ) -> Group:
-    """The group of these responses, with their advantages over each other."""
-    scores = torch.tensor([reward.score for reward in rewards], dtype=torch.float64)
-    one_group = torch.zeros(len(rewards), dtype=torch.int64)
-    advantages = group_advantages(scores, one_group).tolist()
+    """The group of these responses, with their advantages over each other.
+
+    Raises:
+        UserError: a reward does not have a part that the config names.
+    """
+    scores = [reward.score for reward in rewards]
+    advantages = advantages_of(scores, [reward.parts for reward in rewards], config)
     return Group(prompt, prompt_ids, responses, texts, rewards, advantages)
+
+
+def penalised(reward: Reward, length: int, config: RLConfig) -> Reward:
+    """The reward of a response of so many tokens, less the overlong penalty, which becomes a part
+    of it."""
+    if config.overlong is None:
+        return reward
+    free = config.sampling.max_response_length - config.overlong.buffer
+    share = min(max(length - free, 0) / config.overlong.buffer, 1.0)
+    penalty = -config.overlong.penalty * share
+    parts = {**reward.parts, "overlong": penalty}
+    return replace(reward, score=reward.score + penalty, parts=parts)
 
 
 class GroupMaker:
@@ -121,7 +137,12 @@ class GroupMaker:
         def grade() -> Group:
             texts = [self.text_of(one.token_ids) for one in responses]
             jobs = [(prompt.data_source, text, prompt.ground_truth) for text in texts]
-            return compared(prompt, prompt_ids, responses, texts, self.rewards.grade(jobs))
+            rewards = [
+                penalised(reward, len(response.token_ids), self._config)
+                for reward, response in zip(self.rewards.grade(jobs), responses, strict=True)
+            ]
+            advantages = self._config.advantages
+            return compared(prompt, prompt_ids, responses, texts, rewards, advantages)
 
         return self._threads.submit(grade)
 

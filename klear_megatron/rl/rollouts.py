@@ -14,7 +14,7 @@ from klear_megatron.evaluation.responses import response_row, write_rows
 from klear_megatron.observability import Phases, Progress
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
-from klear_megatron.rl.batches import batch_of
+from klear_megatron.rl.batches import batch_of, with_whitened_advantages
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.groups import Group, GroupMaker
 from klear_megatron.rl.metrics import group_metrics
@@ -130,6 +130,8 @@ class Collector:
             size = self._config.responses_per_prompt
             mine = batch_of([group for group in made if group.informative], self._config)
             batch = share(mine, self._leading_ranks, self._config.prompts_per_step * size)
+            if self._config.advantages.whitened:
+                batch = with_whitened_advantages(batch)
             groups = len(batch.lengths) // size
             crashes = self._maker.rewards.crashes if self._maker is not None else 0
             metrics = group_metrics(made, crashes) | {"rollout/groups": groups}

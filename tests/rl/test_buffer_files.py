@@ -8,6 +8,7 @@ import pytest
 
 from klear_megatron.data import LoadedPrompts, Prompt
 from klear_megatron.errors import UserError
+from klear_megatron.losses import AdvantageConfig
 from klear_megatron.rewards import Reward
 from klear_megatron.rl import buffer_files
 from klear_megatron.rl.buffer import Buffer, Slot
@@ -50,7 +51,8 @@ def group_of(row: int, scores: tuple[float, float] = (1.0, 0.0)) -> Group:
         Reward(score, correct=score > 0, formatted=True, parts={"part": score}) for score in scores
     ]
     texts = [text_of(response.token_ids) for response in responses]
-    return compared(PROMPTS.prompts[row], PROMPTS.token_ids[row], responses, texts, rewards)
+    prompt, prompt_ids = PROMPTS.prompts[row], PROMPTS.token_ids[row]
+    return compared(prompt, prompt_ids, responses, texts, rewards, AdvantageConfig())
 
 
 def held() -> Held:
@@ -83,6 +85,15 @@ def test_a_buffer_comes_back_as_it_was(tmp_path):
     assert after.rows == [11, 12]
 
 
+def test_buffered_groups_are_compared_as_the_config_says_now(tmp_path):
+    path = buffer_files.path_of(tmp_path, 0)
+    buffer_files.write(path, held(), config_of())
+    before = read(path, config_of()).slots[0].group
+    now = read(path, config_of(advantages={"estimator": "grpo_without_std"})).slots[0].group
+    assert before.advantages == pytest.approx([0.5**0.5, -(0.5**0.5)])
+    assert now.advantages == [0.5, -0.5]
+
+
 def test_an_empty_buffer_comes_back(tmp_path):
     path = buffer_files.path_of(tmp_path, 3)
     buffer_files.write(path, Held([], [], []), config_of())
@@ -94,6 +105,7 @@ def test_an_empty_buffer_comes_back(tmp_path):
     [
         ({"responses_per_prompt": 4}, r"responses_per_prompt: was 2 when .* is 4"),
         ({"max_staleness": 2}, r"max_staleness: was 1 when .* is 2"),
+        ({"overlong": {"buffer": 9}}, r"overlong: was None when .* is {'buffer': 9, 'penalty': 1"),
         ({"sampling": {"temperature": 0.7}}, r"sampling.temperature: was 1.0 when .* is 0.7"),
     ],
 )

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from klear_megatron.errors import UserError
 from klear_megatron.losses import GPPOConfig, group_advantages
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rewards import Reward, RewardPool
-from klear_megatron.rl.batches import batch_of
+from klear_megatron.rl.batches import batch_of, with_whitened_advantages
 from klear_megatron.rl.config import RLConfig
-from klear_megatron.rl.groups import Group, GroupMaker
+from klear_megatron.rl.groups import Group, GroupMaker, compared, penalised
 from klear_megatron.rl.metrics import log_prob_metrics
 from klear_megatron.rollout import Generator, Response, RolloutConfig, SamplingConfig, Share
 from tests.models import tiny
@@ -187,3 +188,40 @@ def test_masked_tokens_and_responses_are_counted_and_the_differences_are_those_o
             "rollout/masked_sequences": 1 / 2,
         }
     )
+
+
+def test_a_step_is_whitened_over_its_trained_responses_and_rewards_alike_teach_nothing(tmp_path):
+    config = RLConfig.model_validate(
+        config_of(tmp_path).model_dump()
+        | {"mask_truncated": True, "advantages": {"estimator": "reinforce_plus_plus"}}
+    )
+    groups = []
+    for scores in ([1.0, 0.0], [3.0, 3.0], [2.0, 7.0]):
+        rewards = [Reward(score, correct=False, formatted=True) for score in scores]
+        group = group_of(rewards, [-1.0])
+        responses = [*group.responses[:1], replace(group.responses[1], finish_reason="length")]
+        one = compared(group.prompt, [1, 2], responses, ["", ""], rewards, config.advantages)
+        assert one.advantages == scores
+        assert one.informative == (scores[0] != scores[1])
+        groups.append(one)
+    batch = with_whitened_advantages(batch_of([groups[0], groups[2]], config))
+    trained = batch.per_response["advantages"][::2]  # the others were cut off
+    torch.testing.assert_close(trained, torch.tensor([-(0.5**0.5), 0.5**0.5]))
+
+
+def test_long_responses_lose_reward_as_dapo_has_it():
+    """Eq. 13 with L_max = 100 and L_cache = 20, here with twice the penalty."""
+    settings = {
+        "sampling": {"max_response_length": 100},
+        "overlong": {"buffer": 20, "penalty": 2.0},
+    }
+    config = RLConfig.model_validate(config_of(Path()).model_dump() | settings)
+    reward = Reward(1.0, correct=True, formatted=True, parts={"a": 3.0})
+    for length, expected in ((1, 0.0), (80, 0.0), (85, -0.25), (99, -0.95), (100, -1.0)):
+        after = penalised(reward, length, config)
+        assert after.score == pytest.approx(1 + 2 * expected)
+        assert after.parts == {"a": 3.0, "overlong": pytest.approx(2 * expected)}
+        assert after.correct
+    assert penalised(reward, 100, config_of(Path())) == reward
+    with pytest.raises(ValueError, match=r"overlong.buffer \(101\) is more than the longest"):
+        RLConfig.model_validate(config.model_dump() | {"overlong": {"buffer": 101}})
