@@ -1,14 +1,15 @@
-"""Reading a config from a YAML file and `--section.key value` overrides, and writing it back."""
+"""A config from a YAML file and `--section.key value` overrides, and writing it back."""
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from klear_megatron.config.reading import Key, apply_overrides, parse_overrides, read_with_lines
 from klear_megatron.config.section import Section
 from klear_megatron.errors import UserError, nearest
 
@@ -27,46 +28,25 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         UserError: no such file, no valid YAML, an unknown key (with the nearest valid one), a
             missing one, or a value that is not allowed; all problems in one message.
     """
-    values = read_values(path)
+    values, lines = read_with_lines(path)
     values.pop(LAUNCH, None)
     values = apply_overrides(values, overrides)
-    return validate(cls, values, f"{path} with the command line's values:")
+    overridden = {tuple(key.split(".")) for key, _ in parse_overrides(overrides)}
+    lines = {key: line for key, line in lines.items() if not _is_under(key, overridden)}
+    return validate(cls, values, f"{path} with the command line's values:", lines)
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
-
-    Raises:
-        UserError: no such file, no valid YAML, or no mapping.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file; check the path")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error}; save it in that encoding") from error
-    if values is None:  # an empty file, or only comments
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: the top level must be a mapping of keys to values")
-    return values
+def _is_under(key: Key, others: Collection[Key]) -> bool:
+    return any(key[:length] in others for length in range(1, len(key) + 1))
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Sets what `--section.key value` and `--section.key=value` say, and returns `values`.
-
-    Raises:
-        UserError: an override that is none.
-    """
-    for key, value in _parse_overrides(overrides):
-        _set(values, key, value)
-    return values
-
-
-def validate(cls: type[C], values: Mapping[str, Any], title: str) -> C:
+def validate(
+    cls: type[C], values: Mapping[str, Any], title: str, lines: Mapping[Key, int] | None = None
+) -> C:
     """The section that has these values.
+
+    Args:
+        lines: the line of each key that was read from a file, for the message.
 
     Raises:
         UserError: as `load_config`; the message begins with `title`.
@@ -74,7 +54,9 @@ def validate(cls: type[C], values: Mapping[str, Any], title: str) -> C:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(cls, problem) for problem in error.errors(include_url=False)]
+        problems = [
+            _describe(cls, problem, lines or {}) for problem in error.errors(include_url=False)
+        ]
         raise UserError("\n".join([title, *problems])) from error
 
 
@@ -84,43 +66,21 @@ def write_config(config: Section, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    pairs, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            raise UserError(f"{argument!r}: overrides look like --section.key value")
-        key, equals, text = argument.removeprefix("--").partition("=")
-        if not equals:
-            if not rest:
-                raise UserError(f"{argument}: a value must follow")
-            text = rest.pop(0)
-        try:
-            pairs.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError as error:
-            raise UserError(f"{argument}: {text!r} is not a YAML value: {error}") from error
-    return pairs
-
-
-def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, key = dotted.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--{dotted}: {section} is a value in the config file, not a section")
-    values[key] = value
-
-
-def _describe(cls: type[Section], problem: Any) -> str:
+def _describe(cls: type[Section], problem: Any, lines: Mapping[Key, int]) -> str:
     keys, section = _walk(cls, problem["loc"])
+    line = lines.get(tuple(keys))
+    return (f"  line {line}: " if line else "  ") + _what_is_wrong(keys, section, problem)
+
+
+def _what_is_wrong(keys: list[str], section: type[BaseModel], problem: Any) -> str:
     location = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        return f"  {location}: unknown key; {nearest(keys[-1], section.model_fields)}"
+        return f"{location}: unknown key; {nearest(keys[-1], section.model_fields)}"
     if problem["type"] == "missing":
-        return f"  {location}: missing; give it a value"
+        return f"{location}: missing; give it a value"
     if problem["type"] == "value_error":  # a section's own check
-        return f"  {location + ': ' if location else ''}{problem['ctx']['error']}"
-    return f"  {location}: {problem['msg']}; given: {problem['input']!r}"
+        return f"{location + ': ' if location else ''}{problem['ctx']['error']}"
+    return f"{location}: {problem['msg']}; given: {problem['input']!r}"
 
 
 def _walk(cls: type[BaseModel], location: Sequence[Any]) -> tuple[list[str], type[BaseModel]]:

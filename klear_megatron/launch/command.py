@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klear_megatron.config import Section
-from klear_megatron.config.loading import LAUNCH, apply_overrides, read_values, validate
+from klear_megatron.config.loading import LAUNCH, validate
+from klear_megatron.config.reading import apply_overrides, read_values
 from klear_megatron.errors import UserError
 from klear_megatron.launch.config import PACKAGE_PARENT, CommandConfig, LaunchConfig, SiteConfig
 

@@ -25,6 +25,8 @@ class Config(Section):
     stages: dict[str, Optimizer] = Field(default_factory=dict)
     rewards: tuple[Reward, ...] = ()
     extra: Reward | None = None
+    shares: dict[str, float] = Field(default_factory=dict)
+    saved: bool = False
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -41,6 +43,22 @@ def test_overrides_come_after_the_file_and_create_sections(tmp_path):
     config = load_config(Config, path, overrides)
     expected = Optimizer(lr=1e-4, betas=(0.8, 0.9))
     assert config == Config(run_dir=Path("runs/a"), optimizer=expected, steps=5)
+
+
+def test_overrides_of_other_trainers_habits_are_taken(tmp_path):
+    path = write(tmp_path, GOOD)
+    assert load_config(Config, path, ["optimizer.lr=0.5", "steps=2"]) == load_config(
+        Config, path, ["--optimizer.lr", "0.5", "--steps", "2"]
+    )
+    assert load_config(Config, path, ["--saved", "yes"]).saved
+
+
+def test_a_value_of_the_command_line_is_not_given_the_line_of_the_file(tmp_path):
+    path = write(tmp_path, GOOD + "steps: x\n")
+    with pytest.raises(UserError, match=r"line 3: steps: Input should be a valid integer"):
+        load_config(Config, path)
+    with pytest.raises(UserError, match=r"values:\n  steps: Input should be a valid integer"):
+        load_config(Config, path, ["--steps", "y"])
 
 
 def test_what_is_written_loads_back_equal_with_every_default(tmp_path):
@@ -67,6 +85,18 @@ def test_what_is_written_loads_back_equal_with_every_default(tmp_path):
         (GOOD, ["--style", "cosin"], "style: Input should be 'cosine' or 'linear'"),
         (GOOD, ["steps", "3"], "'steps': overrides look like --section.key value"),
         (GOOD, ["--steps"], "--steps: a value must follow"),
+        (GOOD, ["--steps", "--run_dir", "x"], "--steps: a value must follow"),
+        (GOOD + "steps: 2\nrun_dir: b\n", [], "run_dir is there twice, in lines 1 and 4"),
+        (
+            GOOD + "stages:\n  one:\n    lr: 1\n    lr: 2\n",
+            [],
+            "stages.one.lr is there twice, in lines 5 and 6",
+        ),
+        (GOOD + "steps: yes\n", [], "line 3: steps: YAML reads yes, no, on"),
+        (GOOD + "style: no\n", [], "line 3: style: YAML reads yes, no, on"),
+        (GOOD + "shares: {math: on}\n", [], "line 3: shares: YAML reads yes, no, on"),
+        (GOOD + "rewards:\n- weight: off\n", [], "line 4: rewards.0.weight: YAML reads yes"),
+        (GOOD, ["--steps", "yes"], "  steps: YAML reads yes"),
         (GOOD, ["--steps.more", "3"], "steps"),
         ("a: [", [], "not valid YAML"),
         ("- a\n", [], "the top level must be a mapping"),
