@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from klear_megatron.data.encoding import encode_conversation
 from klear_megatron.data.rows import parse_conversation, parse_rows
 from klear_megatron.errors import UserError
 from klear_megatron.observability import Progress
+from klear_megatron.platform.fingerprints import fingerprint
 
 _SCHEMA = pa.schema(
     [
@@ -100,6 +102,15 @@ class EncodedConversations:
         """The token ids, and the mask: 1 for trained tokens, 0 for others."""
         place = int(self._order[row])
         return self._values("tokens", place), self._values("trained", place)
+
+    def fingerprint(self) -> str:
+        """Tells these conversations from others: by the lengths of all, and the tokens and masks of
+        a thousand, evenly spaced."""
+        lengths = pc.list_value_length(self._table["tokens"]).to_numpy()[self._order]
+        some = range(0, len(self), max(len(self) // 1000, 1))
+        return fingerprint(
+            (lengths.tobytes(), *(values.tobytes() for row in some for values in self[row]))
+        )
 
     def _values(self, column: str, place: int) -> NDArray[Any]:
         values: pa.Array = self._table[column][place].values

@@ -1,5 +1,6 @@
 """Loads and encodes the prompts that a config names."""
 
+from array import array
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,7 @@ from klear_megatron.data.config import PromptsConfig
 from klear_megatron.data.encoding import cut_prompt, encode_prompt
 from klear_megatron.data.rows import Prompt, read_prompts
 from klear_megatron.errors import UserError
+from klear_megatron.platform.fingerprints import fingerprint
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,17 @@ class LoadedPrompts:
     """The errors of malformed rows, which were skipped."""
     too_long: int
     """Prompts that were dropped or cut."""
+
+    def fingerprint(self) -> str:
+        """Tells these prompts, their ground truths and their tokens from others."""
+        return fingerprint(
+            part
+            for prompt, ids in zip(self.prompts, self.token_ids, strict=True)
+            for part in (
+                array("q", ids).tobytes(),
+                repr((prompt.data_source, prompt.ground_truth)).encode(errors="surrogatepass"),
+            )
+        )
 
     def notes(self, config: PromptsConfig, name: str) -> list[str]:
         """Lines for the user about the rows that were dropped or cut, one per kind.

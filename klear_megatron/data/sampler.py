@@ -27,16 +27,19 @@ class PromptSampler:
         seed: int,
         data_sources: Sequence[str] = (),
         stages: Sequence[StageConfig] = (),
+        fingerprint: str = "",
     ) -> None:
         """
         Args:
             data_sources: the data source of each row; needed only with stages.
+            fingerprint: tells the rows from others.
 
         Raises:
             UserError: a stage names a data source that no row has.
         """
         self._num_rows = num_rows
         self._seed = seed
+        self._fingerprint = fingerprint
         self._weights = [dict(stage.weights) for stage in stages] or [{"": 1.0}]
         self._lengths = [stage.prompts for stage in stages] or [None]
         self._rows = {"": np.arange(num_rows)} if not stages else _rows_by_source(data_sources)
@@ -84,6 +87,7 @@ class PromptSampler:
         return {
             "num_rows": self._num_rows,
             "seed": self._seed,
+            "fingerprint": self._fingerprint,
             "stage": self._stage,
             "drawn": dict(self._drawn),
             "drawn_in_stage": dict(self._drawn_in_stage),
@@ -101,6 +105,12 @@ class PromptSampler:
                     f"data: the checkpoint was made with {name} = {state[name]}, this run has "
                     f"{ours}; resume with the same data file and seed"
                 )
+        if state["fingerprint"] != self._fingerprint:
+            raise UserError(
+                "data: other rows than the checkpoint was made with, though as many; a run goes on "
+                "in the middle of its data. Resume with the same data and tokenizer, or choose "
+                "another run_dir"
+            )
         known = state["stage"] < len(self._weights)
         if not known or not state["drawn_in_stage"].keys() <= self._weights[state["stage"]].keys():
             raise UserError(

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from klear_megatron.checkpoints.run_config import read_run_config
+
 _NOT_PUBLIC = ("run_dir", "data", "rollout", "sandbox")
 """Sections of a run's config that are about its machine."""
 
@@ -28,8 +30,7 @@ def model_card(checkpoint: Path, folder: Path, name: str, licence: str) -> str:
         f"{generation['temperature']} with top_p {generation['top_p']}.",
     ]
     run_dir = checkpoint.parent.parent
-    if (run_dir / "config.yaml").is_file():
-        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    if (config := read_run_config(checkpoint)) is not None:
         parts += _training(config, _metrics(run_dir, checkpoint), checkpoint.name)
     parts += [_licence(folder, licence), "`sha256sum --check SHA256SUMS` checks the files."]
     return "\n\n".join(parts) + "\n"

@@ -16,6 +16,7 @@ from klear_megatron.rewards import RewardConfig, RewardPool
 from klear_megatron.rl.ahead import AheadCollector
 from klear_megatron.rl.batches import mini_batches
 from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.dropped import DroppedSteps
 from klear_megatron.rl.evaluation import Evaluations
 from klear_megatron.rl.groups import GroupMaker
 from klear_megatron.rl.metrics import log_prob_metrics, throughput, train_metrics
@@ -24,7 +25,7 @@ from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import Share
 from klear_megatron.training import run
 from klear_megatron.training.planned import PlannedSteps
-from klear_megatron.training.resume import resume
+from klear_megatron.training.resume import record_config, resume
 
 
 def train_rl(config: RLConfig) -> None:
@@ -64,13 +65,15 @@ def train_rl(config: RLConfig) -> None:
             recorder = stack.enter_context(Recorder(config.run_dir, next_step=next_step))
         progress = stack.enter_context(Progress("RL", config.steps, start=first - 1, enabled=main))
         servers.sync(version=first - 1)
-        phases = Phases()
+        record_config(config, first)
+        phases, dropped = Phases(), DroppedSteps(config.run_dir, main=main)
         if state is None:
             metrics = evaluations.after(0, servers, maker, phases)
             if recorder is not None and metrics:
                 recorder.write(0, metrics)
         for step in range(first, config.steps + 1):
             rollouts = collector.collect(step, phases)
+            dropped.observe(step, rollouts)
             metrics = rollouts.metrics | train(learner, objective, config, rollouts, step, phases)
             with phases("sync"):
                 servers.sync(version=step)
@@ -188,4 +191,5 @@ def make_sampler(config: RLConfig, loaded: LoadedPrompts) -> PromptSampler:
         config.seed,
         [prompt.data_source for prompt in loaded.prompts],
         config.data.stages,
+        loaded.fingerprint(),
     )

@@ -12,7 +12,7 @@ from klear_megatron.sft.config import SFTConfig
 from klear_megatron.sft.data import read_examples
 from klear_megatron.training import run
 from klear_megatron.training.planned import PlannedSteps
-from klear_megatron.training.resume import resume
+from klear_megatron.training.resume import record_config, resume
 
 
 def train_sft(config: SFTConfig) -> None:
@@ -31,12 +31,13 @@ def train_sft(config: SFTConfig) -> None:
             f"{len(examples)} x {config.epochs} epochs"
         )
     learner = Learner(config.policy, folder, total_steps=steps, seed=config.seed)
-    sampler = PromptSampler(len(examples), config.seed)
+    sampler = PromptSampler(len(examples), config.seed, fingerprint=examples.fingerprint())
     objective, phases = SFTObjective(), Phases()
     first = 1
     if state := resume(learner, config, steps):
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
+    record_config(config, first)
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(

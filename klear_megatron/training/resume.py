@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from klear_megatron.checkpoints.run_config import RUN_CONFIG
 from klear_megatron.config import write_config
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
@@ -11,17 +12,32 @@ from klear_megatron.platform import objects
 from klear_megatron.policy.checkpoint import latest_checkpoint, read_state
 from klear_megatron.policy.learner import Learner
 from klear_megatron.training.config import RunConfig
-from klear_megatron.training.run import is_main_rank
+from klear_megatron.training.run import base_fingerprint, is_main_rank
 
-_CANNOT_CHANGE = {
+_REFUSED = {
     "batch_size": "the number of steps, and the position in the data, are counted in batches",
     "policy.dtype": "the checkpoint's weights and optimizer state have the other dtype",
+    "seed": "the order of the data follows from it",
 }
-"""Settings that a resumed run must keep, and why. The sampler checks the data and the seed."""
+"""Settings that a resumed run must keep, and why. The sampler checks the data."""
+
+_WARNED = {
+    "rewards": "rewards and accuracies of earlier steps were graded differently",
+    "sampling": "responses of earlier steps were drawn differently",
+    "evaluation.benchmarks": "earlier scores are of other problems or samples",
+    "evaluation.sampling": "earlier scores were drawn differently",
+    "prompts_per_step": "the learning-rate schedule counts optimizer steps, of which there are now "
+    "more or fewer in a step",
+    "prompts_per_mini_batch": "the learning-rate schedule counts optimizer steps, of which there "
+    "are now more or fewer in a step",
+    "epochs": "the learning-rate schedule ends at another step than it was made for",
+    "steps": "the learning-rate schedule ends at another step than it was made for",
+}
+"""Settings, or sections of them, whose change applies but needs care, and why."""
 
 
 def resume(learner: Learner, config: RunConfig, last_step: int) -> dict[str, Any] | None:
-    """Collective. Loads the run's newest complete checkpoint and writes config.yaml.
+    """Collective. Loads the run's newest complete checkpoint.
 
     Settings that changed since the checkpoint apply from here on, and are listed. The first rank
     decides which checkpoint is the newest: on a network file system, others may not see it yet.
@@ -33,20 +49,44 @@ def resume(learner: Learner, config: RunConfig, last_step: int) -> dict[str, Any
         the trainer's state; None if the run has no checkpoint.
 
     Raises:
-        UserError: a setting has changed that cannot, or the checkpoint is beyond `last_step`.
+        UserError: a setting has changed that cannot, `policy.path` holds another model, or the
+            checkpoint is beyond `last_step`.
     """
+    base_fingerprint(config.policy.path)  # now, as the files may be replaced while the run goes on
     path = objects.broadcast(latest_checkpoint(config.run_dir) if is_main_rank() else None)
-    state = None
-    if path is not None:
-        _check(path, read_state(path), config, last_step)
-        state = learner.load(path)
-        if is_main_rank():
-            say(f"resuming from {path}")
-            for change in _changes(state["config"], config):
-                say(f"  {change}")
+    if path is None:
+        return None
+    state = read_state(path)
+    _check(path, state, config, last_step)
+    learner.load(path)
     if is_main_rank():
-        write_config(config, config.run_dir / "config.yaml")
+        say(f"resuming from {path}")
+        for line in _changes(state["config"], config, state["step"] + 1):
+            say(line)
     return state
+
+
+def record_config(config: RunConfig, first: int) -> None:
+    """Writes config.yaml, once the run goes on. Only the first rank does it.
+
+    `configs/step_<n>.yaml` keeps each config that the run has had, by the first step with it.
+    """
+    if not is_main_rank():
+        return
+    kept = config.run_dir / "configs"
+    kept.mkdir(exist_ok=True)
+    for path in kept.glob("step_*.yaml"):
+        if path.stem >= _kept_name(first):  # of steps that are done again
+            path.unlink()
+    write_config(config, config.run_dir / RUN_CONFIG)
+    text = (config.run_dir / RUN_CONFIG).read_text()
+    newest = max(kept.glob("step_*.yaml"), default=None)
+    if newest is None or newest.read_text() != text:
+        (kept / f"{_kept_name(first)}.yaml").write_text(text)
+
+
+def _kept_name(step: int) -> str:
+    return f"step_{step:08}"
 
 
 def _check(path: Path, state: Mapping[str, Any], config: RunConfig, last_step: int) -> None:
@@ -56,19 +96,30 @@ def _check(path: Path, state: Mapping[str, Any], config: RunConfig, last_step: i
             "all; ask for more, or choose another run_dir"
         )
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
-    for key, reason in _CANNOT_CHANGE.items():
+    for key, reason in _REFUSED.items():
         if key in before and before[key] != now.get(key):
             raise UserError(
                 f"{key}: was {before[key]} at {path} and is {now.get(key)}, but cannot change in a "
                 f"run: {reason}; change it back, or choose another run_dir"
             )
+    if base_fingerprint(config.policy.path) != state["base"]:
+        raise UserError(
+            f"policy.path: {config.policy.path} holds other weights than {before['policy.path']} "
+            f"did when {path} was written; a run goes on from its checkpoint and would not use "
+            "them. Change it back, or choose another run_dir to train this model"
+        )
 
 
-def _changes(before: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
+def _changes(before: Mapping[str, Any], config: RunConfig, first: int) -> Iterator[str]:
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            yield f"{key}: {old.get(key)} -> {new.get(key)}"
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if changed:
+        yield f"changed, from step {first} on:"
+    for key in changed:
+        yield f"  {key}: {old.get(key)} -> {new.get(key)}"
+        for section, why in _WARNED.items():
+            if key == section or key.startswith(f"{section}."):
+                yield f"    warning: {why}"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the training loops share: starting, saving, and which rank talks to the user."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from klear_megatron.checkpoints.megatron_folder import newest_in
 from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.checkpoints.run_config import RUN_CONFIG
+from klear_megatron.config import write_config
 from klear_megatron.conversion import export_hf
 from klear_megatron.platform import objects
 from klear_megatron.platform.device import init_distributed
 from klear_megatron.platform.files import make_folder
+from klear_megatron.platform.fingerprints import fingerprint, samples
 from klear_megatron.policy.checkpoint import checkpoint_path
 from klear_megatron.policy.config import import_extensions
 from klear_megatron.policy.learner import Learner
@@ -45,6 +50,18 @@ def is_main_rank() -> bool:
     return dist.get_rank() == 0
 
 
+@functools.cache
+def base_fingerprint(path: Path) -> str:
+    """Collective at its first call. Tells the weights at `policy.path` from others."""
+
+    def read() -> str:
+        folder = newest_in(path)
+        files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.distcp")))
+        return fingerprint(part for file in files for part in (file.name.encode(), *samples(file)))
+
+    return objects.broadcast(objects.together(lambda: read() if is_main_rank() else ""))
+
+
 def save(
     learner: Learner,
     config: RunConfig,
@@ -58,11 +75,23 @@ def save(
     Args:
         save_beside: see `Learner.save`.
     """
+
+    def beside(folder: Path) -> None:
+        if is_main_rank():
+            write_config(config, folder / RUN_CONFIG)
+        if save_beside is not None:
+            save_beside(folder)
+
     due = config.save_every is not None and step % config.save_every == 0
     if due or step == last_step:
         path = checkpoint_path(config.run_dir, step)
-        state = {**state, "step": step, "config": config.model_dump(mode="json")}
-        learner.save(path, state, save_beside)
+        state = {
+            **state,
+            "step": step,
+            "config": config.model_dump(mode="json"),
+            "base": base_fingerprint(config.policy.path),
+        }
+        learner.save(path, state, beside)
         if step == last_step:
             learner.finish_saves()
     if config.export_every is not None and step % config.export_every == 0:

@@ -32,6 +32,16 @@ def test_long_prompts_are_dropped_and_bad_rows_skipped_and_both_counted(tmp_path
         load_prompts(DataConfig(path=path, max_prompt_length=3, bad_rows="skip"), tokenizer)
 
 
+def test_prompts_are_told_from_others_wherever_they_lie(tmp_path, tokenizer):
+    def fingerprint(name, *rows):
+        path = write_lines(tmp_path / name, *rows)
+        return load_prompts(DataConfig(path=path), tokenizer).fingerprint()
+
+    rows = ask("1+1?"), ask("2+2?")
+    assert fingerprint("a.jsonl", *rows) == fingerprint("b.jsonl", *rows)
+    assert fingerprint("a.jsonl", *rows) != fingerprint("c.jsonl", ask("1+1?"), ask("2+3?"))
+
+
 @pytest.mark.parametrize("limit", range(85, 100))
 def test_long_prompts_are_cut_to_the_last_character_that_fits(tmp_path, tokenizer, limit):
     text = "".join(chr(ord("a") + i % 26) for i in range(500)) + " What is the sum?"

@@ -102,6 +102,13 @@ def test_state_of_other_data_is_refused(num_rows, seed, what):
         PromptSampler(num_rows, seed).load_state_dict(PromptSampler(7, seed=3).state_dict())
 
 
+def test_state_of_other_rows_is_refused_though_they_are_as_many():
+    state = PromptSampler(7, seed=3, fingerprint="a").state_dict()
+    PromptSampler(7, seed=3, fingerprint="a").load_state_dict(state)
+    with pytest.raises(UserError, match="data: other rows than the checkpoint was made with"):
+        PromptSampler(7, seed=3, fingerprint="b").load_state_dict(state)
+
+
 def test_state_of_other_stages_is_refused():
     sampler = curriculum()
     sampler.next_batch(25)

@@ -218,7 +218,11 @@ def _announcements(model: Path, run_dir: Path) -> Any:
     checkpoint.say = lambda line: said.append((line, is_megatron_checkpoint(path)))
     learner = _policy(model, {}, asynchronous=True)
     config = SimpleNamespace(
-        run_dir=run_dir, save_every=1, export_every=None, model_dump=lambda mode: {}
+        run_dir=run_dir,
+        save_every=1,
+        export_every=None,
+        policy=SimpleNamespace(path=model),
+        model_dump=lambda mode: {},
     )
     run.save(learner, config, step=1, last_step=2, state={})
     early = list(said)

@@ -37,11 +37,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "policy": {"path": "/home/somebody/base", "optimizer": {"lr": 3e-5}},
         "rollout": {"python": "/home/somebody/python"},
     }
-    (run / "config.yaml").write_text(yaml.safe_dump(run_config))
     rows = [{"step": step, "reward/mean": step / 8} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     hf_to_megatron(hf, run / "checkpoints" / "step_00000002")
-    return run / "checkpoints" / "step_00000002"
+    # What a run writes into its checkpoint counts. The run's own may be of later steps.
+    (run / "config.yaml").write_text("policy: {path: another, optimizer: {lr: 1.0}}\n")
+    in_checkpoint = run / "checkpoints" / "step_00000002" / "config.yaml"
+    in_checkpoint.write_text(yaml.safe_dump(run_config))
+    return in_checkpoint.parent
 
 
 def test_release_is_complete_and_answers(
@@ -67,6 +70,7 @@ def test_release_is_complete_and_answers(
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
     assert "| reward/mean | 0.25 |" in card
     assert "lr: 3.0e-05" in card
+    assert "from `base`" in card
     assert "somebody" not in card
     assert "Licence: apache-2.0; the base model's text is in LICENSE." in card
     assert (out / "LICENSE").read_text() == "Do as you like.\n"

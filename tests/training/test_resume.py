@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy.batch import Batch
 from klear_megatron.sft.config import SFTConfig
+from klear_megatron.sft.loop import train_sft
 from klear_megatron.training import resume as resume_module
 from klear_megatron.training import run
-from klear_megatron.training.resume import resume
+from klear_megatron.training.resume import record_config, resume
 from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
@@ -26,6 +29,11 @@ OPTIMIZER = {"lr": 1e-3, "min_lr": 1e-4, "lr_decay_style": "cosine", "weight_dec
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write(tmp_path_factory.mktemp("resume") / "qwen3", tiny.qwen3(num_hidden_layers=2))
+
+
+ROWS = [[f"w{a} w{b}", f"w{a + b}"] for a in range(2, 4) for b in range(4, 8)]
+TEMPLATE = """{% for m in messages %}w9 {{ m.content }} [END] {% endfor %}
+{%- if add_generation_prompt %}w9 {% endif %}"""
 
 
 def _config(path: Path, run_dir: Path, **changes: Any) -> SFTConfig:
@@ -65,6 +73,7 @@ def _resume(config: SFTConfig) -> tuple[dict[str, Any], str, Any]:
     learner = _learner(config)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         state = resume(learner, config, 10)
+    record_config(config, state["step"] + 1)
     return state, said.getvalue(), learner
 
 
@@ -101,12 +110,17 @@ def _refused(path: Path, run_dir: Path) -> list[str]:
     _train_and_save(config, 2)
     learner = _learner(config)
     resume(learner, config, 10)
+    record_config(config, 3)
     in_bfloat16 = config.policy.model_copy(update={"dtype": "bfloat16"})
+    moved = shutil.copytree(path, run_dir / "moved")
+    other = tiny.write(run_dir / "other", tiny.qwen3(num_hidden_layers=2), seed=1)
+    resume(learner, _config(moved, run_dir), 10)
     messages = []
     for changed, last_step in (
         (_config(path, run_dir, batch_size=3), 10),
         (config.model_copy(update={"policy": in_bfloat16}), 10),
         (config, 1),
+        (_config(other, run_dir), 10),
     ):
         with pytest.raises(UserError) as error:
             resume(learner, changed, last_step)
@@ -115,12 +129,66 @@ def _refused(path: Path, run_dir: Path) -> list[str]:
 
 
 def test_what_cannot_change_is_refused_and_the_config_stays(checkpoint, tmp_path):
-    ((batch_size, dtype, steps),) = run_ranks(1, _refused, checkpoint, tmp_path)
+    ((batch_size, dtype, steps, base),) = run_ranks(1, _refused, checkpoint, tmp_path)
     assert "batch_size: was 2" in batch_size
     assert "is 3, but cannot change in a run: the number of steps" in batch_size
     assert "policy.dtype: was float32" in dtype
     assert "is of step 2, but the config asks for 1 steps" in steps
+    assert "other holds other weights than" in base
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["batch_size"] == 2
+
+
+def _write_rows(path: Path, rows: list[list[str]]) -> None:
+    roles = "user", "assistant"
+    messages = [
+        [{"role": role, "content": text} for role, text in zip(roles, row, strict=True)]
+        for row in rows
+    ]
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in messages))
+
+
+def _train_again(path: Path, folder: Path) -> tuple[str, str]:
+    tiny.write_tokenizer(path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    data = folder / "rows.jsonl"
+    _write_rows(data, ROWS)
+    config = _config(path, folder / "run", data={"path": data, "max_length": 64}, epochs=2)
+    train_sft(config)
+    _write_rows(data, ROWS[::-1])
+    with pytest.raises(UserError) as error:
+        train_sft(config.model_copy(update={"epochs": 3}))
+    _write_rows(data, ROWS)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train_sft(config.model_copy(update={"epochs": 3}))
+    return str(error.value), said.getvalue()
+
+
+def test_other_data_are_refused_and_each_config_of_a_run_is_kept(checkpoint, tmp_path):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    ((refusal, said),) = run_ranks(1, _train_again, base, tmp_path)
+    assert "data: other rows than the checkpoint was made with, though as many" in refusal
+    assert "changed, from step 9 on:\n  epochs: 2 -> 3\n    warning: the learning-rate" in said
+    run_dir = tmp_path / "run"
+    kept = {
+        path.name: yaml.safe_load(path.read_text())["epochs"]
+        for path in (run_dir / "configs").iterdir()
+    }
+    assert kept == {"step_00000001.yaml": 2, "step_00000009.yaml": 3}
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["epochs"] == 3
+    for step, epochs in ((8, 2), (12, 3)):
+        stored = run_dir / "checkpoints" / f"step_{step:08}" / "config.yaml"
+        assert yaml.safe_load(stored.read_text())["epochs"] == epochs
+
+
+def test_configs_of_steps_that_are_done_again_are_forgotten(checkpoint, tmp_path):
+    names = run_ranks(1, _record_three, checkpoint, tmp_path)
+    assert names == [["step_00000001.yaml", "step_00000003.yaml"]]
+
+
+def _record_three(path: Path, run_dir: Path) -> list[str]:
+    for first, batch_size in ((1, 2), (5, 3), (3, 4), (4, 4)):
+        record_config(_config(path, run_dir, batch_size=batch_size), first)
+    return sorted(path.name for path in (run_dir / "configs").iterdir())
 
 
 def _one_rank_sees_less(path: Path, run_dir: Path) -> int:
