@@ -24,6 +24,7 @@ from klear_megatron.platform.files import write_atomically
 from klear_megatron.platform.first_rank import is_first_to_report
 from klear_megatron.release import command as release
 from klear_megatron.report import command as reporting
+from klear_megatron.scaling import command as scaling
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     conversion.add_verify_arguments(_add_verb(verbs, _verify))
     release.add_arguments(_add_verb(verbs, _release))
     planning.add_arguments(_add_verb(verbs, _plan, takes_overrides=True))
+    scaling.add_arguments(_add_verb(verbs, _scaling, takes_overrides=True))
     launching.add_arguments(_add_verb(verbs, _launch, takes_overrides=True))
     reporting.add_arguments(_add_verb(verbs, _report))
     for run in (_status, _logs, _cancel):
@@ -222,6 +224,11 @@ def _plan(arguments: argparse.Namespace) -> None:
         return load_config(config, arguments.config, arguments.overrides)
 
     planning.run(arguments, arguments.overrides, judge)
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+    """Measure speed and memory over sequence lengths and layouts, beside their plans."""
+    scaling.run(arguments, arguments.overrides)
 
 
 def _launch(arguments: argparse.Namespace) -> None:
