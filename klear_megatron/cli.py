@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         (_eval, "evaluation", "EvalConfig"),
         (_serve, "rollout", "ServeConfig"),
         (_curate, "curation", "CurateConfig"),
+        (_probe, "probing", "ProbeConfig"),
     ):
         verb = _add_verb(verbs, run, takes_overrides=True)
         verb.add_argument("config", type=Path, help="YAML file")
@@ -196,6 +197,16 @@ def _curate(arguments: argparse.Namespace) -> None:
     from klear_megatron.curation import CurateConfig, curate
 
     print(curate(load_config(CurateConfig, arguments.config, arguments.overrides)))
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    """Measure a model with long sequences: loss by position, and finding a needle."""
+    from klear_megatron.probing.config import ProbeConfig
+
+    config = load_config(ProbeConfig, arguments.config, arguments.overrides)
+    from klear_megatron.probing.probe import probe
+
+    probe(config)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

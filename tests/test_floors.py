@@ -12,7 +12,7 @@ FLOORS = [
     ["policy", "rollout"],
     ["conversion", "evaluation", "planning"],
     ["curation", "doctor", "release", "training"],
-    ["launch", "report", "rl", "scaling", "sft"],
+    ["launch", "probing", "report", "rl", "scaling", "sft"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,0 +1,1 @@
+"""What a model makes of a long context: loss by position, and whether it finds a needle."""
