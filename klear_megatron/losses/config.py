@@ -21,6 +21,9 @@ class PolicyLossConfig(CorrectionOptions):
     """The divisor of sequence_sum: a constant such as the longest response's length."""
     sft_alpha: float = Field(0.1, ge=0)
     """Weight of the negative log-likelihood of correct responses; 0 turns it off."""
+    entropy_coeff: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus, which is aggregated like the policy loss. With 0, no gradient of
+    the entropy is computed."""
 
     @property
     def uses_old_entropy(self) -> bool:

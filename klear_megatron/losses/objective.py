@@ -37,6 +37,10 @@ class Result:
 class Objective(Protocol):
     """What `Learner.train_step` minimises."""
 
+    @property
+    def entropy_gradient(self) -> bool:
+        """Whether the loss differentiates the entropies, which have a gradient only then."""
+
     def denominators(self, fields: Fields, sequences: Sequences) -> dict[str, float]:
         """Counted on the whole mini-batch."""
 
@@ -57,6 +61,8 @@ class Objective(Protocol):
 class SFTObjective:
     """Mean negative log-likelihood of the tokens where `loss_mask` is 1."""
 
+    entropy_gradient = False
+
     def denominators(self, fields: Fields, sequences: Sequences) -> dict[str, float]:
         return {"tokens": max(float(fields["loss_mask"].sum()), 1.0)}
 
@@ -74,10 +80,11 @@ class SFTObjective:
 
 
 class PolicyObjective:
-    """A policy loss plus alpha times the SFT term on correct responses (Eq. 7, 13-14).
+    """A policy loss plus alpha times the SFT term on correct responses (Eq. 7, 13-14), minus the
+    entropy bonus.
 
-    The policy loss is aggregated as the config says. The SFT term is a mean over the trained tokens
-    of correct responses, and metrics are means over all trained tokens.
+    Policy loss and bonus are aggregated as the config says. The SFT term is a mean over the trained
+    tokens of correct responses, and metrics are means over all trained tokens.
 
     Fields: `loss_mask` is 1 on the response tokens to train, `correct` is 1 on those of correct
     responses; `advantages` and `old_log_probs` are the loss's; `rollout_log_probs`, the servers'
@@ -89,6 +96,7 @@ class PolicyObjective:
     def __init__(self, config: LossConfig) -> None:
         self._config = config
         self._token_loss = resolve_loss(config)
+        self.entropy_gradient = config.entropy_coeff > 0
 
     def denominators(self, fields: Fields, sequences: Sequences) -> dict[str, float]:
         mask = trained_tokens(fields, sequences, self._config)
@@ -108,22 +116,25 @@ class PolicyObjective:
     ) -> Result:
         mask = trained_tokens(fields, sequences, self._config)
         weight = mask / denominators["tokens"]
-        inputs = _loss_inputs(log_probs, entropy, fields, sequences, mask)
+        inputs = _loss_inputs(log_probs, entropy.detach(), fields, sequences, mask)
         token_loss = self._token_loss(inputs)
         values, metrics = token_loss.values, dict(token_loss.metrics)
         if self._config.corrects_mismatch:
             correction, clipped = importance_weight(inputs, self._config)
             values = values * correction
             metrics |= {"tis_weight": correction, "tis_clipped": clipped}
-        policy_loss = (values * self._aggregation_weight(inputs, denominators)).sum()
+        aggregation = self._aggregation_weight(inputs, denominators)
+        policy_loss = (values * aggregation).sum()
         sft_weight = mask * fields["correct"] / denominators["correct_tokens"]
         sft_loss = -(log_probs * sft_weight).sum()
         loss = policy_loss + self._config.sft_alpha * sft_loss
+        if self._config.entropy_coeff:
+            loss = loss - self._config.entropy_coeff * (entropy * aggregation).sum()
 
         log_ratio = (log_probs.detach() - inputs.old_log_probs) * mask
         ratio = ratio_of(log_ratio, torch.zeros_like(log_ratio))
         metrics |= {
-            "entropy": entropy,
+            "entropy": inputs.entropy,
             # Non-negative estimate of KL(old || new) from samples of old: r - 1 - log r.
             "kl_to_old": ratio - 1 - log_ratio,
         }

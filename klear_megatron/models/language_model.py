@@ -44,7 +44,8 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
     """One pipeline stage (or virtual stage) of a causal language model.
 
     With `labels` [1, tokens] the last stage returns [2, tokens] float32: the log-probability of
-    each label and the entropy of the distribution it was drawn from, both at `temperature`.
+    each label and the entropy of the distribution it was drawn from, both at `temperature`. The
+    entropy has a gradient only while `entropy_gradient` is set.
     Without labels it returns the logits [1, tokens, padded vocabulary / TP].
     """
 
@@ -73,6 +74,7 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         )
         self.unpadded_vocab_size = hf.vocab_size
         self.temperature = temperature
+        self.entropy_gradient = False
         # Hugging Face's own frequencies, so every kind of RoPE scaling means the same here.
         inv_freq, _ = get_architecture(hf).rotary(hf)
         self.rotary_pos_emb.inv_freq = inv_freq.to(this_device())
@@ -101,6 +103,7 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
             labels=labels.squeeze(0),
             vocab_size=self.unpadded_vocab_size,
             temperature=self.temperature,
+            entropy_gradient=self.entropy_gradient,
         )
 
 

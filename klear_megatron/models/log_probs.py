@@ -25,6 +25,7 @@ def vocab_parallel_log_probs(
     labels: Tensor,
     vocab_size: int,
     temperature: float = 1.0,
+    entropy_gradient: bool = False,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature)[label], and the entropy of that softmax.
@@ -34,9 +35,10 @@ def vocab_parallel_log_probs(
         weight_VH: this rank's rows of the padded output weight. Padding rows take no part.
         labels: [T] int64 token ids.
         vocab_size: size of the whole vocabulary, without padding.
+        entropy_gradient: whether the entropies are differentiable, which makes backward slower.
 
     Returns:
-        log-probabilities [T] float32, differentiable, and entropies [T] float32, without gradient.
+        log-probabilities [T] float32, differentiable, and entropies [T] float32.
     """
     first = group.rank() * weight_VH.shape[0]
     rows = max(0, min(weight_VH.shape[0], vocab_size - first))
@@ -49,6 +51,7 @@ def vocab_parallel_log_probs(
         group,
         # Inside the autograd function, gradients are always off.
         _KEPT_PROBABILITIES if torch.is_grad_enabled() else 0,
+        entropy_gradient,
     )
     return result
 
@@ -64,6 +67,7 @@ class _LogProbs(torch.autograd.Function):
         temperature: float,
         group: dist.ProcessGroup,
         kept_probabilities: int,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         chunk = min(max(1, _CHUNK_LOGITS // weight_VH.shape[0]), len(labels_T))
         buffer_CV = _buffer(weight_VH, chunk, rows)
@@ -90,15 +94,19 @@ class _LogProbs(torch.autograd.Function):
             if len(kept) < keep:
                 kept.append(exp_CV.div_(total_C[:, None]))
             del exp_CV  # so that it is not alive together with the next one
-        ctx.save_for_backward(hidden_TH, weight_VH, labels_T, torch.cat(normalizers), *kept)
-        ctx.chunk, ctx.rows, ctx.temperature = chunk, rows, temperature
         entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
+        normalizer = torch.cat(normalizers)
+        ctx.save_for_backward(hidden_TH, weight_VH, labels_T, normalizer, entropy, *kept)
+        ctx.chunk, ctx.rows, ctx.temperature = chunk, rows, temperature
+        # Autograd cannot tell: who stacks both results and uses one gets zeros for the other.
+        ctx.entropy_gradient = entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return torch.cat(log_probs), entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, labels_T, normalizer_T, *kept = ctx.saved_tensors
+        hidden_TH, weight_VH, labels_T, normalizer_T, entropy_T, *kept = ctx.saved_tensors
         rows = ctx.rows
         buffer_CV = _buffer(weight_VH, ctx.chunk, rows)
         grad_hidden_TH = torch.empty_like(hidden_TH)
@@ -112,7 +120,15 @@ class _LogProbs(torch.autograd.Function):
                 logits_CV = _logits(hidden_TH[here], weight_VH, ctx.temperature, buffer_CV)
                 probs_CV = logits_CV.sub_(normalizer_T[here, None]).exp_()
             # d log p[label] / d logits = onehot(label) - p
-            grad_CV = probs_CV.mul_(-grad_C[:, None])
+            factor_C = -grad_C
+            if ctx.entropy_gradient:
+                # d entropy / d logits = -p * (log p + entropy)
+                grad_entropy_C = grads[1][here] / ctx.temperature
+                factor_C = factor_C - grad_entropy_C * entropy_T[here]
+                entropy_part_CV = probs_CV.xlogy(probs_CV).mul_(-grad_entropy_C[:, None])
+            grad_CV = probs_CV.mul_(factor_C[:, None])
+            if ctx.entropy_gradient:
+                grad_CV += entropy_part_CV
             mine_C, index_C = _mine(labels_T[here], rows)
             if rows:
                 grad_CV.scatter_add_(1, index_C[:, None], (grad_C * mine_C)[:, None])
@@ -122,7 +138,7 @@ class _LogProbs(torch.autograd.Function):
                 grad_weight_VH[:rows].addmm_(grad_logits_CV.T, hidden_TH[here])
             else:
                 grad_weight_VH[:rows] += grad_logits_CV.T @ hidden_TH[here]
-        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
+        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), *[None] * 6
 
 
 def _buffer(weight_VH: Tensor, chunk: int, rows: int) -> Tensor:

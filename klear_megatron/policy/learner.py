@@ -76,17 +76,19 @@ class Learner:
         """
         self._writer.finish(wait=False)
         lr = self._optimizer.param_groups[0]["lr"]
-        self._begin_step(len(batch.tokens))
+        self._begin_step(len(batch.tokens), objective)
         metrics = self._forward_backward(batch, objective)
         grad_norm = self._update()
         self._scheduler.step(increment=1)
         return metrics | {"grad_norm": grad_norm, "lr": lr}
 
-    def _begin_step(self, tokens: int) -> None:
+    def _begin_step(self, tokens: int, objective: Objective) -> None:
         get_moe_layer_wise_logging_tracker().clear()
         # The router multiplies by the tokens of each micro-batch, to be divided by all of them.
         coefficient = self.config.moe_aux_loss_coeff / tokens
         self.model.chunks[0].config.moe_aux_loss_coeff = coefficient
+        for chunk in self.model.chunks:
+            chunk.entropy_gradient = objective.entropy_gradient
         for module in self.model.modules:
             module.train()
             module.zero_grad_buffer()
@@ -106,7 +108,7 @@ class Learner:
             sequences = Sequences(
                 micro.sequences[rows], len(micro.cu_seqlens) - 1, sum_over_context_parallel_ranks
             )
-            result = objective(log_probs, entropy.detach(), mine, sequences, denominators)
+            result = objective(log_probs, entropy, mine, sequences, denominators)
             for name, value in result.sums.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             for name, values in result.extremes.items():

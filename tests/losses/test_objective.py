@@ -133,6 +133,31 @@ def test_parts_of_a_mini_batch_add_up_to_the_whole(objective, cuts):
         torch.testing.assert_close(total, value, rtol=1e-12, atol=1e-15, msg=name)
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum"])
+def test_the_entropy_bonus_is_aggregated_like_the_loss(aggregation):
+    log_probs, entropy, fields = make_fields()
+    entropy.requires_grad_()
+    plain = PolicyObjective(GPPOConfig(aggregation=aggregation))
+    bonus = PolicyObjective(GPPOConfig(aggregation=aggregation, entropy_coeff=0.3))
+    assert (plain.entropy_gradient, bonus.entropy_gradient) == (False, True)
+    before, after = (whole(one, log_probs, entropy, fields) for one in (plain, bonus))
+    assert before.sums.keys() == after.sums.keys()
+    parts = zip(entropy.split(LENGTHS), (fields["loss_mask"] > 0).split(LENGTHS), strict=True)
+    rows = [part[mask] for part, mask in parts if mask.any()]
+    expected = {
+        "token_mean": torch.cat(rows).mean(),
+        "sequence_mean": torch.stack([row.mean() for row in rows]).mean(),
+        "sequence_sum": torch.stack([row.sum() for row in rows]).mean(),
+    }[aggregation]
+    torch.testing.assert_close(after.loss, before.loss - 0.3 * expected, rtol=1e-12, atol=0)
+    actual, wanted = (
+        torch.autograd.grad(x, entropy, retain_graph=True)[0] for x in (after.loss, -0.3 * expected)
+    )
+    torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-15)
+    of_log_probs = [torch.autograd.grad(x.loss, log_probs)[0] for x in (before, after)]
+    assert torch.equal(*of_log_probs)
+
+
 def test_nothing_correct_or_nothing_trained_is_zero_and_not_nan():
     log_probs, entropy, fields = make_fields()
     objective = PolicyObjective(GPPOConfig())

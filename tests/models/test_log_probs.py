@@ -23,8 +23,13 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, labels
 
 
-def _chunked(chunk_logits: int, kept: int, temperature: float) -> Any:
-    """log-probs, entropy, gradients of hidden (summed over ranks) and of this rank's weights."""
+def _chunked(chunk_logits: int, kept: int, temperature: float) -> list[Any]:
+    """log-probs, entropy, gradients of hidden (summed over ranks) and of this rank's weights; with
+    a loss of log-probs alone, and with one of the entropy too."""
+    return [_gradients(chunk_logits, kept, temperature, flag) for flag in (False, True)]
+
+
+def _gradients(chunk_logits: int, kept: int, temperature: float, entropy_gradient: bool) -> Any:
     log_probs._CHUNK_LOGITS, log_probs._KEPT_PROBABILITIES = chunk_logits, kept
     group = dist.group.WORLD
     hidden, weight, labels = _inputs()
@@ -34,11 +39,24 @@ def _chunked(chunk_logits: int, kept: int, temperature: float) -> Any:
     hidden.requires_grad_()
     mine = padded.chunk(group.size())[group.rank()].clone().requires_grad_()
     answer, entropy = log_probs.vocab_parallel_log_probs(
-        hidden, mine, labels=labels, vocab_size=VOCAB, temperature=temperature, group=group
+        hidden,
+        mine,
+        labels=labels,
+        vocab_size=VOCAB,
+        temperature=temperature,
+        entropy_gradient=entropy_gradient,
+        group=group,
     )
-    (answer * torch.arange(TOKENS)).sum().backward()
+    # As the model's last stage hands them on: stacked.
+    answer, entropy = torch.stack([answer, entropy])
+    _loss(answer, entropy, entropy_gradient).backward()
     dist.all_reduce(hidden.grad)
-    return answer.detach(), entropy, hidden.grad, mine.grad
+    return answer.detach(), entropy.detach(), hidden.grad, mine.grad
+
+
+def _loss(answer: torch.Tensor, entropy: torch.Tensor, of_entropy: bool) -> torch.Tensor:
+    loss = (answer * torch.arange(TOKENS)).sum()
+    return loss + (entropy * torch.arange(TOKENS).flip(0)).sum() if of_entropy else loss
 
 
 # 3 ranks share 384 rows; the last rank has only padding. The kept probabilities cover all chunks,
@@ -49,24 +67,26 @@ def _chunked(chunk_logits: int, kept: int, temperature: float) -> Any:
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients(world_size, chunk_logits, kept, temperature):
-    ranks = run_ranks(world_size, _chunked, chunk_logits, kept, temperature)
-    hidden, weight, labels = (x.double() if x.is_floating_point() else x for x in _inputs())
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    logits = hidden @ weight.T / temperature
-    log_softmax = logits.log_softmax(-1)
-    # The rounding error of a logit becomes the relative error of its probability.
-    rounding = torch.finfo(torch.float32).eps * float(logits.abs().max())
-    expected = log_softmax.gather(1, labels[:, None])[:, 0]
-    (expected * torch.arange(TOKENS)).sum().backward()
-    for ours, entropy, hidden_grad, _ in ranks:
-        assert tiny.relative_error(ours, expected.detach()) < 1e-6
-        expected_entropy = -(log_softmax.exp() * log_softmax).sum(-1).detach()
-        assert tiny.relative_error(entropy, expected_entropy) < 1e-5
-        assert tiny.relative_error(hidden_grad, hidden.grad) < rounding
-    weight_grad = torch.cat([grad for *_, grad in ranks])
-    assert tiny.relative_error(weight_grad[:VOCAB], weight.grad) < rounding
-    assert not weight_grad[VOCAB:].any()
+    for of_entropy, ranks in enumerate(
+        zip(*run_ranks(world_size, _chunked, chunk_logits, kept, temperature), strict=True)
+    ):
+        hidden, weight, labels = (x.double() if x.is_floating_point() else x for x in _inputs())
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        logits = hidden @ weight.T / temperature
+        log_softmax = logits.log_softmax(-1)
+        # The rounding error of a logit becomes the relative error of its probability.
+        rounding = torch.finfo(torch.float32).eps * float(logits.abs().max())
+        expected = log_softmax.gather(1, labels[:, None])[:, 0]
+        expected_entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+        _loss(expected, expected_entropy, bool(of_entropy)).backward()
+        for ours, entropy, hidden_grad, _ in ranks:
+            assert tiny.relative_error(ours, expected.detach()) < 1e-6
+            assert tiny.relative_error(entropy, expected_entropy.detach()) < 1e-5
+            assert tiny.relative_error(hidden_grad, hidden.grad) < rounding
+        weight_grad = torch.cat([grad for *_, grad in ranks])
+        assert tiny.relative_error(weight_grad[:VOCAB], weight.grad) < rounding
+        assert not weight_grad[VOCAB:].any()
 
 
 def _memory_without_backward() -> int:
