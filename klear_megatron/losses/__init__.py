@@ -15,6 +15,7 @@ from klear_megatron.losses.gmpo import GMPOConfig
 from klear_megatron.losses.gppo import CEGPPOConfig, GPPOConfig, gppo
 from klear_megatron.losses.gspo import GSPOConfig
 from klear_megatron.losses.inputs import LossInputs, Sequences, TokenLoss
+from klear_megatron.losses.kl import KLConfig, kl_to_reference
 from klear_megatron.losses.objective import (
     Objective,
     PolicyObjective,
@@ -36,6 +37,7 @@ __all__ = [
     "GMPOConfig",
     "GPPOConfig",
     "GSPOConfig",
+    "KLConfig",
     "LossConfig",
     "LossInputs",
     "Objective",
@@ -54,6 +56,7 @@ __all__ = [
     "drawn_tokens",
     "gppo",
     "group_advantages",
+    "kl_to_reference",
     "ppo_clip",
     "reinforce",
     "sapo",

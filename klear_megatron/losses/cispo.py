@@ -4,14 +4,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from klear_megatron.losses.clipped import clipped_inputs, clipping_metrics
 from klear_megatron.losses.config import ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ratio import ratio_of
-from klear_megatron.losses.surrogate import (
-    clipped_inputs,
-    clipping_metrics,
-    surrogate,
-)
+from klear_megatron.losses.surrogate import surrogate
 
 
 class CISPOConfig(ClippedLossConfig):

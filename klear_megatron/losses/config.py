@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from klear_megatron.losses.corrections import CorrectionOptions
+from klear_megatron.losses.kl import KLConfig
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
@@ -24,6 +25,8 @@ class PolicyLossConfig(CorrectionOptions):
     entropy_coeff: float = Field(0.0, ge=0)
     """Weight of the entropy bonus, which is aggregated like the policy loss. With 0, no gradient of
     the entropy is computed."""
+    kl: KLConfig | None = None
+    """A penalty on the distance from a reference policy."""
 
     @property
     def uses_old_entropy(self) -> bool:

@@ -6,10 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from klear_megatron.losses.clipped import clipping_metrics
 from klear_megatron.losses.config import PolicyLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ratio import ratio_of
-from klear_megatron.losses.surrogate import clipping_metrics, surrogate
+from klear_megatron.losses.surrogate import surrogate
 
 Divergence = Literal["tv", "kl"]
 _AUTHORS_BOUNDS: dict[Divergence, float] = {"tv": 0.15, "kl": 0.05}

@@ -5,10 +5,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from klear_megatron.losses.clipped import clipping_metrics
 from klear_megatron.losses.config import Aggregation, PolicyLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ratio import ratio_of
-from klear_megatron.losses.surrogate import clipping_metrics, surrogate
+from klear_megatron.losses.surrogate import surrogate
 
 
 class GMPOConfig(PolicyLossConfig):

@@ -5,14 +5,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from klear_megatron.losses.clipped import clipped_tokens, clipping_metrics
 from klear_megatron.losses.config import Aggregation, ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ratio import ratio_of
-from klear_megatron.losses.surrogate import (
-    clipped_tokens,
-    clipping_metrics,
-    surrogate,
-)
+from klear_megatron.losses.surrogate import surrogate
 
 
 class GSPOConfig(ClippedLossConfig):

@@ -12,12 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from klear_megatron.errors import UserError
 from klear_megatron.losses.corrections import (
     finite_log_probs,
     importance_weight,
     trained_tokens,
 )
 from klear_megatron.losses.inputs import Fields, LossInputs, Sequences
+from klear_megatron.losses.kl import KLConfig, kl_to_reference
 from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.registry import LossConfig, resolve_loss
 
@@ -81,16 +83,17 @@ class SFTObjective:
 
 class PolicyObjective:
     """A policy loss plus alpha times the SFT term on correct responses (Eq. 7, 13-14), minus the
-    entropy bonus.
+    entropy bonus, plus the KL penalty.
 
-    Policy loss and bonus are aggregated as the config says. The SFT term is a mean over the trained
-    tokens of correct responses, and metrics are means over all trained tokens.
+    Policy loss, bonus and penalty are aggregated as the config says. The SFT term is a mean over
+    the trained tokens of correct responses, and metrics are means over all trained tokens.
 
     Fields: `loss_mask` is 1 on the response tokens to train, `correct` is 1 on those of correct
     responses; `advantages` and `old_log_probs` are the loss's; `rollout_log_probs`, the servers'
     own, are needed for corrections of the mismatch. A token that is not trained, because its
     `rollout_log_probs` is not finite or a mask leaves it out, counts nowhere, the SFT term
-    included. `ref_log_probs` and `old_entropy` are passed on to losses that use them.
+    included. `ref_log_probs` are the reference's, and `old_entropy`
+    the entropy before the first update.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -130,6 +133,10 @@ class PolicyObjective:
         loss = policy_loss + self._config.sft_alpha * sft_loss
         if self._config.entropy_coeff:
             loss = loss - self._config.entropy_coeff * (entropy * aggregation).sum()
+        if (penalty := self._config.kl) is not None and penalty.within == "loss":
+            kl = self._kl(inputs, penalty)
+            loss = loss + penalty.coeff * (kl * aggregation).sum()
+            metrics["kl_to_reference"] = kl.detach()
 
         log_ratio = (log_probs.detach() - inputs.old_log_probs) * mask
         ratio = ratio_of(log_ratio, torch.zeros_like(log_ratio))
@@ -145,6 +152,12 @@ class PolicyObjective:
             **{name: (values * weight).sum() for name, values in metrics.items()},
         }
         return Result(loss, sums, {"ratio": ratio})
+
+    @staticmethod
+    def _kl(inputs: LossInputs, penalty: KLConfig) -> Tensor:
+        if inputs.ref_log_probs is None:
+            raise UserError("loss.kl: the batch has no ref_log_probs")
+        return kl_to_reference(inputs.log_probs, inputs.ref_log_probs, penalty.estimator)
 
     def _aggregation_weight(self, inputs: LossInputs, denominators: Mapping[str, float]) -> Tensor:
         """[T] What each token's loss is multiplied by before all are summed."""

@@ -6,15 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from klear_megatron.losses.clipped import clipped_inputs, clipped_tokens, clipping_metrics
 from klear_megatron.losses.entropy_ratio import EntropyRatioOptions, entropy_clipped
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
 from klear_megatron.losses.ratio import ratio_of
-from klear_megatron.losses.surrogate import (
-    clipped_inputs,
-    clipped_tokens,
-    clipping_metrics,
-    surrogate,
-)
+from klear_megatron.losses.surrogate import surrogate
 
 
 class PPOClipConfig(EntropyRatioOptions):

@@ -12,5 +12,5 @@ def ratio_of(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     wide = torch.promote_types(
         torch.promote_types(log_probs.dtype, old_log_probs.dtype), torch.float32
     )
-    log_ratio = log_probs.detach().to(wide) - old_log_probs.to(wide)
+    log_ratio = log_probs.detach().to(wide) - old_log_probs.detach().to(wide)
     return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()

@@ -1,10 +1,6 @@
-"""What losses share: a loss with a given gradient, and which tokens are clipped."""
+"""A loss with a given value and gradient."""
 
 from torch import Tensor
-
-from klear_megatron.losses.config import ClippedLossConfig
-from klear_megatron.losses.inputs import LossInputs
-from klear_megatron.losses.ratio import ratio_of
 
 
 def surrogate(
@@ -33,28 +29,3 @@ def surrogate(
     values = -factor * advantages
     slopes = values if gradient is None else -gradient * advantages
     return values + slopes * differentiable_zero
-
-
-def clipped_tokens(
-    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    """Which tokens are below, and which above, the clip range on the side that bounds them."""
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
-    return low, high
-
-
-def clipped_inputs(inputs: LossInputs, config: ClippedLossConfig) -> tuple[Tensor, Tensor]:
-    """`clipped_tokens` by each token's own ratio and the config's clip range."""
-    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
-    return clipped_tokens(ratio, inputs.advantages, config.clip_low, config.clip_high)
-
-
-def clipping_metrics(low: Tensor, high: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    """Metrics of a clipped loss.
-
-    Args:
-        low, high: from `clipped_tokens`.
-        kept: which of those still have a gradient.
-    """
-    return {"clipped_low": low, "clipped_high": high, "clipped_gradient_kept": kept}

@@ -20,6 +20,7 @@ from klear_megatron.rl.dropped import DroppedSteps
 from klear_megatron.rl.evaluation import Evaluations
 from klear_megatron.rl.groups import GroupMaker
 from klear_megatron.rl.metrics import log_prob_metrics, throughput, train_metrics
+from klear_megatron.rl.reference import Reference, make_reference
 from klear_megatron.rl.rollouts import Collector, Rollouts
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import Share
@@ -46,6 +47,7 @@ def train_rl(config: RLConfig) -> None:
         temperature=config.sampling.temperature,
         seed=config.seed,
     )
+    reference = make_reference(config, folder)
     sampler = make_sampler(config, prompts)
     first = 1
     if state := resume(learner, config, config.steps):
@@ -74,7 +76,9 @@ def train_rl(config: RLConfig) -> None:
         for step in range(first, config.steps + 1):
             rollouts = collector.collect(step, phases)
             dropped.observe(step, rollouts)
-            metrics = rollouts.metrics | train(learner, objective, config, rollouts, step, phases)
+            metrics = rollouts.metrics | train(
+                learner, reference, objective, config, rollouts, step, phases
+            )
             with phases("sync"):
                 servers.sync(version=step)
             metrics |= evaluations.after(step, servers, maker, phases)
@@ -90,6 +94,7 @@ def train_rl(config: RLConfig) -> None:
 
 def train(
     learner: Learner,
+    reference: Reference | None,
     objective: PolicyObjective,
     config: RLConfig,
     rollouts: Rollouts,
@@ -112,12 +117,17 @@ def train(
         if config.loss.uses_old_entropy:
             batch = batch.with_fields(old_entropy=old_entropy)
     batch = batch.with_fields(old_log_probs=old_log_probs)
+    metrics = log_prob_metrics(batch, config.loss)
+    if reference is not None:
+        with phases("reference"):
+            batch, distance = reference.compare(batch)
+        metrics |= distance
     with phases("train"):
         trained = [
             learner.train_step(mini_batch, objective)
             for mini_batch in mini_batches(config, batch, rollouts.groups, step)
         ]
-    return log_prob_metrics(batch, config.loss) | train_metrics(trained)
+    return metrics | train_metrics(trained)
 
 
 def make_collector(
