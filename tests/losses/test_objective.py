@@ -3,7 +3,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
 from klear_megatron.losses import (
     CISPOConfig,
@@ -31,44 +30,6 @@ def test_policy_objective_is_eq_7_plus_alpha_times_eq_14():
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
     (expected_gradient,) = torch.autograd.grad(expected, log_probs)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
-
-
-def gppo_by_sequence(log_probs: Tensor, fields: dict[str, Tensor]) -> list[Tensor]:
-    """The losses of each sequence's trained tokens, of sequences that have some."""
-    losses = gppo(log_probs, fields["old_log_probs"], fields["advantages"], dual_clip=10)
-    parts = zip(losses.split(LENGTHS), (fields["loss_mask"] > 0).split(LENGTHS), strict=True)
-    return [part[mask] for part, mask in parts if mask.any()]
-
-
-@pytest.mark.parametrize(
-    ("config", "aggregate"),
-    [
-        (GPPOConfig(), lambda rows: torch.cat(rows).mean()),
-        (
-            GPPOConfig(aggregation="sequence_mean"),
-            lambda rows: torch.stack([row.mean() for row in rows]).mean(),
-        ),
-        (
-            GPPOConfig(aggregation="sequence_sum"),
-            lambda rows: torch.stack([row.sum() for row in rows]).mean(),
-        ),
-        (  # Dr. GRPO's constant
-            GPPOConfig(aggregation="sequence_sum", sum_divisor=100),
-            lambda rows: torch.stack([row.sum() / 100 for row in rows]).mean(),
-        ),
-    ],
-)
-def test_aggregation_is_its_definition(config, aggregate):
-    log_probs, entropy, fields = make_fields()
-    fields["correct"] *= 0
-    for empty in (False, True):
-        if empty:  # a sequence that is not trained counts nowhere
-            fields["loss_mask"][LENGTHS[0] + LENGTHS[1] :][: LENGTHS[2]] = 0
-        result = whole(PolicyObjective(config), log_probs, entropy, fields)
-        expected = aggregate(gppo_by_sequence(log_probs, fields))
-        torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
-        gradients = [torch.autograd.grad(x, log_probs)[0] for x in (result.loss, expected)]
-        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
 
 
 def test_truncated_importance_sampling_weighs_the_policy_loss_and_nothing_else():

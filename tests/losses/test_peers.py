@@ -11,6 +11,7 @@ from klear_megatron.losses import (
     Sequences,
     cispo,
     dppo,
+    kl_to_reference,
     ppo_clip,
     reinforce,
     trained_tokens,
@@ -44,6 +45,13 @@ def test_slime_cispo(low, high, ratios, clamped):
     advantages = torch.tensor([1.0, -0.5, 2.0, -1.0])
     cispo(log_probs, old, advantages, clip_low=low, clip_high=high).sum().backward()
     torch.testing.assert_close(log_probs.grad, -torch.tensor(clamped) * advantages)
+
+
+def test_slime_kl():
+    """tests/test_ppo_kl_metric.py of THUDM/slime, whose k1 is the difference."""
+    ref_log_probs = torch.tensor([0.4, 0.5, 0.6])
+    kl = kl_to_reference(torch.tensor([0.5, 0.7, 0.9]), ref_log_probs, "k1")
+    torch.testing.assert_close(kl, torch.tensor([0.1, 0.2, 0.3]))
 
 
 def test_verl_rejects_tokens_outside_a_band():

@@ -110,7 +110,7 @@ def test_a_loss_or_option_that_does_not_exist_is_refused_with_the_config(tmp_pat
     [
         ("{name: own_losses:reinforce}", 1.0),
         ("{name: own_losses:scaled}", 1.0),
-        ("{name: own_losses:scaled, scale: 3, tis_clip: 2}", 3.0),
+        ("{name: own_losses:scaled, scale: 3, tis_clip: 2, kl: {coeff: 0.1}}", 3.0),
         ("{name: FILE:scaled, scale: 3}", 3.0),
     ],
 )
