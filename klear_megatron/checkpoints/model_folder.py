@@ -45,8 +45,8 @@ class ModelFolder:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer."""
-        return read_tokenizer(self.path)
+        """The folder's tokenizer; all its token ids are below `config.vocab_size`."""
+        return read_tokenizer(self.path, getattr(self.config, "vocab_size", None))
 
     @cached_property
     def stop_token_ids(self) -> list[int]:

@@ -16,7 +16,7 @@ from klear_megatron.data.files import stamps
 from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.evaluation.benchmark import add_rewards
 from klear_megatron.evaluation.preflight import check_prompts
-from klear_megatron.evaluation.responses import response_row, write_rows
+from klear_megatron.evaluation.responses import ungraded_row, write_rows
 from klear_megatron.evaluation.scores import Row
 from klear_megatron.evaluation.stored import RESPONSES, append_row, claim, stored_rows
 from klear_megatron.models.tokenizer import decode_response
@@ -111,7 +111,7 @@ def _draw(
 
         def store(i: int, responses: list[Response]) -> None:
             text = decode_response(model.tokenizer, responses[0].token_ids)
-            append_row(folder, response_row(asked.pop(i), text, responses[0], None))
+            append_row(folder, ungraded_row(asked.pop(i), text, responses[0]))
             progress.advance()
 
         generator.stream(token_ids(), teacher.sampling, store)

@@ -1,7 +1,7 @@
 """What a row of a data file must look like."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +27,8 @@ class Prompt:
     messages: list[Message]
     ground_truth: str | list[str]
     index: int
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+    """What else the row says, for reward functions of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _KlearRow(BaseModel):
     prompt: list[_Message] = Field(min_length=1)
     ability: str | None = None
     reward_model: _RewardModel
+    extra_info: dict[str, Any] | None = None
 
 
 class _ConversationRow(BaseModel):
@@ -111,7 +114,13 @@ def parse_prompt(row: Row, index: int) -> Prompt:
         return Prompt(problem.data_source, problem.messages, problem.ground_truth, index)
     parsed = _KlearRow.model_validate(row)
     messages = [message.model_dump() for message in parsed.prompt]
-    return Prompt(parsed.data_source, messages, parsed.reward_model.ground_truth, index)
+    return Prompt(
+        parsed.data_source,
+        messages,
+        parsed.reward_model.ground_truth,
+        index,
+        parsed.extra_info or {},
+    )
 
 
 def parse_conversation(row: Row, index: int) -> Conversation:

@@ -8,11 +8,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from klear_megatron.data import LoadedPrompts, load_prompts
 from klear_megatron.evaluation.config import BenchmarkConfig
 from klear_megatron.evaluation.preflight import check_prompts
-from klear_megatron.evaluation.responses import response_row
+from klear_megatron.evaluation.responses import ungraded_row
 from klear_megatron.evaluation.scores import Row, is_math
 from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.observability import Progress
-from klear_megatron.rewards import RewardConfig, RewardPool
+from klear_megatron.rewards import Job, RewardConfig, RewardPool
 from klear_megatron.rollout import Generator, Response, RolloutConfig, SamplingConfig
 
 
@@ -78,7 +78,7 @@ def draw(
     def on_done(position: int, responses: list[Response]) -> None:
         benchmark, i = asked[position]
         text = decode_response(tokenizer, responses[0].token_ids)
-        store(benchmark, response_row(benchmark.loaded.prompts[i], text, responses[0], None))
+        store(benchmark, ungraded_row(benchmark.loaded.prompts[i], text, responses[0]))
 
     prompts = (benchmark.loaded.token_ids[i] for benchmark, i in asked)
     generator.stream(prompts, sampling, on_done)
@@ -99,6 +99,17 @@ def add_rewards(
     rows: Sequence[Row], rewards: RewardPool, on_done: Callable[[int], None] | None = None
 ) -> None:
     """Adds `reward` to the rows; `on_done` is passed to RewardPool.grade."""
-    jobs = [(row["data_source"], row["response"], row["ground_truth"]) for row in rows]
+    jobs = [
+        Job(
+            row["data_source"],
+            row["response"],
+            row["ground_truth"],
+            prompt=row["prompt"],
+            extra_info=row.get("extra_info", {}),
+            response_length=row["tokens"],
+            index=row["index"],
+        )
+        for row in rows
+    ]
     for row, reward in zip(rows, rewards.grade(jobs, on_done), strict=True):
         row["reward"] = asdict(reward)

@@ -30,8 +30,18 @@ def response_row(
     }
 
 
+def ungraded_row(prompt: Prompt, text: str, response: Response) -> dict[str, Any]:
+    """A response to be graded later, with all that a reward function may ask for."""
+    return response_row(prompt, text, response, None, extra_info=prompt.extra_info)
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """The row as a line of JSON; dates and other values of Parquet files become text."""
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes JSON Lines; `path` appears, or is replaced, once all rows are written."""
     with write_atomically(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_line(row))

@@ -14,7 +14,7 @@ from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation.benchmark import Benchmark
 from klear_megatron.evaluation.config import EvalConfig
-from klear_megatron.evaluation.responses import write_rows
+from klear_megatron.evaluation.responses import json_line, write_rows
 from klear_megatron.evaluation.scores import Problems, Row, by_problem
 from klear_megatron.platform.files import make_folder
 
@@ -136,4 +136,4 @@ def write_problems(run_dir: Path, benchmark: str, problems: Mapping[int, Sequenc
 def append_row(folder: Path, row: Row) -> None:
     """Appends a row. Once this returns, only a crash of the whole machine can lose it."""
     with (folder / RESPONSES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json_line(row))

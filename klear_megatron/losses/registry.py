@@ -101,7 +101,7 @@ def _custom_loss(config: CustomLossConfig) -> Callable[[LossInputs], TokenLoss]:
     if len(parameters) == 1:
         if given:
             raise UserError(f"loss.{min(given)}: {config.name} has no options")
-        return loss
+        return partial(_loss_per_token, loss, config.name)
     section = parameters[1].annotation if len(parameters) == 2 else None
     if not (inspect.isclass(section) and issubclass(section, Section)):
         raise UserError(
@@ -109,4 +109,22 @@ def _custom_loss(config: CustomLossConfig) -> Callable[[LossInputs], TokenLoss]:
             "Options is a klear_megatron.config.Section"
         )
     options = validate(section, given, f"loss: options of {config.name}:")
-    return partial(loss, **{parameters[1].name: options})
+    with_options = partial(loss, **{parameters[1].name: options})
+    return partial(_loss_per_token, with_options, config.name)
+
+
+def _loss_per_token(
+    loss: Callable[[LossInputs], TokenLoss], name: str, inputs: LossInputs
+) -> TokenLoss:
+    """What the loss returns; raises UserError if that is not one value per token, since a mean
+    would be spread over all tokens in silence."""
+    value = loss(inputs)
+    if not isinstance(value, TokenLoss):
+        raise UserError(f"loss.name: {name} returned {type(value).__name__}, not a TokenLoss")
+    if value.values.shape != inputs.log_probs.shape:
+        raise UserError(
+            f"loss.name: {name} returned values of shape {tuple(value.values.shape)} for "
+            f"{len(inputs.log_probs)} tokens; return one value per token, which `loss.aggregation` "
+            "adds up"
+        )
+    return value

@@ -10,11 +10,14 @@ from klear_megatron.errors import UserError
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(path: Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder.
 
+    Args:
+        vocab_size: the model's, of its config.json.
+
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it has a token that the model has not.
     """
     # Without these files, transformers makes up an empty tokenizer from the model's type.
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -23,9 +26,23 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             "model's into the folder"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: no tokenizer can be read there: {error}") from error
+    if vocab_size is not None:
+        _check_ids(tokenizer, vocab_size, path)
+    return tokenizer
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: Path) -> None:
+    """The rows beyond vocab_size are padding: they would be trained, and lost in a conversion."""
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer's token {token!r} has the id {highest}, but the model's "
+            f"vocab_size is {vocab_size}; use the model's own tokenizer, or enlarge the model with "
+            "resize_token_embeddings of transformers and save both"
+        )
 
 
 def read_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

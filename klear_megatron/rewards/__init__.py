@@ -10,11 +10,12 @@ from klear_megatron.rewards.config import (
 from klear_megatron.rewards.graders import check_data_sources, check_ground_truths
 from klear_megatron.rewards.math import math_reward
 from klear_megatron.rewards.pool import RewardPool
-from klear_megatron.rewards.reward import Reward
+from klear_megatron.rewards.reward import Job, Reward
 
 __all__ = [
     "CodeRewardConfig",
     "CustomRewardConfig",
+    "Job",
     "MathRewardConfig",
     "Reward",
     "RewardConfig",

@@ -82,9 +82,10 @@ class CodeRewardConfig(ScoreConfig):
 
 
 class CustomRewardConfig(Section):
-    """A reward function of your own, `f(response, ground_truth, data_source)`, sync or async.
+    """A reward function of your own, such as `f(response, ground_truth)`, sync or async.
 
-    It returns a number or a Reward. Async functions run at the same time, in one thread.
+    It has any of the parameters that docs/rewards.md lists, and returns a number, a Reward, or a
+    dictionary with `score`. Async functions run at the same time, in one thread.
     """
 
     function: str = Field(pattern=r".+:\w+$")

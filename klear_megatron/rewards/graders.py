@@ -15,13 +15,11 @@ from klear_megatron.rewards.config import (
     MathRewardConfig,
     RewardConfig,
 )
-from klear_megatron.rewards.custom import as_reward, import_function, is_async
+from klear_megatron.rewards.custom import load_function
 from klear_megatron.rewards.limits import Limits
 from klear_megatron.rewards.math import score_answer
-from klear_megatron.rewards.reward import Reward, answer_of
+from klear_megatron.rewards.reward import GroundTruth, Job, Reward, answer_of, is_formatted
 from klear_megatron.rewards.sandbox import check_sandbox
-
-GroundTruth = str | list[str]
 
 
 class Grader(Protocol):
@@ -35,7 +33,7 @@ class Grader(Protocol):
     def limits(self) -> Limits:
         """Limits of time for grading one response; a process that reaches one is ended."""
 
-    def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward: ...
+    def grade(self, job: Job) -> Reward: ...
 
     def failed(self, response: str, *, timed_out: bool) -> Reward:
         """The reward if `grade` did not return: it reached a limit, or its process ended."""
@@ -54,9 +52,9 @@ class MathGrader:
     def limits(self) -> Limits:
         return self.config.limits
 
-    def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
-        correct = agrees(answer_of(response), ground_truth)
-        return score_answer(response, self.config, correct=correct)
+    def grade(self, job: Job) -> Reward:
+        correct = agrees(answer_of(job.response), job.ground_truth)
+        return score_answer(job.response, self.config, correct=correct)
 
     def failed(self, response: str, *, timed_out: bool) -> Reward:
         return score_answer(response, self.config, correct=False, timed_out=timed_out)
@@ -76,8 +74,8 @@ class CodeGrader:
         # The sandbox keeps to limits of its own. These are for comparing what it has printed.
         return Limits(self.config.cpu_limit_s, self.config.wall_limit_s + 10)
 
-    def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
-        return code_reward(response, ground_truth, self.config)
+    def grade(self, job: Job) -> Reward:
+        return code_reward(job.response, job.ground_truth, self.config)
 
     def failed(self, response: str, *, timed_out: bool) -> Reward:
         return score_program(response, self.config, 1, Counter(["time" if timed_out else "ended"]))
@@ -104,26 +102,20 @@ class CustomGrader:
 
     @property
     def is_async(self) -> bool:
-        return is_async(import_function(self.config.function))
+        return load_function(self.config.function).is_async
 
-    def grade(self, response: str, ground_truth: GroundTruth, data_source: str) -> Reward:
-        function = import_function(self.config.function)
-        value = function(response, ground_truth, data_source)
-        return as_reward(value, response, self.config.function)
+    def grade(self, job: Job) -> Reward:
+        return load_function(self.config.function).grade(job)
 
-    async def grade_async(
-        self, response: str, ground_truth: GroundTruth, data_source: str
-    ) -> Reward:
-        function = import_function(self.config.function)
-        value = await function(response, ground_truth, data_source)  # type: ignore[misc]
-        return as_reward(value, response, self.config.function)
+    async def grade_async(self, job: Job) -> Reward:
+        return await load_function(self.config.function).grade_async(job)
 
     def failed(self, response: str, *, timed_out: bool) -> Reward:
-        reward = as_reward(0.0, response, self.config.function)
-        return Reward(0.0, correct=False, formatted=reward.formatted, timed_out=timed_out)
+        formatted = is_formatted(response)
+        return Reward(0.0, correct=False, formatted=formatted, timed_out=timed_out)
 
     def check(self) -> None:
-        import_function(self.config.function)
+        load_function(self.config.function)
 
 
 _VERIFIERS = {"math_longcot_math_verify": "math", "coder1_longcot": "code"}

@@ -15,18 +15,14 @@ from klear_megatron.rewards.config import RewardConfig
 from klear_megatron.rewards.graders import (
     CustomGrader,
     Grader,
-    GroundTruth,
     check_data_sources,
     combine,
     graders_of,
 )
 from klear_megatron.rewards.limits import prepare_process, reached, run_within
-from klear_megatron.rewards.reward import Reward
+from klear_megatron.rewards.reward import Job, Reward
 
 T = TypeVar("T")
-
-Job = tuple[str, str, GroundTruth]
-"""data_source, response, ground truth."""
 
 
 class RewardPool:
@@ -75,12 +71,13 @@ class RewardPool:
 
         Raises:
             UserError: a job cannot be graded: its data_source has no verifier, its verifier does
-                not run on this host, or its ground truth has no tests.
+                not run on this host, its ground truth has no tests, or a function of the user's
+                failed or returned no finite score.
             RuntimeError: the processes cannot be started, or were all killed.
         """
-        check_data_sources((data_source for data_source, _, _ in jobs), self._config)
+        check_data_sources((job.data_source for job in jobs), self._config)
         pool = self._running_pool()
-        graders = [graders_of(data_source, self._config) for data_source, _, _ in jobs]
+        graders = [graders_of(job.data_source, self._config) for job in jobs]
         job_of_future = {
             self._schedule(pool, grader, job): (i, j)
             for i, job in enumerate(jobs)
@@ -89,7 +86,7 @@ class RewardPool:
         grades: list[dict[int, Reward]] = [{} for _ in jobs]
         for future in _as_finished(job_of_future, pool):
             i, j = job_of_future[future]
-            grades[i][j] = self._result(future, graders[i][j], response=jobs[i][1])
+            grades[i][j] = self._result(future, graders[i][j], response=jobs[i].response)
             if on_done is not None and len(grades[i]) == len(graders[i]):
                 on_done(i)
         return [
@@ -139,22 +136,15 @@ class RewardPool:
             return self._pool
 
     def _schedule(self, pool: ProcessPool, grader: Grader, job: Job) -> "Future[Reward]":
-        data_source, response, ground_truth = job
-        arguments = response, ground_truth, data_source
         if isinstance(grader, CustomGrader) and grader.is_async:
-            call = self._call_within_limit(grader, *arguments)
+            call = self._call_within_limit(grader, job)
             return asyncio.run_coroutine_threadsafe(call, self._loop)
-        future: Future[Reward] = pool.schedule(
-            run_within, args=(grader.limits, grader.grade, *arguments)
-        )
+        future: Future[Reward] = pool.schedule(run_within, args=(grader.limits, grader.grade, job))
         return future
 
-    async def _call_within_limit(
-        self, grader: CustomGrader, response: str, ground_truth: GroundTruth, data_source: str
-    ) -> Reward:
+    async def _call_within_limit(self, grader: CustomGrader, job: Job) -> Reward:
         async with self._calls:
-            call = grader.grade_async(response, ground_truth, data_source)
-            return await asyncio.wait_for(call, grader.limits.wall_s)
+            return await asyncio.wait_for(grader.grade_async(job), grader.limits.wall_s)
 
     def _result(self, future: "Future[Reward]", grader: Grader, response: str) -> Reward:
         try:

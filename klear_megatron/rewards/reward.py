@@ -1,12 +1,39 @@
 """The grade of a response, and the format that every response should have."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from klear_megatron.rewards.config import ScoreConfig
 
 AUTHORS_SCORE_WITHOUT_END, AUTHORS_SCORE_WITHOUT_START = -0.5, -2.0
 """What KlearReasoner gives a response without `</think>`, and one with it but without `<think>`."""
+
+
+GroundTruth = str | list[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A response to grade, and what is known about its prompt."""
+
+    data_source: str
+    response: str
+    ground_truth: GroundTruth
+    prompt: Sequence[Mapping[str, Any]] = ()
+    """The messages."""
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own `extra_info`."""
+    response_length: int | None = None
+    """Tokens of the response."""
+    index: int | None = None
+    """The number of the prompt's row in the data, from 0."""
+
+    @property
+    def where(self) -> str:
+        """The row, for messages."""
+        row = "a response" if self.index is None else f"a response to row {self.index} of the data"
+        return f"{row} (data_source {self.data_source!r})"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.data import LoadedPrompts, Prompt
 from klear_megatron.losses import AdvantageConfig, advantages_of
 from klear_megatron.models.tokenizer import decode_response
-from klear_megatron.rewards import Reward, RewardPool
+from klear_megatron.rewards import Job, Reward, RewardPool
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, Response, Share
 
@@ -136,7 +136,18 @@ class GroupMaker:
 
         def grade() -> Group:
             texts = [self.text_of(one.token_ids) for one in responses]
-            jobs = [(prompt.data_source, text, prompt.ground_truth) for text in texts]
+            jobs = [
+                Job(
+                    prompt.data_source,
+                    text,
+                    prompt.ground_truth,
+                    prompt=prompt.messages,
+                    extra_info=prompt.extra_info,
+                    response_length=len(response.token_ids),
+                    index=prompt.index,
+                )
+                for text, response in zip(texts, responses, strict=True)
+            ]
             rewards = [
                 penalised(reward, len(response.token_ids), self._config)
                 for reward, response in zip(self.rewards.grade(jobs), responses, strict=True)

@@ -9,7 +9,7 @@ import pytest
 from klear_megatron.data import Conversation, Prompt, read_prompts
 from klear_megatron.data.rows import parse_conversation, parse_rows
 from klear_megatron.errors import UserError
-from klear_megatron.rewards import RewardConfig, RewardPool, check_ground_truths
+from klear_megatron.rewards import Job, RewardConfig, RewardPool, check_ground_truths
 
 # As published by the paper's authors, including keys that we do not read.
 AUTHORS_ROW = {
@@ -195,7 +195,7 @@ def test_livecodebench_rows_are_read_and_graded(tmp_path):
     assert starter in from_starter.messages[0]["content"]
     program = "<think></think>\n```python\nprint(sum(map(int, input().split())))\n```"
     with RewardPool(RewardConfig(workers=1)) as pool:
-        (reward,) = pool.grade([(from_stdin.data_source, program, from_stdin.ground_truth)])
+        (reward,) = pool.grade([Job(from_stdin.data_source, program, from_stdin.ground_truth)])
     assert reward.correct
 
 
@@ -269,7 +269,7 @@ def test_rows_are_read_as_they_are_published_and_graded(tmp_path):
         assert (row.get("starter_code") or "standard input") in message["content"]
         for code in (program, program.replace("+", "-").replace("sum", "max")):
             response = f"<think></think>\n```python\n{code}\n```"
-            jobs.append((prompt.data_source, response, prompt.ground_truth))
+            jobs.append(Job(prompt.data_source, response, prompt.ground_truth))
     assert "## Output\nTheir sum." in prompts[3].messages[0]["content"]
     assert "## Example 1, input\n2 3" in prompts[3].messages[0]["content"]
     with RewardPool(RewardConfig(workers=1)) as pool:

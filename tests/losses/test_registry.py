@@ -35,6 +35,12 @@ def reinforce(inputs):
 def scaled(inputs, options: Options):
     return TokenLoss(-options.scale * inputs.advantages * inputs.log_probs)
 
+def mean(inputs):
+    return TokenLoss(-(inputs.advantages * inputs.log_probs).mean())
+
+def tensor(inputs, options: Options):
+    return -inputs.log_probs
+
 def untyped(inputs, options):
     pass
 
@@ -146,6 +152,19 @@ def test_a_loss_of_the_users_own_that_cannot_be_used_is_refused(tmp_path, loss, 
     config = load(tmp_path, loss)
     with pytest.raises(UserError, match=message):
         resolve_loss(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mean", r"loss.name: own_losses:mean returned values of shape \(\) for 2 tokens"),
+        ("tensor", "loss.name: own_losses:tensor returned Tensor, not a TokenLoss"),
+    ],
+)
+def test_a_loss_of_the_users_own_that_is_not_per_token_is_refused(tmp_path, name, message):
+    loss = resolve_loss(load(tmp_path, f"{{name: own_losses:{name}}}"))
+    with pytest.raises(UserError, match=message):
+        loss(inputs(*torch.ones(3, 2)))
 
 
 @pytest.mark.parametrize(

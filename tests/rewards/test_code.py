@@ -9,6 +9,7 @@ import pytest
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import (
     CodeRewardConfig,
+    Job,
     MathRewardConfig,
     RewardConfig,
     RewardPool,
@@ -167,7 +168,7 @@ def test_ground_truth_may_be_a_list_of_assertions():
 
 def test_authors_rows_and_benchmarks_named_after_them_are_graded_as_code():
     jobs = [
-        (source, respond(ADD_NUMBERS), json.dumps({"inputs": ["2 3"], "outputs": ["5"]}))
+        Job(source, respond(ADD_NUMBERS), json.dumps({"inputs": ["2 3"], "outputs": ["5"]}))
         for source in ("coder1_longcot", "coder1_longcot_lcbv5")
     ]
     with RewardPool(RewardConfig(workers=1)) as pool:

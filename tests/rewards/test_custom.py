@@ -1,12 +1,16 @@
 import asyncio
+import math
 import textwrap
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import (
     CustomRewardConfig,
+    Job,
     MathRewardConfig,
     Reward,
     RewardConfig,
@@ -46,6 +50,39 @@ def fail(response, ground_truth, data_source):
     raise KeyError("a bug of the user's")
 
 
+async def fail_later(response, ground_truth, data_source):
+    raise KeyError("a bug of the user's")
+
+
+def verl_style(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    assert not kwargs
+    right = (solution_str, ground_truth, data_source) == (RIGHT, "4", SOURCE)
+    return {"score": np.float32(right), "acc": np.bool_(not right), "pred": "4", **extra_info}
+
+
+def everything(response_length, *, prompt, response, unknown="default"):
+    assert (prompt, response, unknown) == ([{"role": "user", "content": "2+2?"}], RIGHT, "default")
+    return np.int64(response_length)
+
+
+def unbound(answer, ground_truth, data_source):
+    return 1.0
+
+
+def positional(response, /, ground_truth):
+    return 1.0
+
+
+def indifferent(*args, **kwargs):
+    return 1.0
+
+
+def by_ground_truth(ground_truth):
+    return {"nan": math.nan, "inf": np.float32("inf"), "of a dict": {"score": math.nan}}.get(
+        ground_truth, Reward(score=-math.inf, correct=False, formatted=True)
+    )
+
+
 def custom(name, **settings):
     return CustomRewardConfig(function=f"{__name__}:{name}", **settings)
 
@@ -56,14 +93,14 @@ def grade(jobs, *functions, **settings):
 
 
 def test_scores_are_weighted_together_and_each_is_kept():
-    jobs = [(SOURCE, RIGHT, "4"), (SOURCE, WRONG, "4")] * 10
+    jobs = [Job(SOURCE, RIGHT, "4"), Job(SOURCE, WRONG, "4")] * 10
     functions = custom("length_reward", weight=2.0), custom("judge", weight=-1.0)
     start = time.monotonic()
     rewards = grade(jobs, *functions, verifier_weight=0.5)
     assert time.monotonic() - start < 20 * 0.5  # the judge's calls overlap
-    for (_, response, _), reward in zip(jobs, rewards, strict=True):
-        right = response == RIGHT
-        verdict, length = (1.0 if right else -1.0), len(response) / 100
+    for one, reward in zip(jobs, rewards, strict=True):
+        right = one.response == RIGHT
+        verdict, length = (1.0 if right else -1.0), len(one.response) / 100
         assert reward.score == pytest.approx(0.5 * verdict + 2 * length - 0.25)
         assert (reward.correct, reward.formatted) == (right, True)  # the verifier's verdict
         assert reward.parts == {
@@ -76,14 +113,14 @@ def test_scores_are_weighted_together_and_each_is_kept():
 
 def test_parts_of_the_verifier_are_kept_too():
     config = custom("length_reward", data_sources=["essays"])
-    (reward,) = grade([("coder1_longcot", respond("print('ok')"), SIXTEEN)], config)
+    (reward,) = grade([Job("coder1_longcot", respond("print('ok')"), SIXTEEN)], config)
     assert reward.score == reward.parts["tests/passed"] == 0.25
     assert "length_reward" not in reward.parts
 
 
 def test_data_source_without_a_verifier_is_graded_by_functions_alone():
     config = custom("length_reward", data_sources=["essays"])
-    (reward,) = grade([("essays", "An essay.", "")], config)
+    (reward,) = grade([Job("essays", "An essay.", "")], config)
     assert reward == Reward(score=0.09, correct=True, formatted=False)
     with pytest.raises(UserError, match=r"'poems': no verifier.*rewards\.custom"):
         check_data_sources(["poems"], RewardConfig(custom=[config]))
@@ -99,13 +136,13 @@ def test_function_of_a_file_is_found_by_its_path(tmp_path):
             """
         )
     )
-    (reward,) = grade([("essays", "", "")], CustomRewardConfig(function=f"{path}:three"))
+    (reward,) = grade([Job("essays", "", "")], CustomRewardConfig(function=f"{path}:three"))
     assert reward.score == 3
 
 
 @pytest.mark.parametrize("name", ["hang", "never"])
 def test_function_that_does_not_return_scores_nothing_and_delays_nothing(name):
-    jobs = [(SOURCE, RIGHT, "4")] * 3
+    jobs = [Job(SOURCE, RIGHT, "4")] * 3
     settings = {"math": MathRewardConfig(correct=2.0)}
     for reward in grade(jobs, custom(name, timeout_s=0.5), **settings):
         assert reward.timed_out
@@ -114,9 +151,14 @@ def test_function_that_does_not_return_scores_nothing_and_delays_nothing(name):
         assert reward.parts == {"math": 2.0, name: 0.0}
 
 
-def test_exception_of_a_function_is_raised():
-    with pytest.raises(KeyError, match="a bug of the user's"):
-        grade([(SOURCE, RIGHT, "4")], custom("fail"))
+@pytest.mark.parametrize("name", ["fail", "fail_later"])
+def test_failure_of_a_function_names_it_the_row_and_the_exception(name):
+    with pytest.raises(UserError) as failure:
+        grade([Job(SOURCE, RIGHT, "4", index=7)], custom(name))
+    (line,) = str(failure.value).splitlines()
+    assert f"{__name__}:{name} failed on a response to row 7 of the data" in line
+    assert 'KeyError: "a bug of the user\'s"' in line
+    assert "test_custom.py, line " in line
 
 
 @pytest.mark.parametrize(
@@ -130,9 +172,51 @@ def test_exception_of_a_function_is_raised():
 )
 def test_function_that_is_not_there_is_refused_before_grading(function, what):
     with pytest.raises(UserError, match=f"rewards.custom.function: .*{what}"):
-        grade([(SOURCE, RIGHT, "4")], CustomRewardConfig(function=function))
+        grade([Job(SOURCE, RIGHT, "4")], CustomRewardConfig(function=function))
+
+
+def test_parameters_get_their_values_by_name_in_whatever_order():
+    job = Job(
+        SOURCE,
+        RIGHT,
+        "4",
+        prompt=[{"role": "user", "content": "2+2?"}],
+        extra_info={"depth": 3},
+        response_length=17,
+    )
+    both = custom("verl_style"), custom("everything")
+    (reward,) = grade([job], *both, verifier_weight=0.0)
+    assert reward.score == 1 + 17
+    assert reward.parts == {
+        "math": 1.0,
+        "verl_style": 1.0,
+        "verl_style/acc": 0.0,
+        "verl_style/depth": 3.0,
+        "everything": 17.0,
+    }
+    (alone,) = grade([replace(job, data_source="mine")], custom("verl_style"))
+    assert (alone.score, alone.correct) == (0.0, True)  # as its "acc" says
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("unbound", "nothing can be given for answer"),
+        ("positional", "nothing can be given for response"),
+        ("indifferent", "it takes no answer"),
+    ],
+)
+def test_function_whose_parameters_are_unknown_is_refused_before_grading(name, what):
+    with pytest.raises(UserError, match=f"{name}: {what}.* by name: response, solution_str, "):
+        check_data_sources([SOURCE], RewardConfig(custom=[custom(name)]))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "of a dict", "of a Reward"])
+def test_score_that_is_not_finite_is_refused_with_the_row(value):
+    with pytest.raises(UserError, match=r"the score (nan|inf|-inf) for a response to row 5 of"):
+        grade([Job(SOURCE, RIGHT, value, index=5)], custom("by_ground_truth"))
 
 
 def test_function_that_returns_no_number_is_refused():
-    with pytest.raises(UserError, match=r"words returned 'good'; it has to return a number"):
-        grade([(SOURCE, RIGHT, "4")], custom("words"))
+    with pytest.raises(UserError, match=r"words returned 'good' for .*; it has to return a number"):
+        grade([Job(SOURCE, RIGHT, "4")], custom("words"))

@@ -18,6 +18,7 @@ from klear_megatron.errors import UserError
 from klear_megatron.rewards import (
     CodeRewardConfig,
     CustomRewardConfig,
+    Job,
     RewardConfig,
     RewardPool,
     code_reward,
@@ -576,9 +577,9 @@ def test_bad_programs_do_not_keep_the_pool_from_good_ones(tmp_path):
     good = respond("print(sum(map(int, input().split())))")
     done = {}
     with RewardPool(config) as pool:
-        pool.grade([("meeting", str(tmp_path), "")] * 2)
+        pool.grade([Job("meeting", str(tmp_path), "")] * 2)
         start = time.monotonic()
-        jobs = [("coder1_longcot", bad, SUM)] + [("coder1_longcot", good, SUM)] * 8
+        jobs = [Job("coder1_longcot", bad, SUM)] + [Job("coder1_longcot", good, SUM)] * 8
         rewards = pool.grade(jobs, lambda i: done.setdefault(i, time.monotonic() - start))
     assert [reward.correct for reward in rewards] == [False] + [True] * 8
     assert rewards[0].timed_out
@@ -618,7 +619,7 @@ def test_without_bubblewrap_no_program_is_run(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"no namespaces for you.*unsafe"):
         grade(program)
     with RewardPool(RewardConfig(code=CONFIG)) as pool, pytest.raises(UserError, match="unsafe"):
-        pool.grade([("coder1_longcot", respond(program), SUM)])
+        pool.grade([Job("coder1_longcot", respond(program), SUM)])
     assert not witness.exists()
     assert grade(program, config=CONFIG.model_copy(update={"sandbox": "unsafe"})).correct
     assert witness.exists()

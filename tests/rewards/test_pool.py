@@ -13,6 +13,7 @@ import pytest
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import (
     CustomRewardConfig,
+    Job,
     MathRewardConfig,
     RewardConfig,
     RewardPool,
@@ -24,8 +25,8 @@ HANGING = r"<think>big</think>\boxed{9^{9^{9^{9}}}}"
 LIMIT_S = 2.0
 
 
-def job(response: str, ground_truth: str = "4") -> tuple[str, str, str]:
-    return SOURCE, response, ground_truth
+def job(response: str, ground_truth: str = "4") -> Job:
+    return Job(SOURCE, response, ground_truth)
 
 
 def workers_of(pid: int) -> set[psutil.Process]:
@@ -74,10 +75,10 @@ def test_grades_like_the_plain_function_in_the_order_of_the_jobs(pool):
     assert sorted(done) == list(range(len(responses)))
 
 
-def meet(folder, ground_truth, data_source):
+def meet(response, ground_truth, data_source):
     """Returns once both workers are here: one that is still starting would grade nothing."""
-    (Path(folder) / str(os.getpid())).touch()
-    while len(os.listdir(folder)) < 2:
+    (Path(response) / str(os.getpid())).touch()
+    while len(os.listdir(response)) < 2:
         time.sleep(0.01)
     return 1
 
@@ -99,7 +100,7 @@ def test_hanging_answer_ends_at_its_limit_while_others_are_graded(call, tmp_path
         workers=2,
     )
     with RewardPool(config) as pool:
-        pool.grade([("meeting", str(tmp_path), "")] * 2)
+        pool.grade([Job("meeting", str(tmp_path), "")] * 2)
         hanging, *others = call(grade)
     assert hanging.timed_out
     assert not hanging.correct
@@ -170,7 +171,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
     script = tmp_path / "parent.py"
     script.write_text(
         f"""
-from klear_megatron.rewards import MathRewardConfig, RewardConfig, RewardPool
+from klear_megatron.rewards import Job, MathRewardConfig, RewardConfig, RewardPool
 
 if __name__ == "__main__":
     config = RewardConfig(math=MathRewardConfig(cpu_limit_s=2), workers=2)
@@ -193,9 +194,9 @@ if __name__ == "__main__":
 
 def test_unknown_data_source_is_refused_by_name(pool):
     with pytest.raises(UserError, match=r"'mathh'.*math_longcot_math_verify"):
-        pool.grade([("mathh", "", "4")])
+        pool.grade([Job("mathh", "", "4")])
 
 
 def test_benchmark_named_after_a_verifier_is_graded_by_it(pool):
-    jobs = [("math_longcot_math_verify_aime2024", r"<think></think>\boxed{4}", "4")]
+    jobs = [Job("math_longcot_math_verify_aime2024", r"<think></think>\boxed{4}", "4")]
     assert pool.grade(jobs)[0].correct

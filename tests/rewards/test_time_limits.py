@@ -11,6 +11,7 @@ import pytest
 
 from klear_megatron.rewards import (
     CodeRewardConfig,
+    Job,
     MathRewardConfig,
     RewardConfig,
     RewardPool,
@@ -68,10 +69,10 @@ def test_right_answers_count_on_a_busy_host(busy_host):
     nested = "(" * 12 + "4" + ")" * 12
     config = RewardConfig(math=MathRewardConfig(cpu_limit_s=CPU_LIMIT_S), workers=1)
     with RewardPool(config) as pool:
-        pool.grade([("math_longcot_math_verify", "", "4")])
+        pool.grade([Job("math_longcot_math_verify", "", "4")])
         start = time.monotonic()
         response = f"<think></think>\\boxed{{{nested}}}"
-        assert pool.grade([("math_longcot_math_verify", response, "4")])[0].correct
+        assert pool.grade([Job("math_longcot_math_verify", response, "4")])[0].correct
         assert time.monotonic() - start > CPU_LIMIT_S
 
 

@@ -13,7 +13,7 @@ from klear_megatron.data import LoadedPrompts, Prompt
 from klear_megatron.errors import UserError
 from klear_megatron.losses import GPPOConfig, group_advantages
 from klear_megatron.models.tokenizer import read_tokenizer
-from klear_megatron.rewards import Reward, RewardPool
+from klear_megatron.rewards import Job, Reward, RewardPool
 from klear_megatron.rl.batches import batch_of, with_whitened_advantages
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.groups import Group, GroupMaker, compared, penalised
@@ -49,7 +49,7 @@ def maker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[GroupMaker
         GroupMaker(config, read_tokenizer(checkpoint), rewards, Share()) as maker,
     ):
         # Starts its processes, which takes seconds.
-        rewards.grade([("marks", "", str(tmp_path / "right"))])
+        rewards.grade([Job("marks", "", str(tmp_path / "right"))])
         yield maker
 
 
