@@ -63,11 +63,15 @@ def test_a_reward_that_fails_on_another_leader_is_printed_with_its_rank(tmp_path
     second_leaders = PromptSampler(ROWS, seed=0).next_batch(ROWS)[1::2]
     result = run_command("rl", str(rl_config(tmp_path, second_leaders)), ranks=2)
     assert result.returncode != 0
-    message = (
-        "rewards.custom.function: tests.wrong_reward:nothing returned None; it has to return a "
-        "number or a Reward"
+    ((rank, message),) = errors(result.stderr)
+    assert rank == "1"
+    row = re.match(
+        r"rewards\.custom\.function: tests\.wrong_reward:nothing returned None for a response to "
+        r"row (\d) of the data \(data_source 'mine'\); it has to return a number",
+        message,
     )
-    assert errors(result.stderr) == [("1", message)]
+    assert row is not None
+    assert int(row[1]) in second_leaders
 
 
 def test_reporting_an_error_leaves_the_process_as_it_was(capsys):

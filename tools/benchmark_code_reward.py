@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from klear_megatron.rewards import RewardConfig, RewardPool, code_reward
+from klear_megatron.rewards import Job, RewardConfig, RewardPool, code_reward
 from klear_megatron.rewards.sandbox.bubblewrap import find_interpreter
 
 PROGRAM = "print(sum(map(int, input().split())))"
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, RewardPool(RewardConfig()) as pool:
         program = Path(folder) / "program.py"
         program.write_text(PROGRAM)
-        jobs = [("coder1_longcot", RESPONSE, ground_truth)] * options.programs
+        jobs = [Job("coder1_longcot", RESPONSE, ground_truth)] * options.programs
         pool.grade(jobs[:cores])
 
         def one_by_one(*flags: str, threads: int = 1) -> None:

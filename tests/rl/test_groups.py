@@ -130,7 +130,7 @@ def test_a_reward_function_that_fails_ends_the_drawing(maker, tmp_path):
     making = maker.start(prompts_with(["right"] + ["wrong"] * 99), range(100))
     with (
         running(StubServers(1, 1, generate)) as stubs,
-        pytest.raises(UserError, match="returned None; it has to return a number or a Reward"),
+        pytest.raises(UserError, match=r"returned None for a response to row \d+ of"),
     ):
         making.draw(generator(stubs, max_running_requests=2), lambda: None)
     assert len(asked) < 50
