@@ -13,7 +13,7 @@ from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.surrogate import surrogate
 
 Divergence = Literal["tv", "kl"]
-_AUTHORS_BOUNDS: dict[Divergence, float] = {"tv": 0.15, "kl": 0.05}
+_BOUNDS: dict[Divergence, float] = {"tv": 0.15, "kl": 0.05}
 
 
 class DPPOConfig(PolicyLossConfig):
@@ -24,8 +24,8 @@ class DPPOConfig(PolicyLossConfig):
     """Of the two distributions over «this token» and «any other»: their total variation, which is
     the difference of the token's probabilities, or KL(old || new)."""
     bound_low: float | None = Field(None, ge=0)
-    """Largest divergence of a token that gets less likely, where A < 0; by default the authors'
-    0.15 of `tv` or 0.05 of `kl`."""
+    """Largest divergence of a token that gets less likely, where A < 0; by default
+    0.15 of `tv` or 0.05 of `kl`, as in the authors' script for verl."""
     bound_high: float | None = Field(None, ge=0)
     """Largest divergence of a token that gets more likely, where A > 0; by default the same."""
     ratio_clip: float = Field(20.0, gt=1)
@@ -68,7 +68,7 @@ def beyond_trust_region(
     new, old = log_probs.detach().to(wide), old_log_probs.to(wide)
     distance = (new.exp() - old.exp()).abs() if divergence == "tv" else _binary_kl(old, new)
     lowest, highest = (
-        _AUTHORS_BOUNDS[divergence] if bound is None else bound for bound in (bound_low, bound_high)
+        _BOUNDS[divergence] if bound is None else bound for bound in (bound_low, bound_high)
     )
     low = (distance > lowest) & (new < old) & (advantages < 0)
     high = (distance > highest) & (new > old) & (advantages > 0)

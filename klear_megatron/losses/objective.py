@@ -78,7 +78,7 @@ class SFTObjective:
     ) -> Result:
         weight = fields["loss_mask"] / denominators["tokens"]
         loss = -(log_probs * weight).sum()
-        return Result(loss, {"loss": loss.detach(), "entropy": (entropy * weight).sum()})
+        return Result(loss, {"loss": loss.detach(), "entropy": (entropy.detach() * weight).sum()})
 
 
 class PolicyObjective:
@@ -92,8 +92,8 @@ class PolicyObjective:
     responses; `advantages` and `old_log_probs` are the loss's; `rollout_log_probs`, the servers'
     own, are needed for corrections of the mismatch. A token that is not trained, because its
     `rollout_log_probs` is not finite or a mask leaves it out, counts nowhere, the SFT term
-    included. `ref_log_probs` are the reference's, and `old_entropy`
-    the entropy before the first update.
+    included. `ref_log_probs` are the reference's, and `old_entropy` is the entropy before the first
+    update on these responses; only losses that use them need them.
     """
 
     def __init__(self, config: LossConfig) -> None:

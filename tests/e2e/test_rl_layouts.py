@@ -27,6 +27,16 @@ CHANGES = {
     "prompts_per_mini_batch": PROMPTS // 2,
     # About half of the answers are right, so every step has groups to learn from.
     "rewards": {"custom": [{"function": "tests.even_reward:even"}], "workers": 1},
+    # What needs the whole batch, whole responses, a second model or old entropies.
+    "advantages": {"estimator": "reinforce_plus_plus_baseline"},
+    "overlong": {"buffer": 8},
+    "loss": {
+        "name": "gppo",
+        "entropy_ratio": [0.95, 1.1],
+        "sequence_mask": [0.99, 1.01],
+        "entropy_coeff": 0.01,
+        "kl": {"coeff": 0.01},
+    },
 }
 
 
@@ -84,6 +94,11 @@ def test_servers_and_trainer_agree_after_each_push(
     assert [row["step"] for row in rows] == [1, 2]
     # Only true if weights, prompts and responses all arrived where they belong.
     assert all(0 < row["rollout/log_prob_difference_max"] < BOUND for row in rows)
+    # The reference is the policy before its first step, whose weights the servers have too.
+    assert [row["rollout/kl_to_reference"] > 0 for row in rows] == [False, True]
+    assert [row["rollout/masked_sequences"] for row in rows] == [0, 0]
+    assert all(0 <= row["train/entropy_clipped"] < 1 for row in rows)
+    assert all(row["train/kl_to_reference"] > 0 for row in rows)
     sampler = PromptSampler(len(read_rows(quickstart / "train.jsonl")), run.seed)
     for step in range(1, STEPS + 1):
         dumps = list((run.run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))
