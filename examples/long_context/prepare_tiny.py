@@ -10,7 +10,7 @@ Writes, the same bytes for every call and without touching the network:
     OUT_DIR/heldout.txt      a text of 65,536 words without any key
 
 Words follow each other by chance, one of two after each. Somewhere in a document stands `KEY` and a
-name. `ASK` comes four times after that, and is followed by that name each time.
+name. After that, `ASK` comes up to 24 times, and is followed by that name each time.
 """
 
 import json
@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-WORDS, NAMES, QUESTIONS = 64, 32, 4
-DOCUMENTS = {256: 6400, 2048: 480, 8192: 120}
+WORDS, NAMES, MOST_QUESTIONS = 64, 32, 24
+DOCUMENTS = {256: 9600, 2048: 800, 8192: 160}
 """Tokens -> documents of so many tokens, the first and the last token of the template included."""
 SPECIAL = ["<start>", "<end>", "KEY", "ASK"]
 TEMPLATE = (
@@ -43,7 +43,8 @@ def words(rng: random.Random) -> Iterator[str]:
 
 def document(rng: random.Random, tokens: int) -> str:
     name = f"n{rng.randrange(NAMES)}"
-    places = sorted(rng.sample(range(tokens // 2), QUESTIONS + 1))
+    questions = rng.randint(1, MOST_QUESTIONS)
+    places = sorted(rng.sample(range(tokens // 2), questions + 1))
     filler = words(rng)
     text = []
     for place in range(tokens // 2):
