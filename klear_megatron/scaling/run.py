@@ -12,6 +12,7 @@ from klear_megatron.observability import say
 from klear_megatron.planning import PlannedModel, Work
 from klear_megatron.planning.plan import check_lengths
 from klear_megatron.platform.files import make_folder
+from klear_megatron.policy.config import import_extensions
 from klear_megatron.scaling import results
 from klear_megatron.scaling.config import Point, ScalingConfig, points
 from klear_megatron.scaling.plots import draw
@@ -51,6 +52,7 @@ def check_points(config: ScalingConfig) -> list[Point]:
             positions.
     """
     found = points(config)
+    import_extensions(config.policy)
     model = PlannedModel.read(config.policy.hf_folder)
     for point in found:
         point.policy.parallel.check_model(model)
