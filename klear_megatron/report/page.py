@@ -74,7 +74,12 @@ def _run(run: Run) -> dict[str, Any]:
         "model": run.model,
         "steps": run.steps,
         "curves": run.curves,
+        "pictures": [_inline(picture) for picture in run.pictures],
     }
+
+
+def _inline(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
 def _inert(text: str) -> str:

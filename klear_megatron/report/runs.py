@@ -15,23 +15,29 @@ Curve = tuple[list[int], list[float | None]]
 """Steps and the values that were written for them; None where a value was not finite."""
 
 
+_PICTURES = {"scaling": ("scaling.png", "ranks.png"), "probe": ("probe.png",)}
+"""The runs that draw their own pictures: kind -> the files, of which the first is always there."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """One training run or evaluation."""
+    """One training run, evaluation, scaling experiment or probe."""
 
     folder: Path
     name: str
     """The end of its path that tells it from the other runs."""
     kind: str
-    """`sft`, `rl` or `evaluation`."""
+    """`sft`, `rl`, `evaluation`, `scaling` or `probe`."""
     settings: dict[str, Any]
     """Its config, with dotted names."""
     curves: dict[str, Curve]
-    """Metrics by name; empty for an evaluation."""
+    """Metrics by name; those of a training run."""
+    pictures: tuple[Path, ...] = ()
+    """Those of a scaling experiment or a probe."""
 
     @property
     def steps(self) -> int | None:
-        """The last step with metrics; None for an evaluation."""
+        """The last step with metrics; None without any."""
         return max((steps[-1] for steps, _ in self.curves.values()), default=None)
 
     @property
@@ -58,7 +64,8 @@ def _run_folders(path: Path) -> list[Path]:
     inside = [folder for folder in path.glob("*") if _is_run(folder)]
     if not inside:
         raise UserError(
-            f"{path}: no run there; give the run_dir of sft, rl or eval, or a folder of them"
+            f"{path}: no run there; give the run_dir of sft, rl, eval, scaling or probe, or a "
+            "folder of them"
         )
     return sorted(inside, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
 
@@ -66,8 +73,14 @@ def _run_folders(path: Path) -> list[Path]:
 def _is_run(folder: Path) -> bool:
     evaluated = (folder / "benchmarks").is_dir()
     return (folder / "config.yaml").is_file() and (
-        evaluated or (folder / "metrics.jsonl").is_file()
+        evaluated or (folder / "metrics.jsonl").is_file() or _draws(folder) is not None
     )
+
+
+def _draws(folder: Path) -> str | None:
+    """The kind of a run that has drawn pictures."""
+    kinds = [kind for kind, names in _PICTURES.items() if (folder / names[0]).is_file()]
+    return next(iter(kinds), None)
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
@@ -84,6 +97,9 @@ def _read(folder: Path, name: str) -> Run:
     settings = dict(_flat(_config(folder / "config.yaml")))
     if (folder / "benchmarks").is_dir():
         return Run(folder, name, "evaluation", settings, {})
+    if (kind := _draws(folder)) is not None:
+        pictures = [folder / picture for picture in _PICTURES[kind]]
+        return Run(folder, name, kind, settings, {}, tuple(p for p in pictures if p.is_file()))
     kind = "rl" if "prompts_per_step" in settings else "sft"
     return Run(folder, name, kind, settings, _curves(folder / "metrics.jsonl"))
 

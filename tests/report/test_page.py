@@ -17,6 +17,7 @@ from klear_megatron.evaluation.config import BenchmarkConfig, EvalConfig
 from klear_megatron.evaluation.responses import response_row, write_rows
 from klear_megatron.evaluation.stored import append_row, claim, folder_of
 from klear_megatron.observability import Recorder
+from klear_megatron.probing.plots import draw
 from klear_megatron.report.page import write_report
 from klear_megatron.report.runs import find_runs
 from klear_megatron.rewards import Reward
@@ -68,6 +69,13 @@ def write_evaluation(folder: Path, right: set[int]) -> None:
         append_row(place, row)
 
 
+def write_probe(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"policy": {"path": "base"}}))
+    windows = [{"start": 1, "end": 3, "perplexity": 2.0}, {"start": 3, "end": 5, "perplexity": 3.0}]
+    draw({"": {"positions": windows}}, folder / "probe.png")
+
+
 @dataclass(frozen=True)
 class Opened:
     page: Page
@@ -84,13 +92,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rollouts(folder / "fast")
     write_evaluation(folder / "eval-a", {0})
     write_evaluation(folder / "eval-b", {0, 1, 2})
+    write_probe(folder / "probe")
     return folder
 
 
 @pytest.fixture(scope="module")
 def opened(runs: Path) -> Iterator[Opened]:
     out = runs / "report.html"
-    names = ("slow", "fast", "eval-a", "eval-b")
+    names = ("slow", "fast", "eval-a", "eval-b", "probe")
     write_report([runs / name for name in names], out, rollouts=STEPS * RESPONSES)
     complaints: list[str] = []
     requests: list[str] = []
@@ -190,6 +199,11 @@ def test_evaluations_are_compared_problem_by_problem(opened: Opened):
     assert "problem 1" in text
 
 
+def test_a_probes_picture_is_in_the_page(opened: Opened):
+    (picture,) = opened.page.locator("#pictures img").all()
+    assert picture.evaluate("(image) => image.naturalWidth") > 300
+
+
 def test_nothing_is_wider_than_a_phone(opened: Opened):
     page = opened.page
     page.set_viewport_size({"width": 390, "height": 844})
@@ -204,6 +218,7 @@ def test_a_folder_stands_for_the_runs_in_it(runs: Path):
         ("fast", "rl"),
         ("eval-a", "evaluation"),
         ("eval-b", "evaluation"),
+        ("probe", "probe"),
     }
     steps, values = found[0].curves["train/loss"]
     assert steps == list(range(1, STEPS + 1))

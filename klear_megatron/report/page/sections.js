@@ -1,4 +1,4 @@
-// The runs, the account, curves, seconds, and distributions.
+// The runs, the account, curves, seconds, distributions, and pictures.
 
 const KINDS = { rl: "RL", sft: "SFT" };
 const GROUPS = ["reward", "response", "train", "rollout", "evaluation", "throughput"];
@@ -109,4 +109,12 @@ function showDistributions() {
     chart(`${run.name}: reward`, () => heatmap(run.distributions.reward, "reward")),
   ]);
   section("distributions").append(note("The share of a step's responses in each bin."), el("div", { class: "grid wide" }, ...cards));
+}
+
+// What scaling experiments and probes have drawn themselves.
+function showPictures() {
+  const drawn = DATA.runs.filter((run) => run.pictures.length);
+  if (!drawn.length) return section("pictures").remove();
+  for (const run of drawn) section("pictures").append(el("h3", {}, run.name),
+    ...run.pictures.map((src) => el("img", { src, alt: `${run.kind} of ${run.name}` })));
 }
