@@ -2,7 +2,10 @@
 
 import sys
 
-from klear_megatron.cli import main
+from klear_megatron.platform.orphans import end_with_torchrun
 
 if __name__ == "__main__":
+    end_with_torchrun()  # before the imports, which take a second
+    from klear_megatron.cli import main
+
     sys.exit(main())

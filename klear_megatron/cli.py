@@ -17,24 +17,23 @@ from typing import Any
 
 from klear_megatron.config import Section, load_config
 from klear_megatron.conversion import command as conversion
-from klear_megatron.errors import UserError
+from klear_megatron.errors import Stopped, UserError
 from klear_megatron.launch import command as launching
 from klear_megatron.planning import command as planning
+from klear_megatron.platform.exit_codes import BAD_INPUT, CONTINUE, FINISHED, INTERRUPTED
 from klear_megatron.platform.files import write_atomically
 from klear_megatron.platform.first_rank import is_first_to_report
 from klear_megatron.release import command as release
 from klear_megatron.report import command as reporting
 from klear_megatron.scaling import command as scaling
 
-_BAD_INPUT = 2
-_INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
     Returns:
-        0 on success; 2 after bad input and 130 after Ctrl-C, with one message on standard error.
+        one of `platform.exit_codes`: 0 on success; 2 after bad input and 130 after Ctrl-C, with one
+        message on standard error; 75 if training was told to stop and can go on.
     """
     parsed, rest = _parser().parse_known_args(arguments)
     if rest and not parsed.takes_overrides:
@@ -43,13 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.overrides = rest
         parsed.run(parsed)
+    except Stopped:
+        return CONTINUE
     except UserError as error:
         _print_error(error)
-        return _BAD_INPUT
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+        return INTERRUPTED
+    return FINISHED
 
 
 def _print_error(error: UserError) -> None:

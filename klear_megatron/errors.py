@@ -16,6 +16,13 @@ class UserError(Exception):
     """The rank that found it, if it was another than the one that raises it now."""
 
 
+class Stopped(UserError):
+    """The run was told to stop, and has done so. A UserError, so that it reaches all ranks."""
+
+    def __init__(self, message: str = "told to stop") -> None:
+        super().__init__(message)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Advice on a name that is not known: the one that was meant, or else all there are."""
     names = list(known)

@@ -7,7 +7,6 @@ the process ended, and is written again.
 
 import contextlib
 import errno
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,11 +16,10 @@ from typing import Any, BinaryIO, cast
 from klear_megatron.conversion.streamed_file import StreamedFile
 from klear_megatron.errors import UserError
 from klear_megatron.platform.files import sync_to_disk, write_atomically
+from klear_megatron.platform.locks import locked
 
 _RECEIPTS = ".receipts"
 _PLAN, _LOCK = "plan.json", "lock"
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-"""Errors of file systems without locks, as clusters may mount them: nobody can be warned there."""
 
 
 class Staging:
@@ -85,17 +83,11 @@ class Staging:
     def _claim(self) -> None:
         """Makes the folder and locks it for this process."""
         self._receipts.mkdir(parents=True, exist_ok=True)
-        lock = self._claims.enter_context((self._receipts / _LOCK).open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.partial}: another process is writing there; wait for it or choose another "
-                "output"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        refusal = (
+            f"{self.partial}: another process is writing there; wait for it or choose another "
+            "output"
+        )
+        self._claims.enter_context(locked(self._receipts / _LOCK, refusal))
 
     def receipt(self, name: str) -> Any | None:
         """What `write` returned for this file; None unless it is complete and unshortened."""

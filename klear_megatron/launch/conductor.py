@@ -20,15 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from klear_megatron.launch.clusters import Cluster, Step, find_cluster
-from klear_megatron.launch.reports import (
-    BAD_INPUT,
-    CONTINUE,
-    FAILED,
-    FINISHED,
-    first_failure,
-    read_reports,
-    write_json,
-)
+from klear_megatron.launch.reports import first_failure, read_reports, write_json
+from klear_megatron.platform.exit_codes import BAD_INPUT, CONTINUE, FAILED, FINISHED
 
 _POLL_S = 0.3
 _GATHER_S = 3.0

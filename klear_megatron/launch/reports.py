@@ -11,10 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from klear_megatron.platform.exit_codes import CONTINUE, FINISHED
 from klear_megatron.platform.files import write_atomically
-
-FINISHED, FAILED, BAD_INPUT, CONTINUE = 0, 1, 2, 75
-"""Exit codes. CONTINUE says that the task was told to end and can go on."""
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from klear_megatron.launch.reports import (
-    BAD_INPUT,
-    CONTINUE,
-    FINISHED,
-    Report,
-    write_json,
-    write_report,
-)
+from klear_megatron.launch.reports import Report, write_json, write_report
+from klear_megatron.platform.exit_codes import BAD_INPUT, CONTINUE, FINISHED
 
 _ERROR_LINES = 50
 _OURS = re.compile(r"error( on rank \d+)?: (?P<message>.*)")

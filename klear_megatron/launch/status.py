@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 from klear_megatron.errors import UserError
-from klear_megatron.launch.reports import CONTINUE, FINISHED, first_failure, read_reports
+from klear_megatron.launch.reports import first_failure, read_reports
+from klear_megatron.platform.exit_codes import CONTINUE, FINISHED
 
 _LINES = 10
 

@@ -51,7 +51,7 @@ from klear_megatron.policy.optimizer_state import (
 )
 from klear_megatron.policy.parallel import parallel_sizes
 from klear_megatron.policy.random_states import random_states, restore_random_states
-from klear_megatron.policy.write_queue import prepare_write_queue
+from klear_megatron.policy.writers import prepare_writers
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class CheckpointWriter:
         """Collective. With `asynchronous`, a snapshot is written while training goes on, and `path`
         appears in a later call of `finish`."""
         self.finish(wait=True)
-        prepare_write_queue()
+        prepare_writers()
         partial = path.with_suffix(_PARTIAL)
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)

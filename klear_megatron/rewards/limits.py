@@ -34,7 +34,9 @@ def run_within(limits: Limits, function: Callable[..., T], *arguments: Any) -> T
 
 
 def prepare_process() -> None:
-    """Let the timers of `run_within` kill this process, whatever handlers it inherited."""
+    """Let the timers of `run_within` kill this process, whatever handlers it inherited, and SIGTERM
+    not: a trainer that is told to stop ends the process when it wants to."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 

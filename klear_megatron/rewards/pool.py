@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from klear_megatron.rewards.answers import agrees, math_answer
 from klear_megatron.rewards.config import RewardConfig
@@ -23,6 +23,9 @@ from klear_megatron.rewards.limits import prepare_process, reached, run_within
 from klear_megatron.rewards.reward import Job, Reward
 
 T = TypeVar("T")
+
+# Seconds until a worker that is not needed any more is killed: it ignores SIGTERM.
+CONSTS.term_timeout = 0.1
 
 
 class RewardPool:
@@ -45,6 +48,7 @@ class RewardPool:
         self._workers = max(1, config.workers // sharers)
         self._max_concurrent = max(1, config.max_concurrent // sharers)
         self._lock = threading.Lock()
+        self._ended = False
         self.crashes = 0
 
     def __enter__(self) -> "RewardPool":
@@ -56,6 +60,8 @@ class RewardPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._ended = True
         self._pool.stop()
         self._pool.join()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -127,6 +133,8 @@ class RewardPool:
 
     def _running_pool(self) -> ProcessPool:
         with self._lock:
+            if self._ended:
+                raise RuntimeError("the processes that grade answers have been ended")
             # A pebble pool stops if a worker is killed while none has work, for instance by the
             # kernel when memory runs out.
             if not self._pool.active:

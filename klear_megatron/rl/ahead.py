@@ -58,6 +58,7 @@ class AheadCollector(Collector):
         Raises:
             UserError: a server refused a request, all were lost and did not come back, or a reward
                 function failed.
+            Stopped: the run was told to stop while it waited.
         """
         producer = self._producer
         with phases("wait"):
@@ -73,7 +74,8 @@ class AheadCollector(Collector):
         return rollouts
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {DRAWN_AHEAD: len(self._leading_ranks)}
+        # Also the prompts that have been dealt since are kept: in the buffers.
+        return {"sampler": self._sampler.state_dict(), DRAWN_AHEAD: len(self._leading_ranks)}
 
     def save(self, folder: Path) -> None:
         """Writes the buffer of a rank that leads into the folder of a checkpoint.

@@ -17,6 +17,7 @@ from klear_megatron.evaluation.benchmark import (
 from klear_megatron.evaluation.responses import write_rows
 from klear_megatron.evaluation.scores import Row, Scores, by_problem, score
 from klear_megatron.observability import Phases, Progress, say
+from klear_megatron.platform import objects
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.groups import GroupMaker
@@ -46,6 +47,17 @@ class Evaluations:
         sampling = config.evaluation.sampling
         check_benchmarks(self._benchmarks, folder.config, config.rollout, sampling, config.rewards)
 
+    def are_missing(self, step: int) -> bool:
+        """Collective. Whether an evaluation is due after `step` and was cut off or never begun."""
+        return objects.broadcast(self._due(step) and not self._dump_dir(step).exists())
+
+    def _due(self, step: int) -> bool:
+        config = self._config.evaluation
+        return config is not None and (step % config.every == 0 or step == self._config.steps)
+
+    def _dump_dir(self, step: int) -> Path:
+        return self._config.run_dir / "evaluations" / f"step_{step:08}"
+
     def after(
         self, step: int, servers: PolicyServers, maker: GroupMaker | None, phases: Phases
     ) -> dict[str, float]:
@@ -58,7 +70,7 @@ class Evaluations:
             UserError: servers refused a request, or were lost and did not come back.
         """
         config = self._config.evaluation
-        if config is None or (step % config.every and step != self._config.steps):
+        if config is None or not self._due(step):
             return {}
         metrics: dict[str, float] = {}
 
@@ -66,14 +78,13 @@ class Evaluations:
             if not run.is_main_rank():
                 return
             assert maker is not None  # the main rank leads
-            dump_dir = self._config.run_dir / "evaluations" / f"step_{step:08}"
             scores = evaluate_policy(
                 self._benchmarks,
                 generator,
                 maker.rewards,
                 self._tokenizer,
                 config.sampling,
-                dump_dir,
+                self._dump_dir(step),
             )
             for name, of_one in scores.items():
                 say(f"step {step}: {name}: {of_one}")

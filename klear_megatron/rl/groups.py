@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.data import LoadedPrompts, Prompt
 from klear_megatron.losses import AdvantageConfig, advantages_of
 from klear_megatron.models.tokenizer import decode_response
+from klear_megatron.platform import stop
 from klear_megatron.rewards import Job, Reward, RewardPool
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, Response, Share
@@ -92,7 +93,8 @@ class GroupMaker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        # Those that wait for a grade end with the pool.
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def start(self, prompts: LoadedPrompts, rows: Sequence[int]) -> "Making":
         """The groups of these rows of the prompts, none of them drawn yet."""
@@ -203,5 +205,6 @@ class Making:
 
         Raises:
             UserError: a reward function returned something else than a reward.
+            Stopped: this process was told to stop.
         """
-        return [self._groups[i].result() for i in range(len(self._questions))]
+        return [stop.result_of(self._groups[i]) for i in range(len(self._questions))]

@@ -27,6 +27,7 @@ from klear_megatron.rollout import Share
 from klear_megatron.training import run
 from klear_megatron.training.planned import PlannedSteps
 from klear_megatron.training.resume import record_config, resume
+from klear_megatron.training.saver import Saver, is_finished
 
 
 def train_rl(config: RLConfig) -> None:
@@ -34,8 +35,14 @@ def train_rl(config: RLConfig) -> None:
 
     Raises:
         UserError: bad data, a bad model, a config that does not fit them, or a server that fails.
+        Stopped: the run was told to stop, and has been saved.
     """
-    folder = run.start(config)
+    with run.running(config) as folder:
+        if not objects.broadcast(run.is_main_rank() and is_finished(config, config.steps)):
+            _train(config, folder)
+
+
+def _train(config: RLConfig, folder: ModelFolder) -> None:
     planned = PlannedSteps(config)
     prompts = read_training_prompts(config, folder)
     evaluations = Evaluations(config, folder)
@@ -65,31 +72,38 @@ def train_rl(config: RLConfig) -> None:
         if main := run.is_main_rank():
             next_step = first if state else 0
             recorder = stack.enter_context(Recorder(config.run_dir, next_step=next_step))
+        saver = stack.enter_context(
+            Saver(learner, config, config.steps, first - 1, collector.state_dict, collector.save)
+        )
         progress = stack.enter_context(Progress("RL", config.steps, start=first - 1, enabled=main))
         servers.sync(version=first - 1)
         record_config(config, first)
         phases, dropped = Phases(), DroppedSteps(config.run_dir, main=main)
-        if state is None:
-            metrics = evaluations.after(0, servers, maker, phases)
+        if state is None or evaluations.are_missing(first - 1):
+            metrics = evaluations.after(first - 1, servers, maker, phases)
             if recorder is not None and metrics:
-                recorder.write(0, metrics)
+                recorder.write(first - 1, metrics)
         for step in range(first, config.steps + 1):
             rollouts = collector.collect(step, phases)
             dropped.observe(step, rollouts)
             metrics = rollouts.metrics | train(
                 learner, reference, objective, config, rollouts, step, phases
             )
-            with phases("sync"):
-                servers.sync(version=step)
-            metrics |= evaluations.after(step, servers, maker, phases)
-            metrics |= throughput(metrics, phases.take(), rollouts.batch)
+            try:
+                # Before the servers are asked for anything: they are told to end, too.
+                saver.trained(step)
+                with phases("sync"):
+                    servers.sync(version=step)
+                metrics |= evaluations.after(step, servers, maker, phases)
+            finally:
+                metrics |= throughput(metrics, phases.take(), rollouts.batch)
+                if recorder is not None:
+                    recorder.write(step, metrics)
             if "seconds/train" in metrics:
                 at_a_time = config.prompts_per_mini_batch * config.responses_per_prompt
                 planned.observe(rollouts.batch.lengths, at_a_time, metrics["seconds/train"])
-            if recorder is not None:
-                recorder.write(step, metrics)
             progress.advance(note=summary(metrics))
-            run.save(learner, config, step, config.steps, collector.state_dict(), collector.save)
+            saver.save_what_is_due()
 
 
 def train(

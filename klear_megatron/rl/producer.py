@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from klear_megatron.data import LoadedPrompts
+from klear_megatron.platform import stop
 from klear_megatron.rl.buffer import Buffer, Slot
 from klear_megatron.rl.groups import Group, GroupMaker
 from klear_megatron.rl.servers import PolicyServers
@@ -75,6 +76,7 @@ class Producer:
         Raises:
             ServersLostError: all servers are lost. When they are back, call it again.
             UserError: a server refused a request, or a reward function failed.
+            Stopped: this process was told to stop.
         """
         with self.changed:
             if isinstance(self._failure, ServersLostError):
@@ -83,9 +85,10 @@ class Producer:
                 self._thread = threading.Thread(target=self._run, name="producer", daemon=True)
                 self._thread.start()
             while not self.buffer.ready:
+                stop.check()  # before a failure: servers are told to end, too
                 if self._failure is not None:
                     raise self._failure
-                self.changed.wait()
+                self.changed.wait(stop.LOOK_AGAIN_S)
 
     def take(self) -> Taken:
         """The groups of the next step, for which `wait` has waited."""

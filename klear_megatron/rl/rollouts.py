@@ -58,6 +58,7 @@ class Collector:
         self._sampler = sampler
         self._servers = servers
         self._maker = maker
+        self._next_prompts = sampler.state_dict()
         leads = objects.all_gather(maker is not None)
         self._leading_ranks = [rank for rank, does in enumerate(leads) if does]
         self._dumps = config.run_dir / "rollouts"
@@ -70,6 +71,7 @@ class Collector:
         Raises:
             UserError: a server refused a request, all were lost and did not come back, or a reward
                 function failed.
+            Stopped: the run was told to stop while it generated or graded.
         """
         wanted = self._config.prompts_per_step
         made: list[Group] = []
@@ -78,11 +80,13 @@ class Collector:
             informative = sum(group.informative for group in made)
             if sum(objects.all_gather(informative)) >= wanted:
                 break
-        return self._finish(step, made, phases)
+        rollouts = self._finish(step, made, phases)
+        self._next_prompts = self._sampler.state_dict()
+        return rollouts
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on with the next prompt, the same on every rank."""
-        return {"sampler": self._sampler.state_dict()}
+        """What a checkpoint needs to go on after the last step collected, the same on all ranks."""
+        return {"sampler": self._next_prompts}
 
     def save(self, folder: Path) -> None:
         """Writes what else a checkpoint needs into its folder: nothing."""

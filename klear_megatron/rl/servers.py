@@ -4,8 +4,9 @@ import contextlib
 from collections.abc import Callable, Collection
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.errors import Stopped
 from klear_megatron.observability import say
-from klear_megatron.platform import objects
+from klear_megatron.platform import objects, stop
 from klear_megatron.policy.model import Model
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, ServersLostError, serving
@@ -43,13 +44,16 @@ class PolicyServers:
         """Of the weights that the last `sync` pushed."""
         self._max_staleness = config.max_staleness
         self._main = run.is_main_rank()
-        urls: list[str] = []
-        if self._main:
+
+        def start() -> list[str]:
             logs = config.run_dir / "logs"
             servers = serving(config.rollout, folder.path, logs, seed=config.seed, own_weights=True)
             self._servers = stack.enter_context(servers)
-            urls = self._servers.urls
-        self._urls = objects.broadcast(urls)
+            return self._servers.urls
+
+        # The other ranks wait here and below while servers start: a collective in the policy's own
+        # groups would time out.
+        self._urls = objects.broadcast(objects.together(lambda: start() if self._main else []))
         self._weights = stack.enter_context(
             WeightSync(self._urls, config.rollout, model.placed_hf_tensors)
         )
@@ -64,6 +68,7 @@ class PolicyServers:
 
         Raises:
             UserError: a lost server does not come back, or the servers do not take the weights.
+            Stopped: the run was told to stop, which may be why the servers are lost.
         """
         if self.generator is not None:
             self.generator.held = True
@@ -72,10 +77,12 @@ class PolicyServers:
             self.generator.weight_versions = frozenset(map(str, usable))
         lost = set().union(*objects.all_gather(self.generator.lost if self.generator else set()))
         if failure := self._push(version, lost):
+            stop.check_all()
             if self._main:
                 say(f"{failure}; starting all servers again")
             failure = self._push(version, self._urls)
         if failure:
+            stop.check_all()
             raise WeightSyncError(failure)
         if self.generator is not None:
             self.generator.lost.clear()
@@ -90,11 +97,14 @@ class PolicyServers:
         Raises:
             UserError: on all ranks, if `draw` raises another error on one of them, or all servers
                 are lost several times in a row.
+            Stopped: on all ranks, if any was told to stop while it drew.
         """
         for attempt in range(1, _MAX_LOSSES_IN_A_ROW + 1):
             failures = objects.failures(lambda: draw(self.generator) if self.generator else None)
             if not failures:
                 return
+            for stopped in (one for one in failures if isinstance(one, Stopped)):
+                raise stopped
             final = [one for one in failures if not isinstance(one, ServersLostError)]
             if final or attempt == _MAX_LOSSES_IN_A_ROW:
                 raise (final or failures)[0]
@@ -106,8 +116,6 @@ class PolicyServers:
         Raises:
             UserError: on all ranks, if a lost server does not come back.
         """
-        # The other ranks wait here while servers start: a collective in the policy's own groups
-        # would time out.
         objects.together(lambda: self._servers.restore(lost) if self._main else None)
         try:
             self._weights.push(self._model.own_hf_tensors(), version)

@@ -11,6 +11,7 @@ import httpx
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
+from klear_megatron.platform import stop
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.rollout.dispatch import Capacity, Dispatch, Share
 from klear_megatron.rollout.prompt_queue import Item, PromptQueue
@@ -131,11 +132,10 @@ class Generator:
         Args:
             share: which of several leaders this is, each with a generator for the same servers.
         """
-        asyncio.run(
-            self.streaming(
-                prompts, sampling, on_done, responses_per_prompt=responses_per_prompt, share=share
-            )
+        drawing = self.streaming(
+            prompts, sampling, on_done, responses_per_prompt=responses_per_prompt, share=share
         )
+        asyncio.run(stop.unless_told(drawing))
 
     async def streaming(
         self,

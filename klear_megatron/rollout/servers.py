@@ -15,6 +15,7 @@ import httpx
 
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
+from klear_megatron.platform import stop
 from klear_megatron.platform.device import HAS_GPU, ranks_on_this_host
 from klear_megatron.platform.files import make_folder
 from klear_megatron.rollout import external_servers, guard
@@ -130,10 +131,12 @@ class Servers:
 
         Raises:
             UserError: the server does not start or does not answer in time.
+            Stopped: this process was told to stop.
         """
         process = self._processes.get(url)
         deadline = time.monotonic() + self._timeout_s
         while not _is_there(url, ready=process is not None and not process.answered):
+            stop.check()
             if process is not None and process.ended:
                 if not process.answered:
                     raise UserError(
@@ -165,11 +168,11 @@ class _Process:
         self._guard: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts the server, or restarts it and appends to its log."""
+        """Starts the server, or restarts it. Its log keeps what earlier ones have said."""
         self.stop()
         # With its old seed the server would draw the same responses again.
         command = self._command(seed=self._seed + _SEEDS * self._starts)
-        with self._log.open("ab" if self._starts else "wb") as output:
+        with self._log.open("ab") as output:
             self._guard = subprocess.Popen(
                 guard.guarded(command),
                 stdin=subprocess.PIPE,

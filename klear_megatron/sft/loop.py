@@ -2,10 +2,12 @@
 
 import contextlib
 
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import PromptSampler
 from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
 from klear_megatron.observability import Phases, Progress, Recorder
+from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.learner import Learner
 from klear_megatron.sft.config import SFTConfig
@@ -13,6 +15,7 @@ from klear_megatron.sft.data import read_examples
 from klear_megatron.training import run
 from klear_megatron.training.planned import PlannedSteps
 from klear_megatron.training.resume import record_config, resume
+from klear_megatron.training.saver import Saver, is_finished
 
 
 def train_sft(config: SFTConfig) -> None:
@@ -20,8 +23,13 @@ def train_sft(config: SFTConfig) -> None:
 
     Raises:
         UserError: bad data, a bad model, or a config that does not fit them.
+        Stopped: the run was told to stop, and has been saved.
     """
-    folder = run.start(config)
+    with run.running(config) as folder:
+        _train(config, folder)
+
+
+def _train(config: SFTConfig, folder: ModelFolder) -> None:
     planned = PlannedSteps(config)
     examples = read_examples(config, folder)
     steps = len(examples) * config.epochs // config.batch_size
@@ -30,6 +38,8 @@ def train_sft(config: SFTConfig) -> None:
             f"batch_size: {config.batch_size} conversations a step, but data.path has "
             f"{len(examples)} x {config.epochs} epochs"
         )
+    if objects.broadcast(run.is_main_rank() and is_finished(config, steps)):
+        return
     learner = Learner(config.policy, folder, total_steps=steps, seed=config.seed)
     sampler = PromptSampler(len(examples), config.seed, fingerprint=examples.fingerprint())
     objective, phases = SFTObjective(), Phases()
@@ -48,6 +58,9 @@ def train_sft(config: SFTConfig) -> None:
             if run.is_main_rank()
             else None
         )
+        saver = stack.enter_context(
+            Saver(learner, config, steps, first - 1, lambda: {"sampler": sampler.state_dict()})
+        )
         for step in range(first, steps + 1):
             tokens, masks = zip(
                 *(examples[row] for row in sampler.next_batch(config.batch_size)), strict=True
@@ -61,4 +74,5 @@ def train_sft(config: SFTConfig) -> None:
             if recorder is not None:
                 recorder.write(step, metrics)
             progress.advance(note=f"loss {trained['loss']:.3f}")
-            run.save(learner, config, step, steps, {"sampler": sampler.state_dict()})
+            saver.trained(step)
+            saver.save_what_is_due()

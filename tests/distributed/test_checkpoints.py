@@ -21,7 +21,7 @@ from klear_megatron.losses import SFTObjective
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
 from klear_megatron.policy.optimizer_state import owned_shards
-from klear_megatron.training import run
+from klear_megatron.training.saver import Saver
 from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.distributed.reference import make_batch
@@ -224,7 +224,9 @@ def _announcements(model: Path, run_dir: Path) -> Any:
         policy=SimpleNamespace(path=model),
         model_dump=lambda mode: {},
     )
-    run.save(learner, config, step=1, last_step=2, state={})
+    saver = Saver(learner, config, last_step=2, step=0, state=dict)  # type: ignore[arg-type]
+    saver.trained(1)
+    saver.save_what_is_due()
     early = list(said)
     learner.finish_saves()
     return early, said

@@ -1,5 +1,8 @@
 """Reinforcement learning in every kind of layout, each with the same two servers."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +13,15 @@ import pytest
 
 from klear_megatron.config import load_config
 from klear_megatron.data import PromptSampler
+from klear_megatron.errors import Stopped
 from klear_megatron.policy.model import Model
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.loop import train_rl
+from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import serving
 from tests.distributed.ranks import run_ranks
 from tests.files import read_rows
+from tools.kill_training import count_prompts
 
 PROMPTS, RESPONSES, STEPS = 4, 8, 2
 BOUND = 1e-4
@@ -133,3 +139,43 @@ def test_the_bound_would_catch_stale_weights(config):
     first, second = read_rows(run.run_dir / "metrics.jsonl")
     assert first["rollout/log_prob_difference_max"] < BOUND
     assert second["rollout/log_prob_difference_max"] > 10 * BOUND
+
+
+def _told_as_it_draws(config: RLConfig, step: int) -> bool:
+    """Whether the run stopped. Both ranks get SIGTERM as this step draws."""
+    told: list[threading.Timer] = []
+    original = PolicyServers.persist
+
+    def persist(self: PolicyServers, draw: Any) -> None:
+        if self.version == step - 1 and not told:
+            # With staleness, the step waits for what is drawn already.
+            delay = 0 if config.max_staleness else 0.3
+            told.append(threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM)))
+            told[0].start()
+        original(self, draw)
+
+    PolicyServers.persist = persist  # type: ignore[method-assign]
+    try:
+        train_rl(config)
+    except Stopped:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_run_that_is_told_to_stop_as_it_draws_loses_no_prompt(max_staleness, config):
+    values = config({}).model_dump() | {"max_staleness": max_staleness, "steps": 3}
+    values["loss"] |= {"tis_clip": 2.0}
+    values["sampling"] |= {"max_response_length": 190}
+    values["rollout"] |= {"max_running_requests": 4}  # so that drawing takes a while
+    run = RLConfig.model_validate(values)
+    assert run_ranks(2, _told_as_it_draws, run, 2, timeout=300) == [True, True]
+    (checkpoint,) = (run.run_dir / "checkpoints").iterdir()
+    steps = [row["step"] for row in read_rows(run.run_dir / "metrics.jsonl")]
+    assert checkpoint.name == f"step_{steps[-1]:08}"
+    if not max_staleness:  # it did not wait for the responses
+        assert steps == [1]
+        assert not list((run.run_dir / "rollouts").glob("step_00000002_*"))
+    run_ranks(2, train_rl, run, timeout=300)
+    assert [row["step"] for row in read_rows(run.run_dir / "metrics.jsonl")] == [1, 2, 3]
+    assert count_prompts(run)["trained"] > 0

@@ -17,8 +17,8 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.sft.loop import train_sft
 from klear_megatron.training import resume as resume_module
-from klear_megatron.training import run
 from klear_megatron.training.resume import record_config, resume
+from klear_megatron.training.saver import Saver
 from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
@@ -64,9 +64,11 @@ def _step(learner: Any) -> dict[str, float]:
 
 def _train_and_save(config: SFTConfig, steps: int) -> None:
     learner = _learner(config)
+    saver = Saver(learner, config, 10, 0, dict)
     for step in range(1, steps + 1):
         _step(learner)
-        run.save(learner, config, step, 10, {})
+        saver.trained(step)
+        saver.save_what_is_due()
 
 
 def _resume(config: SFTConfig) -> tuple[dict[str, Any], str, Any]:

@@ -157,6 +157,7 @@ def load(kind: str, source: str, paths: "dict[str, str]") -> "Callable[[list[int
 def prepare_test(limits: Limits, cpu_s: float) -> None:
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {_signal.SIGCHLD})
     _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)  # too much output is the end, not an OSError
+    _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)  # those that grade ignore it
     del sys.path[0]
     if not FIRST_PROCESS:
         os.setsid()  # so that its children can be found, and ended, together

@@ -1,0 +1,120 @@
+"""When a run writes checkpoints: at the steps that its config says, and when it is told to stop."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from klear_megatron.checkpoints.run_config import RUN_CONFIG
+from klear_megatron.config import write_config
+from klear_megatron.conversion import export_hf
+from klear_megatron.errors import Stopped
+from klear_megatron.observability import say
+from klear_megatron.platform import stop
+from klear_megatron.platform.files import write_atomically
+from klear_megatron.policy.checkpoint import checkpoint_path
+from klear_megatron.policy.learner import Learner
+from klear_megatron.training.config import RunConfig
+from klear_megatron.training.run import base_fingerprint, is_main_rank
+
+_FINISHED = "finished.json"
+
+
+def is_finished(config: RunConfig, last_step: int) -> bool:
+    """Whether an earlier start of this run has done all that it asks for; says so. For one rank."""
+    path = config.run_dir / _FINISHED
+    done: bool = path.is_file() and json.loads(path.read_text())["step"] == last_step
+    if done:
+        say(
+            f"{config.run_dir}: finished: step {last_step} of {last_step} is done; nothing to do. "
+            "To train further, ask for more steps or epochs"
+        )
+    return done
+
+
+class Saver:
+    """Saves a run; a context manager around its steps.
+
+    When they end with `Stopped`, it saves the last step that was trained, unless its checkpoint is
+    there already. Call every method on all ranks.
+
+    Args:
+        step: the last one that is trained and saved; 0 at the beginning.
+        state: what the trainer needs to go on after the last step that was trained.
+        save_beside: see `Learner.save`.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        config: RunConfig,
+        last_step: int,
+        step: int,
+        state: Callable[[], dict[str, Any]],
+        save_beside: Callable[[Path], None] | None = None,
+    ) -> None:
+        self._learner, self._config, self._last_step = learner, config, last_step
+        self._state, self._save_beside = state, save_beside
+        self._trained = self._saved = step
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if isinstance(error, Stopped):
+            if self._trained > self._saved:
+                self._save()
+            self._learner.finish_saves()
+            if is_main_rank():
+                what = f"step {self._trained} is saved" if self._trained else "no step was done yet"
+                say(f"told to stop: {what}; run it again to go on")
+        elif error is None and is_main_rank():
+            with write_atomically(self._config.run_dir / _FINISHED) as file:
+                json.dump({"step": self._trained}, file)
+
+    def trained(self, step: int) -> None:
+        """The optimizer steps of `step` are done.
+
+        Raises:
+            Stopped: on all ranks, if any was told to stop.
+        """
+        self._trained = step
+        stop.check_all()
+
+    def save_what_is_due(self) -> None:
+        """Writes the Megatron and Hugging Face checkpoints that are due after the last step."""
+        step, config = self._trained, self._config
+        due = config.save_every is not None and step % config.save_every == 0
+        if due or step == self._last_step:
+            self._save()
+        if step == self._last_step:
+            self._learner.finish_saves()
+        if config.export_every is not None and step % config.export_every == 0:
+            out = config.run_dir / "hf" / f"step_{step:08}"
+            if is_main_rank():
+                # Written before the run was resumed from an earlier step.
+                shutil.rmtree(out, ignore_errors=True)
+            export_hf(self._learner.model, out)
+
+    def _save(self) -> None:
+        step, config = self._trained, self._config
+        path = checkpoint_path(config.run_dir, step)
+        state = {
+            **self._state(),
+            "step": step,
+            "config": config.model_dump(mode="json"),
+            "base": base_fingerprint(config.policy.path),
+        }
+
+        def beside(folder: Path) -> None:
+            if is_main_rank():
+                write_config(config, folder / RUN_CONFIG)
+            if self._save_beside is not None:
+                self._save_beside(folder)
+
+        self._learner.save(path, state, beside)
+        self._saved = step
