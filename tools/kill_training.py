@@ -1,9 +1,12 @@
 """Kills RL, or its servers, at random moments with SIGKILL, and counts the prompts at the end.
 
-    .venv/bin/python tools/kill_training.py CONFIG [--kills N] [--servers] [--section.key value ...]
+    .venv/bin/python tools/kill_training.py CONFIG [--kills N] [--servers | --one]
+        [--section.key value ...]
 
-The run is started again after each kill; with `--servers`, it has to go on by itself. Every prompt
-that was handed out must have been trained on, counted as dropped, or be in the buffer of the last
+The run is started again after each kill; with `--servers`, it has to go on by itself. With `--one`,
+each kill is of one process only, of a kind that is drawn: torchrun, a rank, or a process that a
+rank has started. If the run does not go on by itself, nothing of it may be left. Every prompt that
+was handed out must have been trained on, counted as dropped, or be in the buffer of the last
 checkpoint, exactly once. `run_dir` must be empty, and `save_every` 1.
 """
 
@@ -28,6 +31,8 @@ from klear_megatron.rl.config import RLConfig
 
 _LONGEST_S = 6.0
 """From a step to the kill."""
+_ENDS_S = 120.0
+"""Until a run has to have ended of which a rank or torchrun was killed."""
 
 
 def main() -> None:
@@ -37,23 +42,24 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--servers", action="store_true")
+    parser.add_argument("--one", action="store_true")
     options, overrides = parser.parse_known_args()
     config = load_config(RLConfig, options.config, overrides)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     trainer = [f"--nproc-per-node={options.ranks}", "-m", "klear_megatron", "rl"]
     command = [*torchrun, *trainer, str(options.config), *overrides]
     random.seed(options.seed)
-    kill_some = kill_servers if options.servers else kill_trainer
+    kill_some = kill_servers if options.servers else kill_one if options.one else kill_trainer
     process = None
     for number in range(1, options.kills + 1):
-        if process is None or not options.servers:
+        if process is None or process.poll() is not None:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_for_step(process, config.run_dir)
         time.sleep(random.uniform(0, _LONGEST_S))
-        kill_some(process)
+        kill_some(process, config.run_dir)
         step = last_step(config.run_dir)
         print(f"kill {number} of {options.kills}: after step {step}", flush=True)
-    if process is None or not options.servers:
+    if process is None or process.poll() is not None:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     if process.wait():
         sys.exit(f"the run ended with {process.returncode}")
@@ -69,19 +75,45 @@ def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path) -> None:
         time.sleep(0.05)
 
 
-def kill_trainer(process: subprocess.Popen[bytes]) -> None:
+def kill_trainer(process: subprocess.Popen[bytes], _: Path) -> None:
     """Kills all processes of the run but its servers, which have to end by themselves."""
     family = family_of(process)
     for one in family:
         if not is_server(one):
             kill(one)
     process.wait()
+    expect_ended(family)
+
+
+def kill_one(process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """Kills torchrun, a rank, or a process of a rank. Returns when the run has ended, or goes on
+    without that process."""
+    torchrun, *others = family = family_of(process)
+    ranks = torchrun.children()
+    started = [one for one in others if one not in ranks]
+    kinds = {"torchrun": [torchrun], "a rank": ranks, "a process of a rank": started}
+    kind = random.choice(sorted(kinds))
+    victim = random.choice(kinds[kind])
+    with contextlib.suppress(psutil.Error):
+        print(f"killing {kind}: {' '.join(victim.cmdline())[-100:]}", flush=True)
+    kill(victim)
+    if kind == "a process of a rank":
+        before = last_step(run_dir)
+        while process.poll() is None:
+            if last_step(run_dir) > before + 1:
+                return
+            time.sleep(0.05)
+    process.wait(timeout=_ENDS_S)
+    expect_ended(family)
+
+
+def expect_ended(family: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(family, timeout=60)
     if alive:
         sys.exit(f"processes outlived the run: {alive}")
 
 
-def kill_servers(process: subprocess.Popen[bytes]) -> None:
+def kill_servers(process: subprocess.Popen[bytes], _: Path) -> None:
     """Kills the servers; the run has to start them again."""
     for one in family_of(process):
         if is_server(one):

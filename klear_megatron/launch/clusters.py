@@ -5,6 +5,7 @@ Used by `conductor`; needs only the standard library of Python 3.9.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from klear_megatron.platform.orphans import die_with_parent
 
 
 class Step(Protocol):
@@ -195,7 +198,12 @@ class ThisHost(_Told):
             }
             command = _task_command(self._job, role, folder)
             processes.append(
-                subprocess.Popen(command, env={**os.environ, **names}, start_new_session=True)
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **names},
+                    start_new_session=True,
+                    preexec_fn=functools.partial(die_with_parent, os.getpid()),
+                )
             )
         return _Processes(role, processes)
 

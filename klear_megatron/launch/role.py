@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import json
 import os
@@ -30,6 +31,7 @@ from typing import IO, Any
 
 from klear_megatron.launch.reports import Report, write_json, write_report
 from klear_megatron.platform.exit_codes import BAD_INPUT, CONTINUE, FINISHED
+from klear_megatron.platform.orphans import die_with_parent
 
 _ERROR_LINES = 50
 _OURS = re.compile(r"error( on rank \d+)?: (?P<message>.*)")
@@ -199,7 +201,11 @@ class _Parent:
         log = self._folder / f"{self._role}-{self._task.node}.log"
         with log.open("ab", buffering=0) as output:
             self._process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
             assert self._process.stdout is not None
             pump = threading.Thread(target=self._copy, args=(self._process.stdout, output))

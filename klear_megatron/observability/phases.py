@@ -4,6 +4,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+from klear_megatron.platform import heartbeat
+
 
 class Phases:
     """Adds up the wall-clock seconds spent in each named phase."""
@@ -14,6 +16,7 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        heartbeat.begin(name)
         start = time.perf_counter()
         try:
             yield

@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from klear_megatron.platform import heartbeat
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -54,6 +56,7 @@ class Progress:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`note` is shown beside the count until the next one."""
+        heartbeat.beat()
         self._done += count
         self._note = note
         if self._bar is not None:

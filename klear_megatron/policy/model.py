@@ -18,6 +18,7 @@ from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.model_folder import ModelFolder, config_of
 from klear_megatron.models import padded_vocab_size
 from klear_megatron.models.language_model import packed_sequences
+from klear_megatron.platform import heartbeat
 from klear_megatron.platform.device import this_device
 from klear_megatron.platform.tensors import PlacedTensor
 from klear_megatron.policy import checkpoint
@@ -190,6 +191,7 @@ class Model:
 def _forward_step(
     contribution: Contribution, iterator: Iterator[MicroBatch], module: Any
 ) -> tuple[Tensor, Any]:
+    heartbeat.beat()
     micro = next(iterator)
     output = module(
         micro.tokens[None],

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.data import LoadedPrompts, Prompt
 from klear_megatron.losses import AdvantageConfig, advantages_of
 from klear_megatron.models.tokenizer import decode_response
-from klear_megatron.platform import stop
+from klear_megatron.platform import heartbeat, stop
 from klear_megatron.rewards import Job, Reward, RewardPool
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, Response, Share
@@ -150,9 +150,10 @@ class GroupMaker:
                 )
                 for text, response in zip(texts, responses, strict=True)
             ]
+            graded = self.rewards.grade(jobs, lambda _: heartbeat.beat())
             rewards = [
                 penalised(reward, len(response.token_ids), self._config)
-                for reward, response in zip(self.rewards.grade(jobs), responses, strict=True)
+                for reward, response in zip(graded, responses, strict=True)
             ]
             advantages = self._config.advantages
             return compared(prompt, prompt_ids, responses, texts, rewards, advantages)

@@ -11,7 +11,7 @@ import httpx
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
-from klear_megatron.platform import stop
+from klear_megatron.platform import heartbeat, stop
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.rollout.dispatch import Capacity, Dispatch, Share
 from klear_megatron.rollout.prompt_queue import Item, PromptQueue
@@ -218,6 +218,7 @@ class _Drawing:
         or the first server to answer would get them all."""
         self._place_free = asyncio.Event()
         self._all_done = asyncio.Event()
+        self._in_flight = 0
         self._unanswered: collections.Counter[int] = collections.Counter()
         self._why_lost = "all have been lost before"
 
@@ -225,10 +226,12 @@ class _Drawing:
         try:
             async with asyncio.TaskGroup() as tasks:
                 giving = tasks.create_task(self._give())
+                beating = tasks.create_task(self._beat())
                 async with asyncio.TaskGroup() as servers:
                     for url in self._generator.urls:
                         servers.create_task(self._use(url))
                 giving.cancel()  # it waits for a server, if none is left
+                beating.cancel()
         except ExceptionGroup as failures:
             raise _first(failures) from None
         if not self._all_done.is_set():
@@ -250,11 +253,19 @@ class _Drawing:
             else:
                 self._queue.give_back(item)
 
+    async def _beat(self) -> None:
+        """While servers work, there is progress: each request has a time limit of its own."""
+        while True:
+            if self._in_flight and not self._generator.held:
+                heartbeat.beat()
+            await asyncio.sleep(1)
+
     def _start(self, item: Item) -> None:
         url = self._dispatch.enter(item.position)
         tasks, client = self._running[url]
 
         def settle(task: asyncio.Task[bool]) -> None:
+            self._in_flight -= 1
             failed = task.cancelled() or task.exception() is not None
             if failed:
                 self._dispatch.close(url)
@@ -266,6 +277,7 @@ class _Drawing:
             else:
                 self._queue.give_back(item)
 
+        self._in_flight += 1
         tasks.create_task(self._ask(url, client, item)).add_done_callback(settle)
 
     async def _ask(self, url: str, client: httpx.AsyncClient, item: Item) -> bool:

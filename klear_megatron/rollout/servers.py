@@ -15,7 +15,7 @@ import httpx
 
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
-from klear_megatron.platform import stop
+from klear_megatron.platform import heartbeat, stop
 from klear_megatron.platform.device import HAS_GPU, ranks_on_this_host
 from klear_megatron.platform.files import make_folder
 from klear_megatron.rollout import external_servers, guard
@@ -137,6 +137,7 @@ class Servers:
         deadline = time.monotonic() + self._timeout_s
         while not _is_there(url, ready=process is not None and not process.answered):
             stop.check()
+            heartbeat.beat()  # this has a time limit of its own
             if process is not None and process.ended:
                 if not process.answered:
                     raise UserError(

@@ -20,6 +20,9 @@ class RunConfig(Section):
     """Steps between checkpoints; one is always written at the end."""
     export_every: PositiveInt | None = None
     """Steps between Hugging Face checkpoints, written to `hf/` under the run directory."""
+    watchdog_s: PositiveInt | None = 3600
+    """End the run when no rank has made progress for so many seconds, and write down where each one
+    waits. Longer than the longest save. Null waits for ever."""
     start_without_room: bool = False
     """Start even if the plan says that the memory does not suffice for the longest sequences."""
     policy: PolicyConfig

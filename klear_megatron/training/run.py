@@ -16,6 +16,7 @@ from klear_megatron.platform.fingerprints import fingerprint, samples
 from klear_megatron.platform.locks import locked
 from klear_megatron.policy.config import import_extensions
 from klear_megatron.training.config import RunConfig
+from klear_megatron.training.watchdog import Watchdog
 
 
 @contextlib.contextmanager
@@ -32,7 +33,9 @@ def running(config: RunConfig) -> Iterator[ModelFolder]:
             run directory.
     """
     with stop.listening(), contextlib.ExitStack() as stack:
-        yield _start(config, stack)
+        folder = _start(config, stack)
+        stack.enter_context(Watchdog(config.run_dir, config.watchdog_s))
+        yield folder
 
 
 def _start(config: RunConfig, stack: contextlib.ExitStack) -> ModelFolder:

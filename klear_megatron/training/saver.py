@@ -12,7 +12,7 @@ from klear_megatron.config import write_config
 from klear_megatron.conversion import export_hf
 from klear_megatron.errors import Stopped
 from klear_megatron.observability import say
-from klear_megatron.platform import stop
+from klear_megatron.platform import heartbeat, stop
 from klear_megatron.platform.files import write_atomically
 from klear_megatron.policy.checkpoint import checkpoint_path
 from klear_megatron.policy.learner import Learner
@@ -58,6 +58,7 @@ class Saver:
         self._learner, self._config, self._last_step = learner, config, last_step
         self._state, self._save_beside = state, save_beside
         self._trained = self._saved = step
+        heartbeat.trained(step)
 
     def __enter__(self) -> "Saver":
         return self
@@ -83,6 +84,7 @@ class Saver:
             Stopped: on all ranks, if any was told to stop.
         """
         self._trained = step
+        heartbeat.trained(step)
         stop.check_all()
 
     def save_what_is_due(self) -> None:

@@ -1,7 +1,7 @@
 """The trainers from the command line: real ranks, a real server, and a process that is killed."""
 
+import contextlib
 import json
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -46,6 +46,13 @@ def test_no_token_of_the_base_model_has_a_zero_embedding(quickstart):
     assert norms.min() > norms.median() / 2
 
 
+def forks(process: psutil.Process, family: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are copies of the process: Megatron's writers."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [one for one in family if one.cmdline() == process.cmdline()]
+    return []
+
+
 def test_sft_learns_and_a_resumed_run_is_the_uninterrupted_one(make_config, quickstart, tmp_path):
     config = str(make_config("sft"))
     data = head(quickstart / "sft.jsonl", 32 * 32, tmp_path / "sft.jsonl")
@@ -64,9 +71,12 @@ def test_sft_learns_and_a_resumed_run_is_the_uninterrupted_one(make_config, quic
         stderr=subprocess.DEVNULL,
     ) as trainer:
         wait_for(tmp_path / "interrupted/checkpoints/step_00000003", trainer)
-        family = psutil.Process(trainer.pid).children(recursive=True)
+        parent = psutil.Process(trainer.pid)
+        family: list[psutil.Process] = []
+        while not forks(parent, family):  # they write the next one
+            assert trainer.poll() is None
+            family = parent.children(recursive=True)
         trainer.kill()
-    assert family, "the processes that write the checkpoint"
     assert not psutil.wait_procs(family, timeout=30)[1]
     resumed = run_command(*interrupted, ranks=2)  # and on two ranks instead of one
     assert resumed.returncode == 0, resumed.stderr
@@ -109,9 +119,7 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
         wait_for(run_dir / "checkpoints/step_00000001", torchrun, timeout=240)
         family = psutil.Process(torchrun.pid).children(recursive=True)
         assert any("sglang" in " ".join(process.cmdline()) for process in family)
-        for process in [psutil.Process(torchrun.pid), *family]:
-            if "sglang" not in " ".join(process.cmdline()):
-                process.send_signal(signal.SIGKILL)
+        torchrun.kill()  # and nothing else
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
 
