@@ -96,15 +96,18 @@ class Producer:
             return Taken(self.buffer.take(), self.buffer.unfinished, self._idle.take())
 
     def _run(self) -> None:
+        failure: BaseException | None = None
         try:
             asyncio.run(self._draw())
         except asyncio.CancelledError:
             pass
         except BaseException as error:
-            self._fail(error)
-        finally:
-            with self.changed:
-                self._thread = None
+            failure = error
+        with self.changed:
+            # At once: whoever sees the failure of this thread may want another one.
+            self._thread = None
+            if failure is not None:
+                self._fail(failure)
 
     def _fail(self, error: BaseException) -> None:
         with self.changed:
