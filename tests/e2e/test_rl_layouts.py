@@ -170,7 +170,7 @@ def test_a_run_that_is_told_to_stop_as_it_draws_loses_no_prompt(max_staleness, c
     values["rollout"] |= {"max_running_requests": 4}  # so that drawing takes a while
     run = RLConfig.model_validate(values)
     assert run_ranks(2, _told_as_it_draws, run, 2, timeout=300) == [True, True]
-    (checkpoint,) = (run.run_dir / "checkpoints").iterdir()
+    (checkpoint,) = (run.run_dir / "checkpoints").glob("step_*")
     steps = [row["step"] for row in read_rows(run.run_dir / "metrics.jsonl")]
     assert checkpoint.name == f"step_{steps[-1]:08}"
     if not max_staleness:  # it did not wait for the responses
