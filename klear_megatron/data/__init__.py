@@ -4,7 +4,7 @@ from klear_megatron.data.config import ConversationsConfig, DataConfig, PromptsC
 from klear_megatron.data.encoding import encode_conversation, encode_prompt
 from klear_megatron.data.loading import LoadedPrompts, load_prompts
 from klear_megatron.data.rows import Conversation, Prompt, read_prompts
-from klear_megatron.data.sampler import PromptSampler
+from klear_megatron.data.sampler import PromptSampler, note_on_repeats
 
 __all__ = [
     "Conversation",
@@ -18,5 +18,6 @@ __all__ = [
     "encode_conversation",
     "encode_prompt",
     "load_prompts",
+    "note_on_repeats",
     "read_prompts",
 ]

@@ -16,8 +16,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.data.chat_template import check_template
 from klear_megatron.data.config import ConversationsConfig
 from klear_megatron.data.encoding import encode_conversation
+from klear_megatron.data.files import Row
 from klear_megatron.data.rows import parse_conversation, parse_rows
 from klear_megatron.errors import UserError
 from klear_megatron.observability import Progress
@@ -55,22 +57,31 @@ def encode_part(
     Raises:
         UserError: the data cannot be read, or a row is malformed and may not be skipped.
     """
+    check_template(tokenizer)
     done = EncodedPart()
 
     def skip(_: UserError) -> None:
         done.bad_rows += 1
 
-    on_bad_row = skip if config.bad_rows == "skip" else None
-    parsed = parse_rows(config.path, parse_conversation, on_bad_row, part=part, parts=parts)
+    def encode(row: Row, index: int) -> tuple[int, list[int], list[int]]:
+        conversation = parse_conversation(row, index, config)
+        return index, *encode_conversation(tokenizer, conversation.messages, conversation.tools)
 
     def encoded() -> Iterator[dict[str, Any]]:
-        for _, conversation in parsed:
-            tokens, trained = encode_conversation(tokenizer, conversation.messages)
+        for _, (index, tokens, trained) in parse_rows(
+            config.path,
+            encode,
+            skip if config.bad_rows == "skip" else None,
+            subset=config.subset,
+            split=config.split,
+            part=part,
+            parts=parts,
+        ):
             if len(tokens) > config.max_length:
                 done.too_long += 1
             else:
                 done.kept += 1
-                yield {"index": conversation.index, "tokens": tokens, "trained": trained}
+                yield {"index": index, "tokens": tokens, "trained": trained}
 
     with (
         pa.OSFile(str(folder / f"{part}.arrow"), "wb") as file,

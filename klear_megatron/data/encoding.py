@@ -2,40 +2,48 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.data.rows import Message, Prompt
+from klear_megatron.data import chat_template
+from klear_megatron.data.messages import Message
+from klear_megatron.data.rows import Prompt, is_trained
 from klear_megatron.errors import UserError
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] = ()
+) -> list[int]:
     """Token ids of the messages, followed by the opening of the assistant's turn."""
-    return _apply_template(tokenizer, messages, add_generation_prompt=True)
+    return chat_template.token_ids(tokenizer, messages, tools, add_generation_prompt=True)
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] = ()
 ) -> tuple[list[int], list[int]]:
     """Token ids of a whole conversation, and the mask of the trained ones.
 
     The mask is 1 on the tokens that the assistant has to generate, its end-of-turn token included,
-    and 0 elsewhere; both lists have the same length. An assistant message's tokens are those that
-    the template adds to the prompt before it, so `encode_prompt(messages[:i])` followed by the
-    trained tokens of message i is exactly what generation sees and produces.
+    and 0 elsewhere, as in messages of `weight` 0; both lists have the same length. An assistant
+    message's tokens are those that the template adds to the prompt before it, so
+    `encode_prompt(messages[:i])` followed by the trained tokens of message i is exactly what
+    generation sees and produces.
 
     Raises:
         UserError: the template or the tokenizer changes earlier tokens when a message is added,
-            so no message has tokens of its own.
+            so no message has tokens of its own; or the template leaves out a part of a message or
+            the tools, does not open the assistant's turn, or fails.
     """
-    ids = _apply_template(tokenizer, messages)
+    ids = chat_template.token_ids(tokenizer, messages, tools)
+    chat_template.check_tools_are_used(tokenizer, messages, tools)
     mask = [0] * len(ids)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not is_trained(message):
             continue
-        prompt = encode_prompt(tokenizer, messages[:i])
-        turn = _apply_template(tokenizer, messages[: i + 1])
+        chat_template.check_turn(tokenizer, messages[: i + 1], tools)
+        prompt = encode_prompt(tokenizer, messages[:i], tools)
+        turn = chat_template.token_ids(tokenizer, messages[: i + 1], tools)
         if turn[: len(prompt)] != prompt or ids[: len(turn)] != turn:
             raise UserError(
                 f"messages.{i}: the chat template encodes the messages before or at this one "
@@ -83,17 +91,3 @@ def cut_prompt(
             "without its longest message; raise the limit, or drop long prompts"
         )
     return cut, ids
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = False,
-) -> list[int]:
-    if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one")
-    ids = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
-    )
-    return cast(list[int], ids)

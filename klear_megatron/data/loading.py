@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.data.chat_template import check_template
 from klear_megatron.data.config import PromptsConfig
 from klear_megatron.data.encoding import cut_prompt, encode_prompt
-from klear_megatron.data.rows import Prompt, read_prompts
+from klear_megatron.data.files import Row
+from klear_megatron.data.rows import Prompt, parse_prompt, parse_rows
 from klear_megatron.errors import UserError
 from klear_megatron.platform.fingerprints import fingerprint
 
@@ -57,13 +59,20 @@ def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> L
         UserError: the data cannot be read, a row is malformed and may not be skipped, or no prompt
             is short enough.
     """
+    check_template(tokenizer)
     bad_rows: list[UserError] = []
     skip = bad_rows.append if config.bad_rows == "skip" else None
     limit = config.max_prompt_length
     kept, kept_ids, too_long = [], [], 0
     shortest = 0
-    for prompt in read_prompts(config.path, on_bad_row=skip):
-        ids = encode_prompt(tokenizer, prompt.messages)
+
+    def encode(row: Row, index: int) -> tuple[Prompt, list[int]]:
+        prompt = parse_prompt(row, index, config)
+        return prompt, encode_prompt(tokenizer, prompt.messages)
+
+    for _, (prompt, ids) in parse_rows(
+        config.path, encode, skip, subset=config.subset, split=config.split
+    ):
         if len(ids) > limit:
             too_long += 1
             shortest = min(shortest or len(ids), len(ids))
@@ -72,6 +81,8 @@ def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> L
             prompt, ids = cut_prompt(tokenizer, prompt, limit)
         kept.append(prompt)
         kept_ids.append(ids)
+    if not kept and not too_long:
+        raise UserError(f"{config.path}: all rows are malformed; the first:\n{bad_rows[0]}")
     if not kept:
         raise UserError(
             f"max_prompt_length: no prompt has at most {limit} tokens; the shortest has {shortest}"

@@ -1,18 +1,20 @@
 """What a row of a data file must look like."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ValidationError
 
+from klear_megatron.data.columns import column, ground_truth, optional_column, prompt_messages
+from klear_megatron.data.config import ConversationColumns, PromptColumns
 from klear_megatron.data.files import Row, read_rows
-from klear_megatron.data.published import NonEmptyText, published_format
+from klear_megatron.data.messages import Message, describe, read_messages
+from klear_megatron.data.published import published_format
 from klear_megatron.errors import UserError
 
-Message = dict[str, str]
 OnBadRow = Callable[[UserError], object]
 
 
@@ -37,48 +39,8 @@ class Conversation:
 
     messages: list[Message]
     index: int
-
-
-class _Message(BaseModel):
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
-
-
-class _RewardModel(BaseModel):
-    ground_truth: str | list[str]
-    style: str | None = None
-
-    # One plain error: pydantic reports a failed union as two errors with odd field names.
-    @field_validator("ground_truth", mode="plain")
-    @classmethod
-    def _has_answers(cls, value: Any) -> Any:
-        answers = value if isinstance(value, list) else [value]
-        if not answers or not all(isinstance(answer, str) and answer for answer in answers):
-            raise PydanticCustomError(
-                "ground_truth", "Input should be a string or a list of strings, none of them empty"
-            )
-        return value
-
-
-class _KlearRow(BaseModel):
-    data_source: NonEmptyText
-    prompt: list[_Message] = Field(min_length=1)
-    ability: str | None = None
-    reward_model: _RewardModel
-    extra_info: dict[str, Any] | None = None
-
-
-class _ConversationRow(BaseModel):
-    messages: list[_Message] = Field(min_length=2)
-
-    @field_validator("messages")
-    @classmethod
-    def _has_something_to_learn(cls, messages: list[_Message]) -> list[_Message]:
-        if messages[0].role == "assistant":
-            raise PydanticCustomError("messages", "The first message must not be the assistant's")
-        if not any(message.role == "assistant" for message in messages):
-            raise PydanticCustomError("messages", "There is no assistant message to train on")
-        return messages
+    tools: list[Any] = field(default_factory=list)
+    """Descriptions of what the assistant may call, as the chat template takes them."""
 
 
 Parsed = TypeVar("Parsed")
@@ -102,35 +64,78 @@ def read_prompts(path: Path | Sequence[Path], on_bad_row: OnBadRow | None = None
     return prompts
 
 
-def parse_prompt(row: Row, index: int) -> Prompt:
-    """Parses a row in Klear's format, or as LiveCodeBench, LeetCodeDataset, TACO, APPS and
-    Codeforces are published.
+def parse_prompt(row: Row, index: int, columns: PromptColumns = PromptColumns()) -> Prompt:
+    """Parses a row in Klear's or verl's format, or as LiveCodeBench, LeetCodeDataset, TACO, APPS
+    and Codeforces are published, or of the columns that a config names.
 
     Raises:
-        ValidationError: the row is malformed.
+        UserError: the row is malformed; each line of the message begins with a field.
+        ValidationError: the same, of a published format.
     """
-    if "reward_model" not in row and (published := published_format(row)) is not None:
+    ours = columns.are_named or "reward_model" in row
+    if not ours and (published := published_format(row)) is not None:
         problem = published.model_validate(row)
-        return Prompt(problem.data_source, problem.messages, problem.ground_truth, index)
-    parsed = _KlearRow.model_validate(row)
-    messages = [message.model_dump() for message in parsed.prompt]
+        source = columns.data_source or problem.data_source
+        return Prompt(source, problem.messages, problem.ground_truth, index)
+    if optional_column(row, "tools"):
+        raise UserError("tools: a prompt is answered in one turn, without tools; remove the column")
     return Prompt(
-        parsed.data_source,
-        messages,
-        parsed.reward_model.ground_truth,
+        columns.data_source or _data_source(row),
+        prompt_messages(row, columns.prompt_key, columns.prompt_template),
+        ground_truth(row, columns.ground_truth_key, columns.ground_truth_pattern),
         index,
-        parsed.extra_info or {},
+        optional_column(row, "extra_info") or {},
     )
 
 
-def parse_conversation(row: Row, index: int) -> Conversation:
-    """Parses a row of conversation messages.
+def _data_source(row: Row) -> str:
+    value = column(row, "data_source", "data_source, for all rows: math, for instance")
+    if not isinstance(value, str) or not value:
+        raise UserError("data_source: Input should be a valid string, not an empty one")
+    return value
+
+
+def parse_conversation(
+    row: Row, index: int, columns: ConversationColumns = ConversationColumns()
+) -> Conversation:
+    """Parses a row of messages, or of a prompt and a response, as the config names its columns.
 
     Raises:
-        ValidationError: the row is malformed.
+        UserError: the row is malformed; each line of the message begins with a field.
     """
-    parsed = _ConversationRow.model_validate(row)
-    return Conversation([message.model_dump() for message in parsed.messages], index)
+    if columns.response_key is not None:
+        key = columns.response_key
+        messages = prompt_messages(row, columns.prompt_key or "", columns.prompt_template)
+        response = {"role": "assistant", "content": column(row, key, "response_key")}
+        messages += read_messages([response], key)
+    else:
+        key = columns.messages_key
+        setting = "messages_key, or prompt_key and response_key"
+        messages = read_messages(column(row, key, setting), key)
+    if len(messages) < 2:
+        raise UserError(f"{key}: List should have at least 2 items")
+    if messages[0]["role"] == "assistant":
+        raise UserError(f"{key}: The first message must not be the assistant's")
+    if not any(map(is_trained, messages)):
+        raise UserError(f"{key}: There is no assistant message to train on")
+    return Conversation(messages, index, _tools(row, columns.tools_key))
+
+
+def is_trained(message: Message) -> bool:
+    """Whether a message is the assistant's, and has no `weight` of 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) == 1
+
+
+def _tools(row: Row, key: str) -> list[Any]:
+    tools = optional_column(row, key) or []
+    if isinstance(tools, str):  # as Parquet files have them
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"{key}: Invalid JSON: {error}") from error
+    if not isinstance(tools, list):
+        raise UserError(f"{key}: Input should be a list of tools")
+    return tools
 
 
 def parse_rows(
@@ -138,17 +143,20 @@ def parse_rows(
     parse: Callable[[Row, int], Parsed],
     on_bad_row: OnBadRow | None = None,
     *,
+    subset: str | None = None,
+    split: str | None = None,
     part: int = 0,
     parts: int = 1,
 ) -> Iterator[tuple[Row, Parsed]]:
     """Streams the rows of data sets, each both raw and parsed.
 
     Args:
-        parse: `parse(row, index)` raises ValidationError, or a UserError whose message begins
+        path, subset, split: as `read_rows` takes them.
+        parse: `parse(row, index)` raises ValidationError, or a UserError of which each line begins
             with the field.
         part: the number of this part, from 0; each of the `parts` parts has every `parts`-th row.
     """
-    for index, (where, row) in enumerate(read_rows(path)):
+    for index, (where, row) in enumerate(read_rows(path, subset, split)):
         if index % parts != part:
             continue
         try:
@@ -157,9 +165,9 @@ def parse_rows(
             try:
                 parsed = parse(row, index)
             except ValidationError as error:
-                raise UserError(_describe(error, where)) from error
+                raise _at(where, describe(error)) from error
             except UserError as error:
-                raise UserError(f"{where}, field {error}\nCorrect or remove the row.") from error
+                raise _at(where, str(error)) from error
         except UserError as error:
             if on_bad_row is None:
                 raise
@@ -168,10 +176,7 @@ def parse_rows(
             yield row, parsed
 
 
-def _describe(error: ValidationError, where: str) -> str:
-    """Describes a row's errors, one per line: the place, and what was expected there."""
-    problems = []
-    for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"])
-        problems.append(f"{where}{f', field {field}' if field else ''}: {problem['msg']}")
-    return "\n".join([*problems, "Correct or remove the row."])
+def _at(where: str, problems: str) -> UserError:
+    """The problems of a row, one per line, each with its place."""
+    lines = [f"{where}, field {problem}" for problem in problems.splitlines()]
+    return UserError("\n".join([*lines, "Correct or remove the row."]))

@@ -10,6 +10,17 @@ from klear_megatron.data.config import StageConfig
 from klear_megatron.errors import UserError, nearest
 
 
+def note_on_repeats(rows: int, per_step: int, setting: str) -> list[str]:
+    """A line for the user if a step has to take rows more than once.
+
+    Args:
+        setting: the config key that says how many rows a step takes.
+    """
+    if rows >= per_step:
+        return []
+    return [f"data: {rows} rows, but a step takes {per_step} ({setting}): some of them repeatedly"]
+
+
 class PromptSampler:
     """Endless row numbers: each epoch is a shuffle of all rows, fixed by the seed and the epoch.
 

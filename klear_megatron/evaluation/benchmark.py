@@ -9,7 +9,7 @@ from klear_megatron.data import LoadedPrompts, load_prompts
 from klear_megatron.evaluation.config import BenchmarkConfig
 from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.evaluation.responses import ungraded_row
-from klear_megatron.evaluation.scores import Row, is_math
+from klear_megatron.evaluation.scores import Row
 from klear_megatron.models.tokenizer import decode_response
 from klear_megatron.observability import Progress
 from klear_megatron.rewards import Job, RewardConfig, RewardPool
@@ -88,7 +88,9 @@ def grade(rows: Sequence[Row], rewards: RewardPool, *, keep_progress: bool = Tru
     """Adds `reward` to the rows, and `answer` to those of mathematical problems."""
     with Progress("grade", len(rows), keep=keep_progress) as progress:
         add_rewards(rows, rewards, on_done=lambda _: progress.advance())
-    mathematical = [row for row in rows if is_math(row)]
+    for row in rows:
+        row.pop("answer", None)  # of an earlier grading, by other settings
+    mathematical = [row for row in rows if rewards.is_math(row["data_source"])]
     if mathematical:
         answers = rewards.read_answers([row["response"] for row in mathematical])
         for row, answer in zip(mathematical, answers, strict=True):

@@ -35,5 +35,5 @@ def check_prompts(
             data_sources.add(prompt.data_source)
             yield prompt.data_source, prompt.ground_truth
 
-    check_ground_truths(graded())
+    check_ground_truths(graded(), rewards)
     check_data_sources(data_sources, rewards)

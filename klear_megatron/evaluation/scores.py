@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from klear_megatron.evaluation.statistics import majority_correct, mean_and_error, pass_at_k
-from klear_megatron.rewards.graders import verifier_of
 
 Row = dict[str, Any]
 """One response, as `response_row` makes it. A graded mathematical response also has `answer`."""
@@ -104,13 +103,9 @@ def measure(rows: Sequence[Row]) -> dict[str, float]:
         "truncated": statistics.fmean(row["finish_reason"] == "length" for row in rows),
         "tokens": statistics.fmean(row["tokens"] for row in rows),
     }
-    if is_math(rows[0]):
+    if "answer" in rows[0]:
         measured["majority"] = majority_correct([row["answer"] for row in rows], correct)
     return measured
-
-
-def is_math(row: Row) -> bool:
-    return verifier_of(row["data_source"]) == "math"
 
 
 def _powers_of_two(n: int) -> list[int]:

@@ -186,6 +186,8 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps over which lr rises from 0 in a line. The first of them has lr 0, as in
+    Megatron-LM and transformers: it changes no weight, only Adam's averages."""
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)

@@ -1,6 +1,6 @@
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -88,8 +88,8 @@ class CustomRewardConfig(Section):
     dictionary with `score`. Async functions run at the same time, in one thread.
     """
 
-    function: str = Field(pattern=r".+:\w+$")
-    """package.module:function, or some/file.py:function."""
+    function: str = Field(pattern=r"^(math|code|.+:\w+)$")
+    """package.module:function, or some/file.py:function; `math` and `code` are the verifiers."""
 
     weight: float = 1.0
     """The reward is the sum of all scores, each times its weight."""
@@ -103,6 +103,15 @@ class CustomRewardConfig(Section):
 
 class RewardConfig(Section):
     """How responses are graded."""
+
+    sources: dict[str, Annotated[str, Field(pattern=r"^(math|code|.+:\w+)$")]] = Field(default={})
+    """data_source -> its verifier: `math`, `code`, or a function of your own. Data sources named
+    `math` or `code`, or as KlearReasoner names them, have theirs without this."""
+
+    thinking: Literal["required", "opened", "none"] = "required"
+    """required: a response is `<think>`, reasoning, `</think>`, answer. opened: the chat template
+    has written the `<think>`, and the response goes on after it. none: the model does not think,
+    and all of its response is the answer."""
 
     math: MathRewardConfig = MathRewardConfig()
     code: CodeRewardConfig = CodeRewardConfig()

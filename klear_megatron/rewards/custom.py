@@ -72,7 +72,7 @@ class CustomReward:
 
     def _as_reward(self, value: object, job: Job) -> Reward:
         """A number, a `Reward`, or verl's dictionary as a `Reward`."""
-        formatted = is_formatted(job.response)
+        formatted = is_formatted(job.whole)
         if isinstance(value, SupportsFloat):  # also numpy's and torch's numbers
             score = float(value)
             reward = Reward(score, correct=score > 0, formatted=formatted)

@@ -1,7 +1,7 @@
 """What grades a response: the verifier of its data source, and the user's own functions."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,8 +53,8 @@ class MathGrader:
         return self.config.limits
 
     def grade(self, job: Job) -> Reward:
-        correct = agrees(answer_of(job.response), job.ground_truth)
-        return score_answer(job.response, self.config, correct=correct)
+        correct = agrees(answer_of(job.whole), job.ground_truth)
+        return score_answer(job.whole, self.config, correct=correct)
 
     def failed(self, response: str, *, timed_out: bool) -> Reward:
         return score_answer(response, self.config, correct=False, timed_out=timed_out)
@@ -75,7 +75,7 @@ class CodeGrader:
         return Limits(self.config.cpu_limit_s, self.config.wall_limit_s + 10)
 
     def grade(self, job: Job) -> Reward:
-        return code_reward(job.response, job.ground_truth, self.config)
+        return code_reward(job.whole, job.ground_truth, self.config)
 
     def failed(self, response: str, *, timed_out: bool) -> Reward:
         return score_program(response, self.config, 1, Counter(["time" if timed_out else "ended"]))
@@ -121,8 +121,12 @@ class CustomGrader:
 _VERIFIERS = {"math_longcot_math_verify": "math", "coder1_longcot": "code"}
 
 
-def verifier_of(data_source: str) -> str | None:
-    """ "math", "code", or None."""
+def verifier_of(data_source: str, sources: Mapping[str, str] = {}) -> str | None:
+    """ "math", "code", what `RewardConfig.sources` says, or None."""
+    if data_source in sources:
+        return sources[data_source]
+    if data_source in _VERIFIERS.values():
+        return data_source
     # Benchmarks are named after the verifier: math_longcot_math_verify_aime2024.
     for name, kind in _VERIFIERS.items():
         if data_source == name or data_source.startswith(f"{name}_"):
@@ -136,23 +140,30 @@ def graders_of(data_source: str, config: RewardConfig) -> list[Grader]:
     Raises:
         UserError: nothing grades this data source.
     """
-    graders: list[Grader] = []
-    match verifier_of(data_source):
-        case "math":
-            graders.append(MathGrader(config.math, config.verifier_weight))
-        case "code":
-            graders.append(CodeGrader(config.code, config.verifier_weight))
-    graders += [
-        CustomGrader(custom)
+    named = [
+        custom
         for custom in config.custom
         if not custom.data_sources or data_source in custom.data_sources
     ]
-    if not graders:
+    if (verifier := verifier_of(data_source, config.sources)) is not None:
+        named.insert(0, CustomRewardConfig(function=verifier, weight=config.verifier_weight))
+    if not named:
         raise UserError(
-            f"data_source {data_source!r}: no verifier is known for it; "
-            f"known ones: {', '.join(sorted(_VERIFIERS))}, or your own under rewards.custom"
+            f"data_source {data_source!r}: no verifier is known for it; known ones: code, math, "
+            f"{', '.join(sorted(_VERIFIERS))}; give it one of them or a function of your own in "
+            "rewards.sources, or name one for all sources under rewards.custom"
         )
-    return graders
+    return [_grader(one, config) for one in named]
+
+
+def _grader(named: CustomRewardConfig, config: RewardConfig) -> Grader:
+    match named.function:
+        case "math":
+            return MathGrader(config.math, named.weight)
+        case "code":
+            return CodeGrader(config.code, named.weight)
+        case _:
+            return CustomGrader(named)
 
 
 def check_data_sources(data_sources: Iterable[str], config: RewardConfig = RewardConfig()) -> None:
@@ -162,7 +173,9 @@ def check_data_sources(data_sources: Iterable[str], config: RewardConfig = Rewar
             grader.check()
 
 
-def check_ground_truths(pairs: Iterable[tuple[str, GroundTruth]]) -> None:
+def check_ground_truths(
+    pairs: Iterable[tuple[str, GroundTruth]], config: RewardConfig = RewardConfig()
+) -> None:
     """Raises UserError if the tests of programming problems cannot be used, and says how many.
 
     Args:
@@ -170,7 +183,7 @@ def check_ground_truths(pairs: Iterable[tuple[str, GroundTruth]]) -> None:
     """
     bad: list[str] = []
     for i, (data_source, ground_truth) in enumerate(pairs):
-        if verifier_of(data_source) == "code":
+        if verifier_of(data_source, config.sources) == "code":
             try:
                 parse_tests(ground_truth)
             except UserError as error:

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
 from pebble import CONSTS, ProcessExpired, ProcessPool
@@ -18,9 +19,10 @@ from klear_megatron.rewards.graders import (
     check_data_sources,
     combine,
     graders_of,
+    verifier_of,
 )
 from klear_megatron.rewards.limits import prepare_process, reached, run_within
-from klear_megatron.rewards.reward import Job, Reward
+from klear_megatron.rewards.reward import Job, Reward, with_block
 
 T = TypeVar("T")
 
@@ -81,6 +83,7 @@ class RewardPool:
                 failed or returned no finite score.
             RuntimeError: the processes cannot be started, or were all killed.
         """
+        jobs = [replace(job, thinking=self._config.thinking) for job in jobs]
         check_data_sources((job.data_source for job in jobs), self._config)
         pool = self._running_pool()
         graders = [graders_of(job.data_source, self._config) for job in jobs]
@@ -92,13 +95,17 @@ class RewardPool:
         grades: list[dict[int, Reward]] = [{} for _ in jobs]
         for future in _as_finished(job_of_future, pool):
             i, j = job_of_future[future]
-            grades[i][j] = self._result(future, graders[i][j], response=jobs[i].response)
+            grades[i][j] = self._result(future, graders[i][j], response=jobs[i].whole)
             if on_done is not None and len(grades[i]) == len(graders[i]):
                 on_done(i)
         return [
             combine(graders[i], [grade[j] for j in range(len(graders[i]))])
             for i, grade in enumerate(grades)
         ]
+
+    def is_math(self, data_source: str) -> bool:
+        """Whether the math verifier judges this data source."""
+        return verifier_of(data_source, self._config.sources) == "math"
 
     def read_answers(self, responses: Sequence[str]) -> list[str | None]:
         """The answer in each response to a mathematical problem, for comparing them.
@@ -111,7 +118,10 @@ class RewardPool:
         pool = self._running_pool()
         limits = self._config.math.limits
         futures: list[Future[str | None]] = [
-            pool.schedule(run_within, args=(limits, math_answer, response))
+            pool.schedule(
+                run_within,
+                args=(limits, math_answer, with_block(response, self._config.thinking)),
+            )
             for response in responses
         ]
         for _ in _as_finished(futures, pool):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from klear_megatron.rewards.config import ScoreConfig
 
@@ -29,6 +29,14 @@ class Job:
     index: int | None = None
     """The number of the prompt's row in the data, from 0."""
 
+    thinking: Literal["required", "opened", "none"] = "required"
+    """As in `RewardConfig`; the pool sets it."""
+
+    @property
+    def whole(self) -> str:
+        """The response with the block of reasoning that every response is expected to have."""
+        return with_block(self.response, self.thinking)
+
     @property
     def where(self) -> str:
         """The row, for messages."""
@@ -51,6 +59,11 @@ class Reward:
     formatted: bool
     timed_out: bool = False
     parts: Mapping[str, float] = field(default_factory=dict)
+
+
+def with_block(response: str, thinking: str) -> str:
+    """The response with what `RewardConfig.thinking` says stands before it, or is not asked for."""
+    return {"required": "", "opened": "<think>", "none": "<think></think>"}[thinking] + response
 
 
 def is_formatted(response: str) -> bool:

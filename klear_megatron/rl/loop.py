@@ -4,7 +4,7 @@ import contextlib
 import socket
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
-from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts
+from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts, note_on_repeats
 from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.losses import PolicyObjective
 from klear_megatron.observability import Phases, Progress, Recorder, say
@@ -203,7 +203,9 @@ def read_training_prompts(config: RLConfig, folder: ModelFolder) -> LoadedPrompt
         config.sampling,
         config.rewards,
     )
-    for note in loaded.notes(config.data, "data") if run.is_main_rank() else ():
+    notes = loaded.notes(config.data, "data")
+    notes += note_on_repeats(len(loaded.prompts), config.prompts_per_step, "prompts_per_step")
+    for note in notes if run.is_main_rank() else ():
         say(note)
     return loaded
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.data import note_on_repeats
 from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encode_part
 from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError
@@ -93,9 +94,22 @@ def _report(config: SFTConfig, parts: list[EncodedPart]) -> None:
     limit = f"more than {config.data.max_length} tokens (data.max_length)"
     if not total.kept:
         raise UserError(f"data: no conversation is left: {total.too_long} have {limit}")
-    if run.is_main_rank():
-        if total.bad_rows:
-            say(f"data: {total.bad_rows} malformed rows skipped")
-        if total.too_long:
-            of = total.kept + total.too_long
-            say(f"data: {total.too_long} of {of} conversations have {limit} and are left out")
+    for note in notes(config, total) if run.is_main_rank() else ():
+        say(note)
+
+
+def notes(config: SFTConfig, total: EncodedPart) -> list[str]:
+    """Lines for the user about conversations that are left out, or repeated in a step."""
+    lines = []
+    if total.bad_rows:
+        lines.append(f"data: {total.bad_rows} malformed rows skipped")
+    if total.too_long:
+        limit = f"more than {config.data.max_length} tokens (data.max_length)"
+        of = total.kept + total.too_long
+        lines.append(f"data: {total.too_long} of {of} conversations have {limit} and are left out")
+    if rest := total.kept * config.epochs % config.batch_size:
+        lines.append(
+            f"data: of {total.kept} conversations x {config.epochs} epochs, the last {rest} make "
+            f"no whole batch of {config.batch_size} (batch_size) and are not trained"
+        )
+    return lines + note_on_repeats(total.kept, config.batch_size, "batch_size")

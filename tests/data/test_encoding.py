@@ -1,10 +1,12 @@
+import json
 import random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from klear_megatron.data import encode_conversation, encode_prompt
+from klear_megatron.data import ConversationsConfig, encode_conversation, encode_prompt
+from klear_megatron.data.encoded import encode_part
 from klear_megatron.errors import UserError
 
 CHATML = (
@@ -98,3 +100,85 @@ def test_tokenizer_that_merges_prompt_and_answer_is_refused():
 def test_tokenizer_without_a_chat_template_is_refused():
     with pytest.raises(UserError, match="no chat template"):
         encode_prompt(make_tokenizer(None), [{"role": "user", "content": "?"}])
+
+
+REASONS = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}",
+)
+USES_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + REASONS
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+ASKED = {"role": "user", "content": "1+1?"}
+
+
+def answered(**keys):
+    return [ASKED, {"role": "assistant", "content": "2", **keys}]
+
+
+@pytest.mark.parametrize(
+    ("template", "keys", "trained"),
+    [
+        (REASONS, {"reasoning_content": "one more"}, "<think>one more</think>2<|im_end|>"),
+        (REASONS, {"content": "", "tool_calls": CALLS}, '"arguments": "{}"'),
+        (CHATML, {"id": 7, "name": "bot"}, "2<|im_end|>"),  # nothing that the model says
+    ],
+)
+def test_every_key_of_a_message_reaches_the_template(template, keys, trained):
+    (text,) = trained_texts(make_tokenizer(template), answered(**keys))
+    assert trained in text
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "tool_calls"])
+def test_what_the_template_leaves_out_of_an_answer_is_refused(key):
+    with pytest.raises(UserError, match=rf"^messages\.1\.{key}: the chat template does not use it"):
+        encode_conversation(make_tokenizer(CHATML), answered(**{key: CALLS}))
+
+
+def test_tools_are_given_to_the_template_or_refused():
+    tokenizer = make_tokenizer(USES_TOOLS)
+    assert '"name": "add"' in tokenizer.decode(encode_conversation(tokenizer, answered(), TOOLS)[0])
+    with pytest.raises(UserError, match=r"^tools: the chat template does not use them"):
+        encode_conversation(make_tokenizer(CHATML), answered(), TOOLS)
+
+
+def test_message_of_weight_0_is_not_trained():
+    messages = [*answered(weight=0), *answered(content="3")]
+    assert trained_texts(make_tokenizer(CHATML), messages) == ["3<|im_end|>"]
+
+
+def test_developer_is_the_system_for_a_template_that_does_not_know_the_role():
+    developer = [{"role": "developer", "content": "Be brief."}, ASKED]
+    system = [{**developer[0], "role": "system"}, ASKED]
+    tokenizer = make_tokenizer(CHATML)
+    assert encode_prompt(tokenizer, developer) == encode_prompt(tokenizer, system)
+    knows = make_tokenizer("{% if messages[0].role == 'developer' %}D{% endif %}" + CHATML)
+    assert knows.decode(encode_prompt(knows, developer)).startswith("D<|im_start|>developer")
+
+
+def test_template_that_does_not_open_the_turn_is_refused_if_it_has_a_header():
+    never_opens = CHATML.partition("{% if add_generation_prompt %}")[0]
+    with pytest.raises(UserError, match=r"messages\.1: .*the header .*im_start.*assistant"):
+        encode_conversation(make_tokenizer(never_opens), answered())
+    no_header = "{% for m in messages %}{{ m.content }}{{ loop.cycle(' => ', '') }}{% endfor %}"
+    assert trained_texts(make_tokenizer(no_header), answered()) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{{ raise_exception('roles must\nalternate') }}", "TemplateError: roles must alternate"),
+        ("{% for m in messages %}", "TemplateSyntaxError: "),
+        ("{{ 1 + messages[0].content }}", "TypeError: "),
+    ],
+)
+def test_template_that_fails_is_one_message_with_the_row(tmp_path, template, what):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": answered()}) + "\n")
+    config = ConversationsConfig(path=path)
+    with pytest.raises(UserError) as refusal:
+        encode_part(config, make_tokenizer(template), tmp_path, part=0, parts=1)
+    problem, _ = str(refusal.value).splitlines()
+    assert problem.startswith(f"{path}, line 1, field messages: the chat template")
+    assert what in problem

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from klear_megatron.data import Conversation, Prompt, read_prompts
-from klear_megatron.data.rows import parse_conversation, parse_rows
+from klear_megatron.data.config import PromptColumns
+from klear_megatron.data.rows import parse_conversation, parse_prompt, parse_rows
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import Job, RewardConfig, RewardPool, check_ground_truths
 
@@ -64,15 +65,15 @@ def test_reads_conversations(tmp_path):
         ('"\\ud800"', None, "Invalid JSON"),
         (changed(data_source=None), "data_source", "required"),
         (changed(data_source=7), "data_source", "string"),
-        (changed(prompt="1+1"), "prompt", "list"),
+        (changed(prompt=7), "prompt", "list"),
         (changed(prompt=[]), "prompt", "at least 1 item"),
         (changed(prompt=[{"role": "user"}]), "prompt.0.content", "required"),
         (changed(prompt=[{"role": "robot", "content": ""}]), "prompt.0.role", "'assistant'"),
         (changed(reward_model={}), "reward_model.ground_truth", "required"),
-        (changed(reward_model={"ground_truth": 4}), "reward_model.ground_truth", "string"),
+        (changed(reward_model={"ground_truth": True}), "reward_model.ground_truth", "a text"),
         (changed(reward_model={"ground_truth": ""}), "reward_model.ground_truth", "empty"),
         (changed(reward_model={"ground_truth": []}), "reward_model.ground_truth", "empty"),
-        (changed(reward_model={"ground_truth": [4]}), "reward_model.ground_truth", "string"),
+        (changed(reward_model={"ground_truth": [{}]}), "reward_model.ground_truth", "a text"),
     ],
 )
 def test_malformed_row_is_refused_with_file_line_and_field(tmp_path, row, field, what):
@@ -111,7 +112,9 @@ def test_conversation_without_a_turn_to_learn_is_refused(tmp_path, messages, wha
 def test_malformed_parquet_row_is_refused_with_its_number(tmp_path):
     rows = [AUTHORS_ROW, {**AUTHORS_ROW, "data_source": None}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet, row 2, field data_source: .*string"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet, row 2, field data_source: Field required; the row has "
+    ):
         read_prompts(tmp_path / "a.parquet")
 
 
@@ -119,7 +122,7 @@ def test_malformed_parquet_row_is_refused_with_its_number(tmp_path):
     ("name", "content", "what"),
     [
         ("missing.jsonl", None, "no such data file"),
-        ("rows.csv", "a,b", r"\.jsonl or \.parquet"),
+        ("rows.tsv", "a,b", r"this kind of file is not known; give a \.jsonl"),
         ("empty.jsonl", "\n", "no rows"),
         ("junk.parquet", "junk", "not a Parquet file"),
     ],
@@ -144,7 +147,9 @@ def test_name_that_is_no_data_set_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nobody/nothing: no data set that can be read"):
+    with pytest.raises(
+        UserError, match=r"nobody/nothing: no such folder here, and the .*hub cannot"
+    ):
         read_prompts(Path("nobody/nothing"))
 
 
@@ -290,3 +295,75 @@ def test_published_rows_that_cannot_be_graded_are_refused_and_counted(tmp_path):
     with pytest.raises(UserError, match="interactive problem") as refused:
         check_ground_truths((prompt.data_source, prompt.ground_truth) for prompt in prompts)
     assert "rows that cannot be graded: 2\nrow 1: " in str(refused.value)
+
+
+def test_messages_are_read_in_all_their_forms(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]
+    messages = [{"role": "developer", "content": parts, "name": None}, call]
+    path = write_lines(tmp_path / "a.jsonl", json.dumps({"messages": messages, "tools": "[{}]"}))
+    ((_, conversation),) = parse_rows(path, parse_conversation)
+    assert conversation.messages == [
+        {"role": "developer", "content": "1+1?"},
+        {**call, "content": ""},
+    ]
+    assert conversation.tools == [{}]
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"chat": CONVERSATION}, r"messages: Field required; the row has chat; .*messages_key"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            r"messages\.0\.content: Field required",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            r"messages\.0\.content: Every part should be of type text",
+        ),
+        (
+            {"messages": [CONVERSATION[0], {**CONVERSATION[1], "weight": 0}]},
+            "messages: There is no assistant message to train on",
+        ),
+    ],
+)
+def test_malformed_conversation_is_refused_with_what_to_set(tmp_path, row, what):
+    path = write_lines(tmp_path / "a.jsonl", json.dumps(row))
+    with pytest.raises(UserError, match=f"line 1, field {what}"):
+        list(parse_rows(path, parse_conversation))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"prompt": None}, r"prompt: Field required; the row has data_source, .*set prompt_key"),
+        ({"reward_model": None}, "reward_model.ground_truth: .*; .*set ground_truth_key"),
+        ({"tools": [{}]}, "tools: a prompt is answered in one turn"),
+    ],
+)
+def test_prompt_without_a_column_is_refused_with_what_to_set(tmp_path, changes, what):
+    with pytest.raises(UserError, match=f"line 1, field {what}"):
+        read_prompts(write_lines(tmp_path / "a.jsonl", changed(**changes)))
+
+
+def test_ground_truths_may_be_numbers_and_are_found_by_a_pattern():
+    row = {"prompt": "1+1?", "answer": [0.5, 2], "data_source": "math"}
+    prompt = parse_prompt(row, 0, PromptColumns(ground_truth_key="answer"))
+    assert prompt == Prompt("math", [{"role": "user", "content": "1+1?"}], ["0.5", "2"], 0)
+    columns = PromptColumns(ground_truth_key="answer", ground_truth_pattern="#### (.+)")
+    with pytest.raises(UserError, match=r"answer: ground_truth_pattern .* is not found in '2'"):
+        parse_prompt({**row, "answer": "2"}, 0, columns)
+
+
+def test_row_of_a_table_with_too_few_fields_is_refused_with_its_line(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer\n1,2\n3\n")
+    with pytest.raises(UserError, match=r"a\.csv, line 3: The row has another number of fields"):
+        list(parse_rows(tmp_path / "a.csv", lambda row, index: row))
+
+
+def test_mistyped_folder_is_refused_without_asking_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"data/trian: cannot be read: no such folder"):
+        read_prompts(Path("data/trian"))

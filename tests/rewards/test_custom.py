@@ -16,7 +16,9 @@ from klear_megatron.rewards import (
     RewardConfig,
     RewardPool,
     check_data_sources,
+    check_ground_truths,
 )
+from klear_megatron.rewards.graders import graders_of
 from tests.rewards.test_code import SIXTEEN, respond
 
 SOURCE = "math_longcot_math_verify"
@@ -220,3 +222,53 @@ def test_score_that_is_not_finite_is_refused_with_the_row(value):
 def test_function_that_returns_no_number_is_refused():
     with pytest.raises(UserError, match=r"words returned 'good' for .*; it has to return a number"):
         grade([Job(SOURCE, RIGHT, "4")], custom("words"))
+
+
+def only_grader(data_source, **settings):
+    (grader,) = graders_of(data_source, RewardConfig(**settings))
+    return grader
+
+
+def test_a_source_gets_the_verifier_or_function_that_the_config_gives_it():
+    job = Job("openai/gsm8k", RIGHT, "4")
+    for settings in (
+        {"sources": {"openai/gsm8k": "math"}},
+        {"custom": [{"function": "math", "data_sources": ["openai/gsm8k"]}]},
+    ):
+        assert only_grader(job.data_source, **settings).grade(job).correct
+    assert only_grader("math").grade(replace(job, data_source="math")).correct
+    own = only_grader("math", sources={"math": f"{__name__}:everything"}, verifier_weight=0.5)
+    assert (own.name, own.weight) == ("everything", 0.5)
+    sixteen = Job("openai/gsm8k", respond("print('ok')"), SIXTEEN)
+    assert only_grader("x", sources={"x": "code"}).grade(sixteen).score == 0.25
+    with pytest.raises(UserError, match=r"'openai/gsm8k': no verifier .*rewards\.sources"):
+        only_grader("openai/gsm8k")
+    with pytest.raises(UserError, match="rows that cannot be graded: 1"):
+        check_ground_truths([("x", "4")], RewardConfig(sources={"x": "code"}))
+
+
+@pytest.mark.parametrize(
+    ("thinking", "response", "answers"),
+    [
+        ("opened", r"easy</think>\boxed{4}", (True, True)),
+        ("opened", r"easy \boxed{4}", (False, False)),  # it has not come to an answer
+        ("none", r"It is \boxed{4}.", (True, True)),
+        ("none", r"It is \boxed{5}.", (False, True)),
+        ("required", r"It is \boxed{4}.", (False, False)),
+    ],
+)
+def test_models_that_do_not_write_the_whole_block_are_graded_by_a_setting(
+    thinking, response, answers
+):
+    job = Job(SOURCE, response, "4", thinking=thinking)
+    reward = only_grader(SOURCE).grade(job)
+    assert (reward.correct, reward.formatted) == answers
+    own = only_grader("essays", custom=[custom("length_reward")])
+    assert own.grade(replace(job, data_source="essays")).formatted == answers[1]
+
+
+def test_the_pool_grades_and_reads_answers_as_the_setting_says():
+    with RewardPool(RewardConfig(thinking="none", workers=1)) as pool:
+        (reward,) = pool.grade([Job("math", r"It is \boxed{4}.", "4")])
+        assert reward.correct
+        assert pool.read_answers([r"It is \boxed{4}."]) == ["4"]
