@@ -23,6 +23,8 @@ def draw(results: Mapping[str, dict[str, Any]], path: Path) -> None:
         middles = [(row["start"] + row["end"]) / 2 for row in rows]
         axis.plot(middles, [row["perplexity"] for row in rows], "o-", ms=3, label=name)
     axis.set(xlabel="position in the sequence", ylabel="perplexity", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3)
     if len(results) > 1:
         axis.legend()
