@@ -14,7 +14,7 @@ test: setup setup-launch lint
 	@bash tools/install_slurm.sh
 	@bash tools/install_chromium.sh
 	@echo "==> tests"
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 lint: setup
 	@echo "==> ruff and mypy"

@@ -1,5 +1,6 @@
 """Programs that attack their grader or its host, in the real sandbox."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -56,12 +57,16 @@ def outcomes(reward):
 
 
 def sandboxed_processes():
-    """Processes of any sandbox: the command line of the first one is that of all its forks."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "/inside/main.py" in (process.info["cmdline"] or [])
-    ]
+    """Processes of any sandbox, but those that other tests run now: the command line of the first
+    one is that of all its forks."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if "/inside/main.py" in (process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ancestors = [parent.pid for parent in process.parents()]
+                if os.getpid() in ancestors or os.getppid() not in ancestors:
+                    found.append(process)
+    return found
 
 
 @pytest.fixture(autouse=True)
