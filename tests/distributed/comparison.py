@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from klear_megatron.losses import GPPOConfig, Objective, PolicyObjective, SFTObjective
+from klear_megatron.losses import (
+    GMPOConfig,
+    GPPOConfig,
+    KLConfig,
+    Objective,
+    PolicyObjective,
+    SFTObjective,
+)
 from tests.distributed import laboratory, reference
 from tests.models import tiny
 from tests.planning.held import held_state, planned_state
@@ -16,6 +23,20 @@ TOLERANCE = 1e-5
 OBJECTIVES: dict[str, Objective] = {
     "sft": SFTObjective(),
     "gppo": PolicyObjective(GPPOConfig(dual_clip=None, sft_alpha=reference.ALPHA)),
+    "sequence_wide": PolicyObjective(
+        GMPOConfig(
+            clip_low=reference.LOG_CLIP,
+            clip_high=reference.LOG_CLIP,
+            token_mask=reference.TOKEN_MASK,
+            sequence_mask=reference.SEQUENCE_MASK,
+            # No weights, with which the paper's value and gradient would not belong together.
+            tis_floor=1,
+            tis_clip=1,
+            entropy_coeff=reference.ENTROPY_COEFF,
+            kl=KLConfig(coeff=reference.KL_COEFF, estimator="k2"),
+            sft_alpha=reference.ALPHA,
+        )
+    ),
 }
 MODELS = {
     "untied": tiny.qwen3(),
@@ -23,7 +44,7 @@ MODELS = {
     "deep": tiny.qwen3(num_hidden_layers=6, tie_word_embeddings=True),
     "moe": tiny.qwen3_moe(),
 }
-DENSE = [("untied", "sft"), ("untied", "gppo"), ("tied", "gppo")]
+DENSE = [("untied", "sft"), ("untied", "sequence_wide"), ("tied", "gppo")]
 DEEP = [("deep", "gppo")]
 MOE = [("moe", "gppo")]
 

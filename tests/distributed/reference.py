@@ -32,12 +32,12 @@ class Step:
     weights: dict[str, Tensor]
 
 
-def sft_loss(log_probs: Tensor, batch: Batch) -> Tensor:
+def sft_loss(log_probs: Tensor, entropy: Tensor, batch: Batch) -> Tensor:
     mask = batch.fields["loss_mask"]
     return -(log_probs * mask).sum() / mask.sum()
 
 
-def gppo_loss(log_probs: Tensor, batch: Batch) -> Tensor:
+def gppo_loss(log_probs: Tensor, entropy: Tensor, batch: Batch) -> Tensor:
     """Eq. 7, 11, 13, 14 of the paper as they stand there."""
     mask, correct, old, advantage = (
         batch.fields[name] for name in ("loss_mask", "correct", "old_log_probs", "advantages")
@@ -51,7 +51,36 @@ def gppo_loss(log_probs: Tensor, batch: Batch) -> Tensor:
     return -(surrogate * mask).sum() / mask.sum() + ALPHA * sft
 
 
-LOSSES = {"sft": sft_loss, "gppo": gppo_loss}
+TOKEN_MASK, SEQUENCE_MASK = (0.6, 1.8), (0.94, 1.06)
+LOG_CLIP, ENTROPY_COEFF, KL_COEFF = 1.0, 0.05, 0.02
+
+
+def sequence_wide_loss(log_probs: Tensor, entropy: Tensor, batch: Batch) -> Tensor:
+    """GMPO (arXiv 2507.20673, Eq. 4) on the tokens and responses that masks leave, with an entropy
+    bonus, a KL penalty (k2) and the SFT term: one response after another."""
+    names = ("loss_mask", "correct", "old_log_probs", "advantages")
+    fields = [batch.fields[name] for name in (*names, "rollout_log_probs", "ref_log_probs")]
+    rows = zip(*(one.split(batch.lengths) for one in (log_probs, entropy, *fields)), strict=True)
+    responses, imitated = [], []
+    for new, spread, mask, correct, old, advantage, rollout, ref in rows:
+        drawn = mask > 0
+        mismatch = (old - rollout).exp()
+        kept = drawn & (mismatch >= TOKEN_MASK[0]) & (mismatch <= TOKEN_MASK[1])
+        of_response = (old - rollout)[drawn].mean().exp()
+        if not (kept.any() and SEQUENCE_MASK[0] <= of_response <= SEQUENCE_MASK[1]):
+            continue
+        log_ratio, better = (new - old)[kept], bool(advantage[0] > 0)
+        bounded = log_ratio.clamp(max=LOG_CLIP) if better else log_ratio.clamp(min=-LOG_CLIP)
+        kl = ((new - ref)[kept] ** 2 / 2).mean()
+        loss = -advantage[0] * bounded.mean().exp()
+        responses.append(loss - ENTROPY_COEFF * spread[kept].mean() + KL_COEFF * kl)
+        imitated.append(new[kept & (correct > 0)])
+    all_imitated = torch.cat(imitated)
+    sft = -all_imitated.sum() / max(len(all_imitated), 1)
+    return torch.stack(responses).mean() + ALPHA * sft
+
+
+LOSSES = {"sft": sft_loss, "gppo": gppo_loss, "sequence_wide": sequence_wide_loss}
 
 
 def train(checkpoint: Path, batches: list[Batch], loss_name: str) -> list[Step]:
@@ -65,8 +94,8 @@ def train(checkpoint: Path, batches: list[Batch], loss_name: str) -> list[Step]:
     adam = torch.optim.AdamW(groups, lr=OPTIMIZER["lr"], eps=OPTIMIZER["adam_eps"])
     steps = []
     for batch in batches:
-        log_probs, _ = tiny.hf_log_probs(model, batch_sequences(batch))
-        loss = LOSSES[loss_name](log_probs, batch)
+        log_probs, entropy = tiny.hf_log_probs(model, batch_sequences(batch))
+        loss = LOSSES[loss_name](log_probs, entropy, batch)
         loss.backward()
         gradients = as_in_files({n: p.grad.clone() for n, p in model.named_parameters()})
         norm = torch.nn.utils.clip_grad_norm_(parameters, OPTIMIZER["clip_grad"])
@@ -102,18 +131,22 @@ def make_batch(lengths: list[int], correct: list[bool], seed: int) -> Batch:
     sequences = tiny.random_sequences(lengths, seed)
     prompts = [min(3, length) for length in lengths]
     advantages = torch.randn(len(lengths), generator=generator).tolist()
+    old = [-6 + 2 * torch.randn(length, generator=generator) for length in lengths]
 
     def per_token(values: list[float]) -> list[list[float]]:
         return [[value] * length for value, length in zip(values, lengths, strict=True)]
+
+    def near(row: Tensor, distance: float) -> list[float]:
+        return (row + distance * torch.randn(len(row), generator=generator)).tolist()
 
     return Batch.from_sequences(
         sequences,
         loss_mask=[[0.0] * p + [1.0] * (n - p) for p, n in zip(prompts, lengths, strict=True)],
         advantages=per_token(advantages),
         correct=per_token([float(c) for c in correct]),
-        old_log_probs=[
-            (-6 + 2 * torch.randn(length, generator=generator)).tolist() for length in lengths
-        ],
+        old_log_probs=[row.tolist() for row in old],
+        rollout_log_probs=[near(row, 0.3) for row in old],
+        ref_log_probs=[near(row, 1.0) for row in old],
     )
 
 

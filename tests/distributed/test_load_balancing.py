@@ -35,8 +35,8 @@ def _hugging_face(checkpoint: Path, packs: list[list[int]]) -> tuple[float, floa
         for logits in layers:
             # Theirs is top_k times the Switch Transformer's, which is 1 in perfect balance.
             balance = balance + share * load_balancing_loss_func((logits,), experts, top_k) / top_k
-    log_probs, _ = tiny.hf_log_probs(model, sequences)
-    loss = reference.sft_loss(log_probs, BATCH)
+    log_probs, entropy = tiny.hf_log_probs(model, sequences)
+    loss = reference.sft_loss(log_probs, entropy, BATCH)
     (loss + COEFFICIENT * balance).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return loss.item(), balance.item() / len(layers), reference.as_in_files(gradients)

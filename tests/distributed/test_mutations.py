@@ -136,9 +136,17 @@ def metrics_of_one_rank() -> None:
     learner.is_logging_rank = lambda: torch.distributed.get_rank() == 0
 
 
+def sequences_summed_on_one_context_parallel_rank() -> None:
+    learner.sum_over_context_parallel_ranks = lambda sums: sums
+
+
+def no_gradient_of_the_entropy() -> None:
+    PolicyObjective.entropy_gradient = property(lambda self: False, lambda self, _: None)
+
+
 SIZE = "{}_parallel_size".format
 TP, PP, CP = SIZE("tensor_model"), SIZE("pipeline_model"), SIZE("context")
-SFT, GPPO, TIED = ("untied", "sft"), ("untied", "gppo"), ("tied", "gppo")
+SFT, GPPO, SEQUENCE_WIDE = ("untied", "sft"), ("tied", "gppo"), ("untied", "sequence_wide")
 MUTATIONS = [
     (denominator_per_micro_batch, 1, {}, SFT),
     (denominator_per_micro_batch, 1, {}, GPPO),
@@ -150,13 +158,15 @@ MUTATIONS = [
     (mean_over_data_parallel_ranks, 2, {CP: 2}, SFT),
     (gradients_not_reduced_over_data_parallel_ranks, 2, {}, SFT),
     (gradients_not_reduced_over_data_parallel_ranks, 2, {CP: 2}, SFT),
-    (tied_embeddings_not_reduced_over_stages, 2, {PP: 2}, TIED),
+    (tied_embeddings_not_reduced_over_stages, 2, {PP: 2}, GPPO),
     (norms_not_reduced_over_tensor_parallel_ranks, 2, {TP: 2}, SFT),
     (norms_not_marked_for_sequence_parallelism, 2, {TP: 2}, SFT),
     (hidden_gradient_not_reduced_over_vocabulary, 2, {TP: 2}, SFT),
     (keys_not_reduced_over_context_parallel_ranks, 2, {CP: 2}, SFT),
     (sequences_attend_to_each_other, 1, {}, SFT),
     (metrics_of_one_rank, 2, {PP: 2}, SFT),
+    (sequences_summed_on_one_context_parallel_rank, 2, {CP: 2}, SEQUENCE_WIDE),
+    (no_gradient_of_the_entropy, 1, {}, SEQUENCE_WIDE),
 ]
 
 
