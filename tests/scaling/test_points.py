@@ -12,6 +12,7 @@ from klear_megatron.scaling import results
 from klear_megatron.scaling.config import ScalingConfig, points
 from klear_megatron.scaling.plots import curves, over_ranks
 from klear_megatron.scaling.run import _why_it_failed, check_points
+from tests.distributed.ranks import run_ranks
 from tests.models import tiny
 
 CP2 = {"ranks": 2, "parallel": {"context_parallel_size": 2}}
@@ -92,6 +93,17 @@ def test_points_that_cannot_be_are_refused(changes, message, tmp_path):
     with pytest.raises(UserError) as refusal:
         check_points(experiment(tmp_path / "model", **changes))
     assert message in str(refusal.value)
+
+
+def test_a_model_of_an_architecture_of_the_users_own_can_be_measured(tmp_path):
+    tiny.qwen3(architectures=["MyModelForCausalLM"]).save_pretrained(tmp_path / "model")
+    config = experiment(tmp_path / "model")
+    with pytest.raises(UserError, match="unknown architecture 'MyModelForCausalLM'"):
+        check_points(config)
+    policy = {**config.policy.model_dump(), "imports": ["tests.models.my_architecture"]}
+    # In a process of its own, because the architecture stays known.
+    (found,) = run_ranks(1, check_points, experiment(tmp_path / "model", policy=policy))
+    assert len(found) == 8
 
 
 def test_a_result_is_kept_while_its_settings_are_the_same_and_it_is_no_failure(tmp_path):
