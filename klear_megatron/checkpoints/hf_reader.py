@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from klear_megatron.checkpoints.hf_config import find_config
 from klear_megatron.errors import UserError
 from klear_megatron.models.architecture import Weight
+from klear_megatron.models.tokenizer import why_not_read
 
 _INDEX = "model.safetensors.index.json"
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -36,9 +37,10 @@ def read_config(path: Path) -> PretrainedConfig:
     """
     find_config(path)
     try:
-        return AutoConfig.from_pretrained(path)
+        # Without this, transformers may ask on the terminal whether to run the model's own code.
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # any exception: each model type parses its own fields
-        raise UserError(f"{path}/config.json: {error}") from error
+        raise UserError(f"{path}/config.json: {why_not_read(error)}") from error
 
 
 class HFCheckpoint:

@@ -1,7 +1,10 @@
 """The base of every configuration model. Each model stands beside the code it configures."""
 
 import inspect
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -25,6 +28,25 @@ class Section(BaseModel):
                 "for this key; put it in quotes if it is a text"
             )
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _paths_are_expanded(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        is_path = Path in _kinds(cls.model_fields[info.field_name].annotation)
+        return _expanded(value) if is_path else value
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or several, with `~` and `${VAR}` replaced by what they stand for."""
+    if isinstance(value, (list, tuple)):
+        return [_expanded(one) for one in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if missing := re.search(r"\$\{(\w+)\}", expanded):
+        raise ValueError(f"the environment variable {missing[1]} is not set")
+    return expanded
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

@@ -42,7 +42,7 @@ class EvalConfig(Section):
     """Evaluation of a Hugging Face checkpoint: `klear-megatron eval`."""
 
     model: Path
-    """Hugging Face checkpoint."""
+    """Hugging Face checkpoint, or the name of one on the hub."""
     run_dir: Path
     """Gets results.json, the responses and the server's log; an evaluation that was ended goes on
     from the responses there."""

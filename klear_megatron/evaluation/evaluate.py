@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.config import write_config
 from klear_megatron.errors import UserError
@@ -49,6 +50,7 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
         UserError: the data or the model is bad, a server fails, or the run directory holds
             responses drawn with other settings.
     """
+    config = config.model_copy(update={"model": local_model(config.model)})
     model = ModelFolder(config.model)
     benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
     asked: list[Asked] = []

@@ -26,12 +26,22 @@ def read_tokenizer(path: Path, vocab_size: int | None = None) -> PreTrainedToken
             "model's into the folder"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: no tokenizer can be read there: {error}") from error
+        raise UserError(f"{path}: no tokenizer can be read there: {why_not_read(error)}") from error
     if vocab_size is not None:
         _check_ids(tokenizer, vocab_size, path)
     return tokenizer
+
+
+def why_not_read(error: Exception) -> str:
+    """What transformers says about a folder, without its advice to run the folder's code."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code that lies there (auto_map), which is never run; use a model that "
+            "transformers knows"
+        )
+    return str(error)
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: Path) -> None:

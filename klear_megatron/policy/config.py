@@ -230,7 +230,8 @@ class ModelConfig(Section):
 
     path: Path
     """Weights to start from: a Hugging Face checkpoint with config, safetensors and tokenizer; or a
-    checkpoint of Megatron-LM, Megatron-Bridge, slime or this package, with `hf`."""
+    checkpoint of Megatron-LM, Megatron-Bridge, slime or this package, with `hf`; or the name
+    of a model on the Hugging Face hub, taken from its cache or downloaded."""
     hf: Path | None = None
     """Hugging Face checkpoint with the config and tokenizer of a Megatron `path`. RL's servers
     start from it; the policy's weights are pushed to them before the first step."""

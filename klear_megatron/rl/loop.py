@@ -37,6 +37,7 @@ def train_rl(config: RLConfig) -> None:
         UserError: bad data, a bad model, a config that does not fit them, or a server that fails.
         Stopped: the run was told to stop, and has been saved.
     """
+    config = run.with_model_here(config)
     with run.running(config) as folder:
         if not objects.broadcast(run.is_main_rank() and is_finished(config, config.steps)):
             _train(config, folder)

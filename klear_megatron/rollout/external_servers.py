@@ -79,7 +79,7 @@ def check_lengths(
     Raises:
         UserError: it is not, or a server of `rollout.urls` does not answer.
     """
-    limits = [config.context_length or hf.max_position_embeddings]
+    limits = [config.context_length or hf.get_text_config().max_position_embeddings]
     if config.urls:
         # Their context may have been extended; only a smaller context_length here limits it.
         limits = [config.context_length] if config.context_length else []

@@ -25,6 +25,7 @@ def train_sft(config: SFTConfig) -> None:
         UserError: bad data, a bad model, or a config that does not fit them.
         Stopped: the run was told to stop, and has been saved.
     """
+    config = run.with_model_here(config)
     with run.running(config) as folder:
         _train(config, folder)
 

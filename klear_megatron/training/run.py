@@ -4,9 +4,11 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.checkpoints.megatron_folder import newest_in
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.platform import objects, stop
@@ -17,6 +19,8 @@ from klear_megatron.platform.locks import locked
 from klear_megatron.policy.config import import_extensions
 from klear_megatron.training.config import RunConfig
 from klear_megatron.training.watchdog import Watchdog
+
+C = TypeVar("C", bound=RunConfig)
 
 
 @contextlib.contextmanager
@@ -41,6 +45,7 @@ def running(config: RunConfig) -> Iterator[ModelFolder]:
 def _start(config: RunConfig, stack: contextlib.ExitStack) -> ModelFolder:
     import_extensions(config.policy)
     folder = ModelFolder(config.policy.hf_folder)
+    _ = folder.architecture  # an unknown one, such as that of images, may have no sizes to check
     config.policy.parallel.check_model(folder)
     init_distributed()
     # Before one rank starts servers while the others wait, so that Ctrl-C ends those too.
@@ -57,6 +62,18 @@ def _start(config: RunConfig, stack: contextlib.ExitStack) -> ModelFolder:
 
     objects.together(lambda: claim() if is_main_rank() else None)
     return folder
+
+
+def with_model_here(config: C) -> C:
+    """The config with a folder in place of a model's name on the Hugging Face hub.
+
+    Raises:
+        UserError: there is neither such a folder nor such a model.
+    """
+    policy = config.policy
+    hf = policy.hf and local_model(policy.hf)
+    policy = policy.model_copy(update={"path": local_model(policy.path), "hf": hf})
+    return config.model_copy(update={"policy": policy})
 
 
 def is_main_rank() -> bool:

@@ -8,6 +8,7 @@ import io
 import re
 
 import pytest
+from transformers import Qwen2_5_VLConfig
 
 from klear_megatron.cli import main
 from tests.commands import run_command
@@ -68,6 +69,13 @@ def test_rl_refuses(make_config, quickstart, overrides, message):
 def test_sft_refuses_lengths_beyond_the_models_positions(make_config):
     message = refusal("sft", str(make_config("sft")), "--data.max_length", "257")
     assert "data.max_length: 257 tokens, but the model takes 256" in message
+
+
+def test_model_of_images_is_refused_by_its_architecture(make_config, tmp_path):
+    config = Qwen2_5_VLConfig(architectures=["Qwen2_5_VLForConditionalGeneration"])
+    config.save_pretrained(tmp_path / "images")
+    message = refusal("sft", str(make_config("sft")), "--policy.path", str(tmp_path / "images"))
+    assert "unknown architecture 'Qwen2_5_VLForConditionalGeneration'; known: " in message
 
 
 def test_malformed_row_is_named_by_its_line(make_config, quickstart, tmp_path):

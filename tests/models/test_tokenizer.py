@@ -1,8 +1,12 @@
-"""A tokenizer has to fit its model."""
+"""Tokenizers and models that are refused, and models of the hub."""
+
+import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from tests.models import tiny
@@ -18,3 +22,32 @@ def test_token_that_the_model_has_no_row_for_is_refused_with_its_id_and_the_voca
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"'</tool>' has the id 332, but .*vocab_size is 331"):
         _ = ModelFolder(tmp_path).tokenizer
+
+
+def test_code_of_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')\n")
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: it needs Python code .*never run"):
+        ModelFolder(tmp_path)
+    assert not asked
+
+
+def test_name_on_the_hub_is_its_snapshot_in_the_cache_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "cache" / "models--owner--name"
+    snapshot = model / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").touch()
+    assert local_model(Path("owner/name")) == snapshot
+    with pytest.raises(UserError, match="owner/other: no such folder here, and no model of that"):
+        local_model(Path("owner/other"))
+    (tmp_path / "runs").mkdir()
+    for folder in ("runs/mistyped", "nowhere", "/no/where"):  # not names on the hub
+        assert local_model(Path(folder)) == Path(folder)
