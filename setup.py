@@ -10,6 +10,7 @@ setup(
     package_data={
         "klear_megatron": [
             "py.typed",
+            "config/reference/*.yaml",
             "planning/*.yaml",
             "report/page/*",
             "rollout/cpu_stand_ins/**/*.py",

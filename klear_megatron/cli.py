@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from klear_megatron.config import Section, load_config
+from klear_megatron.config.reference import list_references, read_reference
 from klear_megatron.conversion import command as conversion
 from klear_megatron.errors import Stopped, UserError
 from klear_megatron.launch import command as launching
@@ -76,25 +77,35 @@ def _silence_libraries() -> None:
         warnings.filterwarnings("ignore", module=module)
 
 
+class _VerbParser(argparse.ArgumentParser):
+    """A verb, whose help ends with all settings of its file."""
+
+    shows_settings_of: str | None = None
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if self.shows_settings_of is not None:
+            text += "\n" + read_reference(self.shows_settings_of)
+        return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="klear-megatron", description="Klear-Reasoner training on Megatron-Core."
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for run, package, config in (
-        (_sft, "sft", "SFTConfig"),
-        (_rl, "rl", "RLConfig"),
-        (_eval, "evaluation", "EvalConfig"),
-        (_serve, "rollout", "ServeConfig"),
-        (_curate, "curation", "CurateConfig"),
-        (_probe, "probing", "ProbeConfig"),
-    ):
+    verbs = parser.add_subparsers(
+        title="verbs", metavar="VERB", required=True, parser_class=_VerbParser
+    )
+    for run in (_sft, _rl, _eval, _serve, _curate, _probe):
         verb = _add_verb(verbs, run, takes_overrides=True)
         verb.add_argument("config", type=Path, help="YAML file")
+        name = run.__name__.removeprefix("_")
         verb.epilog = (
-            f"The file's keys are described in klear_megatron/{package}/config.py ({config}); "
-            "examples/ has files to start from. Any key can be set with --section.key value."
+            f"Any key can be set with --section.key value. `klear-megatron config {name}` prints a "
+            "file with all of them to start from:"
         )
+        verb.shows_settings_of = name
+    _add_verb(verbs, _config).add_argument("verb", choices=list_references())
     regrade = _add_verb(verbs, _regrade, takes_overrides=True)
     regrade.add_argument("run_dir", type=Path, help="run_dir of `klear-megatron eval`")
     regrade.epilog = "The rewards of its config can be changed with --rewards.key value."
@@ -116,9 +127,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_verb(
     verbs: Any, run: Callable[[argparse.Namespace], None], *, takes_overrides: bool = False
-) -> argparse.ArgumentParser:
+) -> "_VerbParser":
     """Adds a verb with the name and the docstring of the function that carries it out."""
-    verb: argparse.ArgumentParser = verbs.add_parser(
+    verb: _VerbParser = verbs.add_parser(
         run.__name__.removeprefix("_"), help=run.__doc__, description=run.__doc__
     )
     verb.set_defaults(run=run, takes_overrides=takes_overrides)
@@ -208,6 +219,11 @@ def _probe(arguments: argparse.Namespace) -> None:
     from klear_megatron.probing.probe import probe
 
     probe(config)
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    """Print a YAML file with all settings of a verb, their defaults and what they do."""
+    print(read_reference(arguments.verb), end="")
 
 
 def _convert(arguments: argparse.Namespace) -> None:

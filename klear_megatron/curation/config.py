@@ -31,6 +31,7 @@ class TeacherConfig(Section):
     """Hugging Face checkpoint; with `rollout.urls`, the one that is served there."""
 
     samples_per_prompt: PositiveInt = 16
+    """Responses of the teacher per prompt."""
     max_prompt_length: PositiveInt = 4096
     """Longest prompt in tokens, chat template included; longer prompts are dropped."""
 
@@ -38,6 +39,7 @@ class TeacherConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
     seed: int = 0
+    """Seed of the servers' sampling."""
 
 
 class PassRateConfig(Section):
@@ -67,6 +69,7 @@ class TopSourcesConfig(Section):
     """Keeps only the rows of the best few sources."""
 
     count: PositiveInt
+    """How many sources to keep."""
     field: str = "data_source"
     """The key of a row that says where it comes from."""
 
@@ -78,11 +81,13 @@ class SubsetConfig(Section):
     """Keeps a few prompts that cover all others: K-center-greedy selection."""
 
     size: PositiveInt
+    """How many prompts to keep."""
     embeddings: Path | None = None
     """A .npy file with a vector for each row read, in their order; without it, hashed words and
     pairs of words are the vectors."""
 
     seed: int = 0
+    """Chooses the first prompt."""
 
 
 class CurateConfig(Section):
@@ -96,6 +101,7 @@ class CurateConfig(Section):
     in `.report.json`."""
 
     bad_rows: Literal["refuse", "skip"] = "refuse"
+    """skip counts malformed rows and continues."""
     deduplicate: bool = True
     """Drop prompts that are the same but for white space as one kept before."""
 

@@ -33,6 +33,7 @@ class YarnConfig(Section):
     """An extension of the context length by YaRN."""
 
     factor: float = Field(gt=1)
+    """How many times longer the context becomes."""
     original_length: PositiveInt | None = None
     """Tokens that the model was trained with, which `factor` multiplies; by default its
     max_position_embeddings."""
@@ -53,6 +54,7 @@ class EvalConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()
     seed: int = 0
+    """Seed of the servers' sampling."""
 
     @model_validator(mode="after")
     def _yarn_decides_the_context_length(self) -> "EvalConfig":

@@ -25,7 +25,9 @@ class ContainerConfig(Section):
     """The image that the steps run in."""
 
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """What runs the image."""
     image: str
+    """The image: a file, or the address of a registry."""
     mounts: tuple[str, ...] = ()
     """Each as `HOST:CONTAINER`. The working directory and the run directory are always mounted,
     under their own names."""
@@ -35,8 +37,11 @@ class SiteConfig(Section):
     """What a cluster asks for: the site file. A run's `launch:` section overrides it."""
 
     account: str | None = None
+    """Slurm account to charge."""
     partition: str | None = None
+    """Slurm partition."""
     qos: str | None = None
+    """Slurm quality of service."""
     time: str = "04:00:00"
     """Time limit of one job, in Slurm's notation. The run is saved before it and goes on after."""
     gpus_per_node: PositiveInt | None = None

@@ -44,4 +44,6 @@ class ClippedLossConfig(PolicyLossConfig):
     """Options of a loss that clips the ratio to [1 - clip_low, 1 + clip_high]."""
 
     clip_low: float = Field(0.2, ge=0, lt=1)
+    """The ratio is clipped below 1 minus this."""
     clip_high: float = Field(0.28, ge=0)
+    """The ratio is clipped above 1 plus this."""

@@ -26,14 +26,18 @@ class ParallelConfig(Section):
     """Megatron's parallel sizes. Data parallelism takes the ranks that are left over."""
 
     tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that each layer's matrices are cut over."""
     pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that the layers are divided into."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Parts of each pipeline stage, which take turns so that stages wait less."""
     num_layers_in_first_pipeline_stage: PositiveInt | None = None
     """Layers of the first stage, over all its virtual stages; fewer make room for the embedding.
     Stages without a number of their own share the remaining layers equally."""
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     """Layers of the last stage; fewer make room for the output weight and the loss."""
     context_parallel_size: PositiveInt = 1
+    """Ranks that each sequence is cut over."""
     expert_model_parallel_size: PositiveInt = 1
     """Ranks that share the experts, taken from the tensor-, context- and data-parallel ranks."""
     expert_tensor_parallel_size: PositiveInt | None = None
@@ -183,15 +187,22 @@ class OptimizerConfig(Section):
     """Adam with decoupled weight decay, and its learning-rate schedule, in optimizer steps."""
 
     lr: float = Field(gt=0)
+    """Highest learning rate, which the schedule reaches after the warm-up."""
     min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls from `lr` to `min_lr` until the last step."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which lr rises from 0 in a line. The first of them has lr 0, as in
     Megatron-LM and transformers: it changes no weight, only Adam's averages."""
     weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, per unit of learning rate."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the mean of the gradients."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the mean of their squares."""
     adam_eps: float = Field(1e-8, gt=0)
+    """Added to the root of the mean square, so that nothing is divided by 0."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     offload_fraction: float = Field(0.0, ge=0, le=1)
@@ -247,6 +258,7 @@ class ModelConfig(Section):
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = (
         "core_attn",
     )
+    """What selective recomputation computes again in backward."""
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     """FP8 recipe for the layers' matrix products; the output layer stays in `dtype`."""
     fp8_param_gather: bool = False

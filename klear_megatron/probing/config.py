@@ -32,7 +32,9 @@ class NeedleConfig(Section):
     """A needle in a haystack: a statement inside a long text, and after it a question about it."""
 
     statement: str = "\nThe pass key is {value}. Remember it.\n"
+    """Text that is hidden in the haystack."""
     question: str = "\nWhat is the pass key? The pass key is"
+    """Text at the end, which the answer follows."""
     answer: str = " {value}"
     """What the model must go on with."""
     values: tuple[str, ...] = Field(("71482", "30965", "54817", "28306"), min_length=1)
@@ -49,7 +51,9 @@ class ProbeConfig(Section):
     """A probe of a model: `klear-megatron probe`."""
 
     run_dir: Path
+    """Gets the results."""
     seed: int = 0
+    """Chooses the random samples."""
     policy: ModelConfig
     text: Path
     """A text in UTF-8, as long as the longest sequence at least. It is the haystack, too."""

@@ -12,13 +12,16 @@ class ScoreConfig(Section):
     """Scores of an answer: right, wrong, and what a broken format costs."""
 
     correct: float = 1.0
+    """Score of a right answer."""
     wrong: float = -1.0
+    """Score of a wrong answer."""
     format: Literal["penalty", "authors"] = "penalty"
     """penalty: `format_penalty` is subtracted unless the reasoning is inside exactly one
     <think>...</think> at the start. authors: as in KlearReasoner's code, a response without
     </think> scores -0.5 and one with it but without <think> scores -2, whatever the answer."""
 
     format_penalty: float = Field(default=0.5, ge=0)
+    """What a broken format costs with `format: penalty`."""
 
 
 class MathRewardConfig(ScoreConfig):
@@ -73,6 +76,7 @@ class CodeRewardConfig(ScoreConfig):
     """Processes and threads that a program may have at the same time."""
 
     output_mb: int = Field(default=16, ge=1)
+    """MiB that a program may write; more ends it."""
     python: Path | None = None
     """The interpreter that runs the programs. They can import what is installed for it. By default,
     the interpreter that this environment was made from."""

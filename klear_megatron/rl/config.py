@@ -31,7 +31,9 @@ class RLConfig(RunConfig):
     steps: PositiveInt
     """Each step draws responses once and takes several optimizer steps on them."""
     prompts_per_step: PositiveInt = 128
+    """Prompts whose responses a step trains on."""
     responses_per_prompt: PositiveInt = 8
+    """Responses per prompt: the size of a group, within which rewards are compared."""
     prompts_per_mini_batch: PositiveInt = 16
     """Prompts per optimizer step; fewer than `prompts_per_step` makes training off-policy."""
     max_generation_batches: PositiveInt = 2

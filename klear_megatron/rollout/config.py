@@ -15,6 +15,7 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, ge=0)
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the most likely tokens whose probabilities sum to this; 1 draws from all."""
     max_response_length: PositiveInt = 32768
     """Tokens; a longer response is cut off there and counts as truncated."""
 
@@ -25,6 +26,7 @@ class RolloutConfig(Section):
     urls: list[str] = Field(default_factory=list)
     """Servers that are already running, such as `http://node7:30000`. Then none are started."""
     num_servers: PositiveInt = 1
+    """Servers to start on this host."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks per server. Servers of `urls` are asked for theirs."""
     base_gpu_id: int | None = Field(None, ge=0)
@@ -36,6 +38,7 @@ class RolloutConfig(Section):
     python: Path = Path(f"{sys.prefix}-rollout") / "bin" / "python"
     """Python interpreter of the environment that has SGLang."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the servers' weights and activations."""
     context_length: PositiveInt | None = None
     """Tokens of prompt and response together; by default, the model's own limit."""
     mem_fraction_static: PositiveFloat = Field(0.8, le=1)
@@ -45,6 +48,7 @@ class RolloutConfig(Section):
     extra_args: list[str] = Field(default_factory=list)
     """More arguments for `sglang.launch_server`, passed on unchanged."""
     start_timeout_s: PositiveFloat = 900.0
+    """Seconds that a server may take to start."""
     request_timeout_s: PositiveFloat = 3600.0
     """Seconds that the responses to one prompt may take."""
     sync_timeout_s: PositiveFloat = 300.0
@@ -71,5 +75,6 @@ class ServeConfig(Section):
     """Folder for the servers' logs."""
     rollout: RolloutConfig = RolloutConfig()
     seed: int = 0
+    """Seed of the servers' sampling."""
     announce: Path | None = None
     """File to write the servers' addresses to, as a JSON list, once all of them answer."""

@@ -11,6 +11,7 @@ class SFTConfig(RunConfig):
 
     data: ConversationsConfig
     epochs: PositiveInt = 1
+    """Passes over the data."""
     batch_size: PositiveInt
     """Conversations per optimizer step."""
 

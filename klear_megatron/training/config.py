@@ -16,6 +16,7 @@ class RunConfig(Section):
     """Everything the run writes: config, metrics, logs, rollouts, checkpoints. A run that finds a
     checkpoint there goes on from it."""
     seed: int = 0
+    """Fixes the order of the data, and what is drawn at random."""
     save_every: PositiveInt | None = None
     """Steps between checkpoints; one is always written at the end."""
     export_every: PositiveInt | None = None

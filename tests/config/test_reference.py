@@ -1,0 +1,58 @@
+"""The reference of the settings is what the settings are, and a file to start from."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from klear_megatron.config import Section, load_config
+from klear_megatron.config.reference import FOLDER, commented_yaml, list_references, read_reference
+from klear_megatron.rl.config import RLConfig
+from tools.write_reference import CONFIGS, PAGE, page, references
+
+AGAIN = "run: python -m tools.write_reference"
+
+
+def test_reference_and_page_are_those_of_the_settings():
+    texts = references()
+    assert list_references() == sorted(CONFIGS)
+    for verb, text in texts.items():
+        assert read_reference(verb) == text, AGAIN
+    assert PAGE.read_text() == page(texts), AGAIN
+
+
+def test_a_setting_without_a_sentence_is_refused():
+    class Silent(Section):
+        number: int = 1
+
+    with pytest.raises(ValueError, match="number: has no sentence"):
+        commented_yaml(Silent)
+
+
+def test_the_file_is_a_config_with_all_defaults(tmp_path):
+    given = {
+        "run_dir": "run",
+        "steps": 1,
+        "data": {"path": "a.jsonl"},
+        "policy": {"path": "base", "optimizer": {"lr": 1e-6}},
+    }
+    overrides = "run_dir=run steps=1 data.path=a.jsonl policy.path=base policy.optimizer.lr=1e-6"
+    assert load_config(RLConfig, FOLDER / "rl.yaml", overrides.split()) == RLConfig(**given)
+
+
+def test_help_shows_the_settings_without_importing_torch():
+    code = (
+        "import sys; from klear_megatron.cli import main\n"
+        "try: main(['rl', '--help'])\n"
+        "finally: assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert (
+        "# Highest learning rate, which the schedule reaches after the warm-up. (number > 0, "
+        in (result.stdout)
+    )
+    assert "rollout:\n" in result.stdout
