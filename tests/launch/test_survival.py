@@ -65,14 +65,14 @@ def test_a_trainer_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alo
         subprocess.run(command, capture_output=True, check=False)
         return (run_dir / "launch" / f"{job}-{attempts}").exists()
 
-    wait_for(lambda: len(losses(run_dir)) > 4, 120)
-    trainers(config)[-1].kill()
+    wait_for(lambda: len(losses(run_dir)) > 4, 240)
+    trainers(config)[0].kill()  # later ones may be forks that write a checkpoint
     wait_for(lambda: requeued(1), 200)
     before = len(losses(run_dir))
-    wait_for(lambda: len(losses(run_dir)) > before or "finished" in log.read_text(), 120)
+    wait_for(lambda: len(losses(run_dir)) > before or "finished" in log.read_text(), 240)
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
     wait_for(lambda: requeued(2), 200)
-    wait_for(lambda: "finished" in log.read_text(), 120)
+    wait_for(lambda: "finished" in log.read_text(), 240)
     assert "trying again after this error:" in log.read_text()
     assert "told to end; goes on from the newest checkpoint" in log.read_text()
     assert losses(run_dir) == expected
