@@ -74,6 +74,8 @@ class StubServers:
                     length = int(head.split("content-length:")[1].split("\r\n")[0])
                     body = json.loads(await reader.readexactly(length))
                     writer.write(await answer(body))
+                elif head.startswith("get /v1/loads"):
+                    writer.write(_ok({"loads": [{"num_waiting_reqs": server.waiting}]}))
                 elif head.startswith("get /server_info"):
                     writer.write(_ok(self._info))
                 else:

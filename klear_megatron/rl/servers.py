@@ -1,6 +1,7 @@
 """The servers that generate for a policy in training."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Collection
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
@@ -88,6 +89,13 @@ class PolicyServers:
             self.generator.lost.clear()
             self.generator.held = False
         self.version = version
+
+    def take_answered(self) -> dict[str, int]:
+        """Prompts of this rank that each server has answered since the last call."""
+        if self.generator is None:
+            return {}
+        answered, self.generator.answered = self.generator.answered, Counter()
+        return {url: answered[url] for url in self._urls}
 
     def persist(self, draw: Callable[[Generator], None]) -> None:
         """Collective. Calls `draw` with the generator on the ranks that lead. If any rank loses all

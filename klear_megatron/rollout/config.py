@@ -24,7 +24,8 @@ class RolloutConfig(Section):
     """The SGLang servers: started for this run on this host, or already running elsewhere."""
 
     urls: list[str] = Field(default_factory=list)
-    """Servers that are already running, such as `http://node7:30000`. Then none are started."""
+    """Servers that run or start elsewhere, such as `http://node7:30000`. They are waited for, and
+    none are started here."""
     num_servers: PositiveInt = 1
     """Servers to start on this host."""
     tensor_parallel_size: PositiveInt = 1
@@ -48,9 +49,13 @@ class RolloutConfig(Section):
     extra_args: list[str] = Field(default_factory=list)
     """More arguments for `sglang.launch_server`, passed on unchanged."""
     start_timeout_s: PositiveFloat = 900.0
-    """Seconds that a server may take to start."""
-    request_timeout_s: PositiveFloat = 3600.0
-    """Seconds that the responses to one prompt may take."""
+    """Seconds until a server has to answer, whether it is started here or is one of `urls`."""
+    request_timeout_s: PositiveFloat = 300.0
+    """Seconds that the responses to one prompt may take, and `token_timeout_s` more for each token
+    of `max_response_length`. Time in which requests wait at the server, as for room in its KV
+    cache, does not count."""
+    token_timeout_s: float = Field(0.2, ge=0)
+    """Seconds per token of `max_response_length`, beside `request_timeout_s`."""
     sync_timeout_s: PositiveFloat = 300.0
     """Seconds that sending one bucket of weights may take."""
     sync_bucket_bytes: PositiveInt = 128 * 2**20

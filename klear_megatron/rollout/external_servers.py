@@ -1,5 +1,6 @@
 """Checks on the servers of `rollout.urls`, which are already running."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,47 @@ from transformers import PretrainedConfig
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
+from klear_megatron.observability import say
+from klear_megatron.platform.first_rank import is_first_to_report
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.rollout.server_side import SERVER_SIDE, WEIGHT_LOADER
 
 _FIRST_VERSION = "default"
 """SGLang's name for the weights that a server has read from its checkpoint."""
+_LOOK_AGAIN_S = 0.5
+
+
+def wait_for(config: RolloutConfig) -> None:
+    """Returns once every server of `rollout.urls` answers; they may still be starting.
+
+    Raises:
+        UserError: one does not within `start_timeout_s`.
+    """
+    deadline = time.monotonic() + config.start_timeout_s
+    for url in config.urls:
+        waiting = f"waiting up to {config.start_timeout_s:.0f} s for the SGLang server at {url}"
+        said = False
+        while (reason := _why_silent(url)) is not None:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rollout.urls: no SGLang server answers at {url} within "
+                    f"{config.start_timeout_s:.0f} s (rollout.start_timeout_s): {reason}; start it "
+                    "(`klear-megatron serve`) or correct the address"
+                )
+            if not said and is_first_to_report(waiting):
+                say(waiting)
+            said = True
+            time.sleep(_LOOK_AGAIN_S)
+
+
+def _why_silent(url: str) -> str | None:
+    try:
+        httpx.get(f"{url}/model_info", timeout=30).raise_for_status()
+    except httpx.InvalidURL as error:
+        raise UserError(f"rollout.urls: {url}: {error}; correct the address") from error
+    except httpx.HTTPError as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 def check_serves(url: str, model: Path) -> None:
@@ -79,6 +116,7 @@ def check_lengths(
     Raises:
         UserError: it is not, or a server of `rollout.urls` does not answer.
     """
+    wait_for(config)
     limits = [config.context_length or hf.get_text_config().max_position_embeddings]
     if config.urls:
         # Their context may have been extended; only a smaller context_length here limits it.

@@ -12,6 +12,7 @@ from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.platform import heartbeat, stop
+from klear_megatron.rollout.clocks import Clocks
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 from klear_megatron.rollout.dispatch import Capacity, Dispatch, Share
 from klear_megatron.rollout.prompt_queue import Item, PromptQueue
@@ -66,6 +67,8 @@ class Generator:
         self.lost: set[str] = set()
         """Servers that do not answer, or answered with other weights than `weight_versions`. One
         that is removed is used again, also by drawing that goes on."""
+        self.answered: collections.Counter[str] = collections.Counter()
+        """Prompts that each server has answered since this was last emptied."""
         self.weight_versions: frozenset[str] | None = None
         """The versions that all tokens must be drawn with; None if any will do."""
         self.held = False
@@ -169,7 +172,9 @@ class Generator:
 
         dispatch = Dispatch(self.urls, responses_per_prompt, share)
         dispatch.sequence_tokens = self._sequence_tokens
-        await _Drawing(self, PromptQueue(prompts), dispatch, draw, on_done).run()
+        limit_s = self.config.request_timeout_s
+        limit_s += self.config.token_timeout_s * sampling.max_response_length
+        await _Drawing(self, PromptQueue(prompts), dispatch, draw, on_done, Clocks(limit_s)).run()
 
     def _note_length(self, tokens: int) -> None:
         """Follows the mean length of sequences, of which a moment's sequences in flight hold about
@@ -206,7 +211,9 @@ class _Drawing:
         dispatch: Dispatch,
         draw: Callable[[httpx.AsyncClient, Item], collections.abc.Awaitable[list[Response]]],
         on_done: OnDone,
+        clocks: Clocks,
     ) -> None:
+        self._clocks = clocks
         self._generator = generator
         self._queue = queue
         self._dispatch = dispatch
@@ -283,7 +290,10 @@ class _Drawing:
     async def _ask(self, url: str, client: httpx.AsyncClient, item: Item) -> bool:
         """Whether the prompt was answered."""
         try:
-            self._on_done(item.position, await self._draw(client, item))
+            async with self._clocks.limit(url):
+                responses = await self._draw(client, item)
+            self._on_done(item.position, responses)
+            self._generator.answered[url] += 1
         except NoAnswerError as error:
             self._unanswered[item.position] += 1
             if self._unanswered[item.position] == _ATTEMPTS:
@@ -300,7 +310,7 @@ class _Drawing:
     async def _use(self, url: str) -> None:
         """Has the server answer prompts until all are done, or it is lost for good."""
         generator = self._generator
-        timeout = httpx.Timeout(generator.config.request_timeout_s, connect=30)
+        timeout = httpx.Timeout(None, connect=30)  # the clocks limit the rest
         limits = FRESH_CONNECTIONS
         async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
             while not self._all_done.is_set():
@@ -315,7 +325,9 @@ class _Drawing:
                         self._running[url] = tasks, client
                         self._dispatch.open(url, await self._capacity(client))
                         self._known(url)
+                        holding = tasks.create_task(self._clocks.hold(url, client))
                         await self._all_done.wait()
+                        holding.cancel()
                 except* ServerLostError as failures:
                     self._known(url)
                     self._why_lost = str(failures.exceptions[0])

@@ -119,6 +119,15 @@ async def capacity_of(client: httpx.AsyncClient) -> Capacity:
     return Capacity(replicas * sequences, replicas * info["max_total_num_tokens"])
 
 
+async def has_waiting(client: httpx.AsyncClient) -> bool:
+    """Whether some requests wait at the server, because it has no room for them yet."""
+    try:
+        answer = await client.get("/v1/loads", params={"include": "core"}, timeout=60)
+        return any(one["num_waiting_reqs"] for one in answer.raise_for_status().json()["loads"])
+    except httpx.HTTPError:
+        return False
+
+
 async def generates(client: httpx.AsyncClient) -> bool:
     """Whether the server generates a token, or other requests' tokens, right now."""
     try:

@@ -59,6 +59,7 @@ def serving(
             answer or serves something else.
     """
     if config.urls:
+        external_servers.wait_for(config)
         for url in config.urls:
             if own_weights:
                 external_servers.check_takes(url, model_path)
@@ -202,6 +203,15 @@ class _Process:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_BYTES))
             lines = file.read().decode(errors="replace").splitlines()[-_LOG_LINES:]
         return "\n".join([f"the end of {self._log}:", *(f"    {line}" for line in lines)])
+
+
+def reachable(url: str) -> str:
+    """The address by which other hosts reach a server of this one: one that listens on all
+    interfaces is reached by the host's name."""
+    address = httpx.URL(url)
+    if address.host not in ("0.0.0.0", "::"):  # noqa: S104
+        return url
+    return str(address.copy_with(host=socket.gethostname())).rstrip("/")
 
 
 def server_command(

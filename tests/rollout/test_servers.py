@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,8 @@ import pytest
 
 from klear_megatron.errors import UserError
 from klear_megatron.rollout import guard, serving
+from klear_megatron.rollout.external_servers import wait_for
+from klear_megatron.rollout.servers import reachable
 from tests.rollout.conftest import CONFIG
 
 ONE = CONFIG.model_copy(update={"num_servers": 1})
@@ -41,8 +45,35 @@ def test_missing_environment_is_refused(tmp_path):
 
 
 def test_address_where_nobody_answers_is_refused(tmp_path):
-    config = ONE.model_copy(update={"urls": ["http://127.0.0.1:9"]})
-    assert "no SGLang server answers" in refusal(config, tmp_path, tmp_path)
+    nobody = {"urls": ["http://127.0.0.1:9"], "start_timeout_s": 0.1}
+    message = refusal(ONE.model_copy(update=nobody), tmp_path, tmp_path)
+    assert "no SGLang server answers at http://127.0.0.1:9 within 0 s" in message
+
+
+def test_a_server_that_still_starts_is_waited_for(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    def serve() -> None:
+        with HTTPServer(("127.0.0.1", port), Answers) as server:
+            server.handle_request()
+
+    late = threading.Timer(1.0, serve)
+    late.start()
+    wait_for(ONE.model_copy(update={"urls": [f"http://127.0.0.1:{port}"]}))
+    late.join()
+    said = f"waiting up to 240 s for the SGLang server at http://127.0.0.1:{port}\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_server_on_all_interfaces_is_reached_by_the_hosts_name():
+    assert reachable("http://0.0.0.0:30000") == f"http://{socket.gethostname()}:30000"
+    assert reachable("http://127.0.0.1:30000") == "http://127.0.0.1:30000"
 
 
 def test_server_that_does_not_start_shows_the_end_of_its_log(tmp_path):
