@@ -11,6 +11,8 @@ from klear_megatron.config import load_config
 from klear_megatron.curation import CurateConfig
 from klear_megatron.evaluation import EvalConfig
 from klear_megatron.evaluation.yarn import extend_context
+from klear_megatron.planning import PlannedModel, read_hardware
+from klear_megatron.planning.servers import plan_servers
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import ServeConfig
 from klear_megatron.rollout.external_servers import check_lengths
@@ -78,9 +80,38 @@ def test_servers_for_other_hosts_serve_what_training_asks_of_them():
     assert served == trained.model_copy(update={"num_servers": 8})
 
 
-def test_curation_is_a_config():
-    config = load_config(CurateConfig, FOLDER / "curate.yaml")
+@pytest.mark.parametrize("name", ["curate_math", "curate_code"])
+def test_curation_is_a_config(name):
+    config = load_config(CurateConfig, FOLDER / f"{name}.yaml")
     assert config.pass_rate.above == 0.5
+
+
+@pytest.mark.parametrize("name", ["math_rl", "code_rl"])
+def test_the_best_checkpoint_stays(name):
+    config = load_config(RLConfig, FOLDER / f"{name}.yaml")
+    assert config.evaluation.every % config.export_every == 0
+    assert config.policy.checkpoint.keep_every % config.save_every == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("math_rl", 4096 + 32768), ("code_rl", 4096 + 32768), ("eval", 81920)]
+)
+def test_a_server_runs_as_many_sequences_as_its_cache_holds_half_done(name, tokens):
+    config = load_config(EvalConfig if name == "eval" else RLConfig, FOLDER / f"{name}.yaml")
+    planned = plan_servers(
+        PlannedModel(QWEN3_8B),
+        read_hardware("h100"),
+        servers=1,
+        tensor_parallel=config.rollout.tensor_parallel_size,
+        memory_fraction=config.rollout.mem_fraction_static,
+        max_running=config.rollout.max_running_requests,
+        element=2,
+        responses=1024,
+        prompt_tokens=0,
+        response_tokens=tokens,
+    )
+    held = planned.cache_bytes / planned.cache_bytes_per_token / (tokens / 2)
+    assert 0.9 * held < config.rollout.max_running_requests <= 1.1 * held
 
 
 def test_the_documented_evaluation_asks_the_documented_servers(tmp_path):
