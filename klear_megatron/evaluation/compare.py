@@ -74,9 +74,13 @@ def _format_benchmark(name: str, compared: Sequence[MeasureComparison], width: i
         sign = "" if difference.startswith("-") else "+"
         lines.append(
             f"{row.name:{width}}{a:>9}{b:>9}{sign + difference:>10}{error:>12}"
-            f"{row.paired.p_value:>9.4f}"
+            f"{_shown_p(row.paired.p_value):>9}"
         )
     return "\n".join(lines)
+
+
+def _shown_p(value: float) -> str:
+    return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
 def _read_graded(run_dir: Path, benchmark: str) -> Problems:

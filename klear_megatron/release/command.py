@@ -11,7 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, help="folder to publish")
     parser.add_argument(
-        "--licence", required=True, help="identifier of the licence, such as apache-2.0"
+        "--licence",
+        "--license",
+        required=True,
+        help="identifier of the licence, such as apache-2.0",
     )
     parser.add_argument(
         "--dtype",

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.conversion.logits import Logits, megatron_logits, transformers_logits
+from klear_megatron.data import encode_prompt
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rollout import RolloutConfig, SamplingConfig
@@ -49,9 +51,9 @@ def try_out(folder: Path, checkpoint: Path, *, log_dir: Path) -> None:
 
 
 def greedy_answers(folder: Path, *, log_dir: Path) -> list[Answer]:
-    """SGLang's greedy answers to three prompts."""
+    """SGLang's greedy answers to three prompts, asked through the chat template if there is one."""
     tokenizer = read_tokenizer(folder)
-    prompts = [tokenizer.encode(text) for text in _PROMPTS]
+    prompts = [_encoded(tokenizer, text) for text in _PROMPTS]
     rollout = RolloutConfig(
         dtype=_dtype(folder),
         mem_fraction_static=0.5,
@@ -62,6 +64,12 @@ def greedy_answers(folder: Path, *, log_dir: Path) -> list[Answer]:
     with generating(ModelFolder(folder), rollout, log_dir) as generator:
         responses = [group[0].token_ids for group in generator.generate(prompts, greedy)]
     return list(map(Answer, prompts, responses))
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(text)
+    return encode_prompt(tokenizer, [{"role": "user", "content": text}])
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from klear_megatron.evaluation.compare import MeasureComparison, format_comparison
 from klear_megatron.evaluation.statistics import (
+    Comparison,
     compare_paired,
     majority_correct,
     mean_and_error,
@@ -96,3 +98,9 @@ def test_random_flips_agree_with_all_of_them():
 
 def test_a_certain_difference_has_a_small_p_value_that_is_not_zero():
     assert compare_paired([0.0] * 40, [1.0] * 40).p_value == pytest.approx(1 / 100_001)
+
+
+def test_a_p_value_of_almost_nothing_is_not_printed_as_0():
+    paired = Comparison(difference=0.5, standard_error=0.01, p_value=3e-6)
+    compared = {"sums": [MeasureComparison("accuracy", 0.1, 0.6, paired)]}
+    assert format_comparison(compared).split()[-1] == "<0.0001"

@@ -1,5 +1,6 @@
 """A real SGLang server answers from a released folder as transformers and the policy do."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
 from klear_megatron.conversion.logits import megatron_logits, transformers_logits
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
-from klear_megatron.release import trial
+from klear_megatron.release import command, trial
 from klear_megatron.release.model_card import model_card
 from klear_megatron.release.release import release
 from tests.conversion.folders import same_weights, weights_of
@@ -29,15 +30,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny.qwen3(num_hidden_layers=2, max_position_embeddings=32768)
     hf = tiny.write(folder / "base", config)
     tiny.write_tokenizer(hf)
+    (hf / "chat_template.jinja").write_text(
+        "{% for message in messages %}w5 {{ message.content }} {% endfor %}"
+        "{% if add_generation_prompt %}w6{% endif %}"
+    )
     (hf / "LICENSE").write_text("Do as you like.\n")
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)
     run_config = {
         "run_dir": "/home/somebody/run",
         "policy": {"path": "/home/somebody/base", "optimizer": {"lr": 3e-5}},
+        "data": {"path": "/home/somebody/sums.jsonl"},
+        "steps": 3,
         "rollout": {"python": "/home/somebody/python"},
     }
     rows = [{"step": step, "reward/mean": step / 8} for step in (1, 2, 3)]
+    rows[0] |= {"eval/sums/avg": 0.625, "eval/sums/standard_error": 0.05}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     hf_to_megatron(hf, run / "checkpoints" / "step_00000002")
     # What a run writes into its checkpoint counts. The run's own may be of later steps.
@@ -70,7 +78,20 @@ def test_release_is_complete_and_answers(
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
     assert "| reward/mean | 0.25 |" in card
     assert "lr: 3.0e-05" in card
-    assert "from `base`" in card
+    head, _, folded = card.partition("<details>")
+    assert (
+        "- base model: `base`\n- method: reinforcement learning with verifiable rewards (gppo)"
+        in head
+    )
+    assert "2 steps" in head
+    assert "- data: `sums.jsonl`" in head
+    assert "Measured by the run, after step 1:" in head
+    assert "| sums | 62.5% | 5.0% |" in head
+    assert 'AutoTokenizer.from_pretrained("Klear-Tiny")' in head
+    assert "```\nw5 What is 12 + 30? w6\n```" in head
+    assert "lr: 3.0e-05" not in head
+    assert len(head.splitlines()) < 60
+    assert folded.count("</details>") == 2
     assert "somebody" not in card
     assert "Licence: apache-2.0; the base model's text is in LICENSE." in card
     assert (out / "LICENSE").read_text() == "Do as you like.\n"
@@ -83,9 +104,16 @@ def test_release_is_complete_and_answers(
         line.split(" -> ")[1] for line in capsys.readouterr().out.splitlines() if "->" in line
     ]
     assert len(answers) == 3
-    prompt = tokenizer("12 + 30 =", return_tensors="pt").input_ids
+    prompt = tokenizer("w5 12 + 30 = w6", return_tensors="pt").input_ids
     tokens = model.generate(prompt, do_sample=False, max_new_tokens=32, eos_token_id=1)
     assert answers[0] == repr(tokenizer.decode(tokens[0, prompt.shape[1] :]))
+
+
+def test_both_spellings_of_the_licence_are_understood() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    for option in ("--licence", "--license"):
+        assert parser.parse_args(["run", "out", option, "mit"]).licence == "mit"
 
 
 def test_yarn_is_refused_for_a_model_of_shorter_texts(tmp_path: Path) -> None:
