@@ -26,6 +26,7 @@ from klear_megatron.platform.files import write_atomically
 from klear_megatron.platform.first_rank import is_first_to_report
 from klear_megatron.release import command as release
 from klear_megatron.report import command as reporting
+from klear_megatron.rl import show
 from klear_megatron.scaling import command as scaling
 
 
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_arguments(_add_verb(verbs, _scaling, takes_overrides=True))
     launching.add_arguments(_add_verb(verbs, _launch, takes_overrides=True))
     reporting.add_arguments(_add_verb(verbs, _report))
+    show.add_arguments(_add_verb(verbs, _show))
     for run in (_status, _logs, _cancel):
         _add_verb(verbs, run).add_argument("run_dir", type=Path, help="run_dir of a launched run")
     _add_verb(verbs, _doctor)
@@ -190,15 +192,17 @@ def _serve(arguments: argparse.Namespace) -> None:
     """Serve a Hugging Face checkpoint with SGLang until Ctrl-C."""
     from klear_megatron.checkpoints.model_folder import ModelFolder
     from klear_megatron.rollout import ServeConfig, serving
+    from klear_megatron.rollout.servers import reachable
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
     ModelFolder(config.model)  # SGLang takes long to report a mistake
     logs = config.run_dir / "logs"
     with serving(config.rollout, config.model, logs, seed=config.seed) as servers:
-        print("\n".join(["serving; stop with Ctrl-C", *servers.urls]), flush=True)
+        urls = [reachable(url) for url in servers.urls]
+        print("\n".join(["serving; stop with Ctrl-C", *urls]), flush=True)
         if config.announce is not None:
             with write_atomically(config.announce) as file:
-                json.dump(servers.urls, file)
+                json.dump(urls, file)
         while True:
             time.sleep(5)
             servers.restore()
@@ -280,6 +284,11 @@ def _launch(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     """Write a page about runs: curves, costs, rollouts and evaluations in one HTML file."""
     reporting.run(arguments)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    """Show the responses of a step of RL, or one of them token by token."""
+    show.run(arguments)
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ def predicted(waiting: dict[str, float], drawn: Path, judge_s: float, prompts: i
         max_staleness=0,
         draw_length=lambda draw: draw.choice(lengths),
         prompt_tokens=0,
-        informative=1 - waiting["rollout/dropped_groups"],
+        informative=1 - waiting["groups/dropped"] / waiting["groups/drawn"],
         max_generation_batches=1,
         speed=Speed(STEP_S, SEQUENCE_S, 0, 0),
         capacity=Capacity(256, 40_000),

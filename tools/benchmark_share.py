@@ -83,7 +83,7 @@ def rank_main(rank: int, ranks: int, sequences: int, tokens: int, port: int) -> 
     before, sent_before = reset_peak(), psutil.net_io_counters(pernic=True)["lo"].bytes_sent
     dist.barrier()
     started = time.perf_counter()
-    batch = share(batch_of(groups, config), range(ranks), limit=sequences)
+    batch, _ = share(batch_of(groups, config), range(ranks), limit=sequences)
     group_metrics(groups, 0)
     seconds = time.perf_counter() - started
     dist.barrier()

@@ -94,6 +94,11 @@ class PromptSampler:
         due = (drawn.total() + 1) / sum(weights.values())
         return max(sorted(weights), key=lambda source: weights[source] * due - drawn[source])
 
+    @property
+    def epoch(self) -> float:
+        """How often the rows have been handed out, on average."""
+        return self._drawn.total() / self._num_rows
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "num_rows": self._num_rows,

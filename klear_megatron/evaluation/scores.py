@@ -6,11 +6,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from klear_megatron.evaluation.statistics import majority_correct, mean_and_error, pass_at_k
+from klear_megatron.observability import Metric
 
 Row = dict[str, Any]
 """One response, as `response_row` makes it. A graded mathematical response also has `answer`."""
 Problems = dict[int, list[Row]]
 """The rows of each problem's samples, by its index, in the order of the indices."""
+
+METRICS = (
+    Metric("avg", "share", "avg@n: right samples of a problem, mean over problems", "falls"),
+    Metric("standard_error", "share", "of `avg`, from the spread over problems"),
+    Metric(
+        "pass_at_K",
+        "share",
+        "estimate of the problems that one of K samples solves; for the largest power of two up to "
+        "the samples per problem",
+    ),
+    Metric("majority", "share", "mathematical problems that a majority vote of the samples solves"),
+    Metric("formatted", "share", "samples whose reasoning is in one well-formed think block"),
+    Metric("truncated", "share", "samples that reached the length limit", "above 0.1"),
+    Metric("length_mean", "tokens", "mean over the samples"),
+)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from torch import Tensor
 from klear_megatron.losses.config import ClippedLossConfig
 from klear_megatron.losses.inputs import LossInputs
 from klear_megatron.losses.ratio import ratio_of
+from klear_megatron.observability import Metric
 
 
 def clipped_tokens(
@@ -14,6 +15,28 @@ def clipped_tokens(
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
     return low, high
+
+
+CLIPPING_METRICS = (
+    Metric(
+        "clipped_low",
+        "share",
+        "trained tokens whose probability fell by more than `clip_low`, with a negative advantage",
+        "above 0.1: the weights move too far within a step",
+    ),
+    Metric(
+        "clipped_high",
+        "share",
+        "trained tokens whose probability rose by more than `clip_high`, with a positive advantage",
+        "above 0.1: the weights move too far within a step",
+    ),
+    Metric(
+        "clipped_gradient_kept",
+        "share",
+        "trained tokens that are clipped and still have a gradient, which is what GPPO is about",
+        "0 with gppo while tokens are clipped",
+    ),
+)
 
 
 def clipping_metrics(low: Tensor, high: Tensor, kept: Tensor) -> dict[str, Tensor]:

@@ -4,9 +4,17 @@ from klear_megatron.errors import UserError
 from klear_megatron.losses.config import ClippedLossConfig
 from klear_megatron.losses.corrections import Bounds
 from klear_megatron.losses.inputs import LossInputs, TokenLoss
+from klear_megatron.observability import Metric
 
 _EPSILON = 1e-8
 """Added to both entropies, so that two that are 0 have ratio 1."""
+
+ENTROPY_CLIPPED = Metric(
+    "entropy_clipped",
+    "share",
+    "with `loss.entropy_ratio`: trained tokens outside its bounds, which have no gradient",
+    "above 0.2",
+)
 
 
 class EntropyRatioOptions(ClippedLossConfig):

@@ -13,15 +13,75 @@ import torch
 from torch import Tensor
 
 from klear_megatron.errors import UserError
+from klear_megatron.losses.clipped import CLIPPING_METRICS
 from klear_megatron.losses.corrections import (
     finite_log_probs,
     importance_weight,
     trained_tokens,
 )
+from klear_megatron.losses.entropy_ratio import ENTROPY_CLIPPED
 from klear_megatron.losses.inputs import Fields, LossInputs, Sequences
 from klear_megatron.losses.kl import KLConfig, kl_to_reference
 from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.registry import LossConfig, resolve_loss
+from klear_megatron.observability import Metric
+
+METRICS = (
+    Metric(
+        "loss",
+        "nats",
+        "what is minimised; in SFT the negative log-likelihood, mean over the trained tokens",
+        "in SFT, rises for long; in RL it is no sign of progress",
+    ),
+    Metric("policy_loss", "", "the policy loss without the SFT term, by `loss.aggregation`"),
+    Metric(
+        "sft_loss",
+        "nats",
+        "negative log-likelihood of correct responses, mean over their trained tokens; 0 if none",
+    ),
+    Metric(
+        "entropy",
+        "nats",
+        "of the policy over the vocabulary, mean over trained tokens",
+        "falls towards 0: responses become all alike; or rises without end: they become noise",
+    ),
+    Metric(
+        "kl_to_old",
+        "nats",
+        "from the policy that drew the responses to the trained one, estimated as r - 1 - log r, "
+        "mean over trained tokens",
+        "above 0.1: the weights move too far within a step",
+    ),
+    Metric(
+        "kl_to_reference",
+        "nats",
+        "with `loss.kl` in the loss: from the trained policy to the reference, by its estimator, "
+        "mean over trained tokens",
+        "grows without end: the penalty is too weak, or is meant to be",
+    ),
+    Metric("ratio_min", "ratio", "smallest ratio of a trained token's new and old probability"),
+    Metric(
+        "ratio_max",
+        "ratio",
+        "largest ratio of a trained token's new and old probability",
+        "above 10 in most steps",
+    ),
+    Metric(
+        "tis_weight",
+        "ratio",
+        "with a correction of the mismatch: weight of the policy loss, mean over trained tokens",
+        "below 0.9 or above 1.1: trainer and servers compute other probabilities",
+    ),
+    Metric(
+        "tis_clipped",
+        "share",
+        "with a correction of the mismatch: trained tokens whose weight is at a bound",
+        "above 0.01 without `max_staleness`",
+    ),
+    *CLIPPING_METRICS,
+    ENTROPY_CLIPPED,
+)
+"""Of the objectives and losses here. A loss of the user's own may have others."""
 
 
 @dataclass(frozen=True)

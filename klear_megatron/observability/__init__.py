@@ -1,7 +1,9 @@
 """What a run reports about itself: metrics, progress, and how long its phases take."""
 
+from klear_megatron.observability.metric import Metric
 from klear_megatron.observability.phases import Phases
 from klear_megatron.observability.progress import Progress, say
 from klear_megatron.observability.recorder import Recorder
+from klear_megatron.observability.rollout_files import RolloutFiles
 
-__all__ = ["Phases", "Progress", "Recorder", "say"]
+__all__ = ["Metric", "Phases", "Progress", "Recorder", "RolloutFiles", "say"]

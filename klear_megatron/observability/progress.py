@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 
 from tqdm import tqdm
 
@@ -19,9 +20,10 @@ def say(message: str) -> None:
 class Progress:
     """A context manager that counts up to `total`, if that is known.
 
-    Without a terminal it prints a line every ten seconds and one at the end. With a `unit`, such as
-    "B" for bytes, it scales counts (kB, MB, ...) and shows the speed. `enabled=False` prints
-    nothing, for all ranks but one. `keep=False` leaves nothing on the terminal at the end.
+    Without a terminal it prints a line every ten seconds, with the time that is left, and one at
+    the end. With a `unit`, such as "B" for bytes, it scales counts (kB, MB, ...) and shows the
+    speed. `enabled=False` prints nothing, for all ranks but one. `keep=False` leaves nothing on the
+    terminal at the end.
     """
 
     def __init__(
@@ -72,7 +74,16 @@ class Progress:
         speed = ""
         if self._unit is not None:
             speed = f", {self._shown((self._done - self._start) / elapsed)}/s"
-        say(f"{self._title} {count} [{elapsed:.0f} s{speed}] {self._note}".rstrip())
+        left = self._left(elapsed)
+        say(f"{self._title} {count} [{elapsed:.0f} s{speed}{left}] {self._note}".rstrip())
+
+    def _left(self, elapsed: float) -> str:
+        """How long the rest takes at the speed so far."""
+        done = self._done - self._start
+        if self._total is None or not done or self._done >= self._total:
+            return ""
+        left = timedelta(seconds=round(elapsed / done * (self._total - self._done)))
+        return f", {left} left"
 
     def _shown(self, count: float) -> str:
         return str(count) if self._unit is None else tqdm.format_sizeof(count, self._unit)

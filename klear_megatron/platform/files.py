@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from klear_megatron.errors import UserError
 
@@ -28,13 +29,22 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[TextIO]:
-    """Opens a UTF-8 text file that replaces `path` when the block ends without an exception.
+    """Opens a UTF-8 text file that replaces `path`, as `replace_atomically` does."""
+    with replace_atomically(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+        yield text
+        text.detach()  # also flushes
+
+
+@contextlib.contextmanager
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that replaces `path` when the block ends without an exception.
 
     Until then, and after a crash of the process or the machine, `path` is what it was before.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
+        with partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

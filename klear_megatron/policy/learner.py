@@ -12,6 +12,7 @@ from torch import Tensor
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.losses import Objective, Sequences
+from klear_megatron.observability import Metric
 from klear_megatron.platform import objects
 from klear_megatron.platform.device import this_device
 from klear_megatron.policy import checkpoint
@@ -22,6 +23,23 @@ from klear_megatron.policy.context_parallel import sum_over_context_parallel_ran
 from klear_megatron.policy.kernels import Installed, choose_offload, warn
 from klear_megatron.policy.micro_batches import MicroBatch
 from klear_megatron.policy.model import Model
+
+METRICS = (
+    Metric(
+        "grad_norm",
+        "norm",
+        "of the gradient of all parameters, before clipping; mean over the step's optimizer steps",
+        "rises over many steps, or is far above `clip_grad` for long",
+    ),
+    Metric("lr", "", "learning rate; mean over the step's optimizer steps"),
+    Metric(
+        "load_balancing_loss",
+        "",
+        "with `moe_aux_loss_coeff`: of the router, mean over layers; 1 in perfect balance",
+        "rises: a few experts get most tokens",
+    ),
+)
+"""Of `Learner.train_step`, beside the objective's."""
 
 
 class Learner:
@@ -63,23 +81,27 @@ class Learner:
         )
         self._writer = checkpoint.CheckpointWriter(config.checkpoint, folder)
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Taken so far, those before a checkpoint was loaded included."""
+        return int(self._scheduler.num_steps)
+
     def train_step(self, batch: Batch, objective: Objective) -> dict[str, float]:
-        """One optimizer step on the whole mini-batch.
+        """One optimizer step on the whole mini-batch. If `grad_norm` is not finite, none is taken:
+        weights, optimizer and schedule stay as they are.
 
         Returns:
             the objective's metrics, `grad_norm` before clipping, and `lr`; with
             `moe_aux_loss_coeff`, `load_balancing_loss`, a mean over layers, which is 1 in perfect
             balance and no part of `loss`.
-
-        Raises:
-            FloatingPointError: a gradient is not finite; weights and optimizer are unchanged.
         """
         self._writer.finish(wait=False)
         lr = self._optimizer.param_groups[0]["lr"]
         self._begin_step(len(batch.tokens), objective)
         metrics = self._forward_backward(batch, objective)
         grad_norm = self._update()
-        self._scheduler.step(increment=1)
+        if math.isfinite(grad_norm):
+            self._scheduler.step(increment=1)
         return metrics | {"grad_norm": grad_norm, "lr": lr}
 
     def _begin_step(self, tokens: int, objective: Objective) -> None:
@@ -126,11 +148,12 @@ class Learner:
         return _reduce_metrics(sums, extremes)
 
     def _update(self) -> float:
-        """Clips the gradients and steps the optimizer; returns the norm before clipping."""
+        """Clips the gradients and steps the optimizer, if they are finite; returns the norm before
+        clipping."""
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm {grad_norm}: the step was not taken")
+            return grad_norm
         for part in self._optimizer.chained_optimizers:
             # A part without parameters on this rank has no optimizer inside.
             if self.config.optimizer.clip_grad and not part.is_stub_optimizer:

@@ -28,6 +28,9 @@ class RLConfig(RunConfig):
     """Reinforcement learning with verifiable rewards: `klear-megatron rl`."""
 
     data: DataConfig
+    save_every: PositiveInt | None = 20
+    """Steps between checkpoints; one is always written at the end, and with null only there.
+    `policy.checkpoint` says how many are kept."""
     steps: PositiveInt
     """Each step draws responses once and takes several optimizer steps on them."""
     prompts_per_step: PositiveInt = 128
@@ -49,6 +52,10 @@ class RLConfig(RunConfig):
     a forward pass, or the servers' weights at the moment that they drew each token."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss; recommended below 32K tokens."""
+    token_dumps: NonNegativeInt = 100
+    """The newest steps whose responses stay under `rollouts/` token by token, with ids and
+    log-probabilities, about 10 bytes a token; `klear-megatron show` prints them. The texts of all
+    steps stay. 0 writes none."""
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardConfig = RewardConfig()

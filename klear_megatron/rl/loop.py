@@ -2,12 +2,13 @@
 
 import contextlib
 import socket
+from dataclasses import replace
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts, note_on_repeats
 from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.losses import PolicyObjective
-from klear_megatron.observability import Phases, Progress, Recorder, say
+from klear_megatron.observability import Phases, Progress, Recorder, RolloutFiles, say
 from klear_megatron.platform import objects
 from klear_megatron.policy.checkpoint import checkpoint_path
 from klear_megatron.policy.learner import Learner
@@ -19,15 +20,18 @@ from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.dropped import DroppedSteps
 from klear_megatron.rl.evaluation import Evaluations
 from klear_megatron.rl.groups import GroupMaker
-from klear_megatron.rl.metrics import log_prob_metrics, throughput, train_metrics
+from klear_megatron.rl.metrics import idle_times, log_prob_metrics, train_metrics
 from klear_megatron.rl.reference import Reference, make_reference
 from klear_megatron.rl.rollouts import Collector, Rollouts
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rollout import Share
 from klear_megatron.training import run
+from klear_megatron.training.closing import what_next
+from klear_megatron.training.metrics import run_metrics, training_speed
 from klear_megatron.training.planned import PlannedSteps
 from klear_megatron.training.resume import record_config, resume
 from klear_megatron.training.saver import Saver, is_finished
+from klear_megatron.training.steps_taken import StepsTaken
 
 
 def train_rl(config: RLConfig) -> None:
@@ -48,6 +52,7 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
     prompts = read_training_prompts(config, folder)
     evaluations = Evaluations(config, folder)
     objective = PolicyObjective(config.loss)
+    steps_taken = StepsTaken(config.run_dir)
     learner = Learner(
         config.policy,
         folder,
@@ -79,6 +84,9 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
         progress = stack.enter_context(Progress("RL", config.steps, start=first - 1, enabled=main))
         servers.sync(version=first - 1)
         record_config(config, first)
+        files = RolloutFiles(config.run_dir)
+        # Before any leader writes the first step.
+        objects.together(lambda: files.forget(from_step=first) if main else None)
         phases, dropped = Phases(), DroppedSteps(config.run_dir, main=main)
         if state is None or evaluations.are_missing(first - 1):
             metrics = evaluations.after(first - 1, servers, maker, phases)
@@ -86,10 +94,15 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
                 recorder.write(first - 1, metrics)
         for step in range(first, config.steps + 1):
             rollouts = collector.collect(step, phases)
+            rollouts = score(learner, reference, config, rollouts, phases)
             dropped.observe(step, rollouts)
-            metrics = rollouts.metrics | train(
-                learner, reference, objective, config, rollouts, step, phases
-            )
+            with phases("share"):
+                collector.dump_tokens(step, rollouts)
+            with phases("train"):
+                metrics = rollouts.metrics | train(
+                    learner, objective, config, rollouts, step, steps_taken
+                )
+            metrics |= run_metrics(learner, sampler)
             try:
                 # Before the servers are asked for anything: they are told to end, too.
                 saver.trained(step)
@@ -97,32 +110,26 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
                     servers.sync(version=step)
                 metrics |= evaluations.after(step, servers, maker, phases)
             finally:
-                metrics |= throughput(metrics, phases.take(), rollouts.batch)
+                metrics |= times(config, rollouts, phases, planned, metrics["memory/peak_gib"])
                 if recorder is not None:
                     recorder.write(step, metrics)
-            if "seconds/train" in metrics:
-                at_a_time = config.prompts_per_mini_batch * config.responses_per_prompt
-                planned.observe(rollouts.batch.lengths, at_a_time, metrics["seconds/train"])
             progress.advance(note=summary(metrics))
             saver.save_what_is_due()
+    if main:
+        say(what_next(config.run_dir))
 
 
-def train(
+def score(
     learner: Learner,
     reference: Reference | None,
-    objective: PolicyObjective,
     config: RLConfig,
     rollouts: Rollouts,
-    step: int,
     phases: Phases,
-) -> dict[str, float]:
-    """Collective. Takes the optimizer steps on one step's rollouts, if there are any groups.
-
-    Returns:
-        Metrics of the steps, by name.
-    """
+) -> Rollouts:
+    """Collective. The same rollouts with what the loss compares with: `old_log_probs`, and what it
+    asks for beside them; and with metrics of these."""
     if not rollouts.groups:
-        return {}
+        return rollouts
     batch = rollouts.batch
     if config.old_log_probs == "server":
         old_log_probs = batch.fields["rollout_log_probs"].nan_to_num(0, 0, 0)  # not trained there
@@ -132,17 +139,51 @@ def train(
         if config.loss.uses_old_entropy:
             batch = batch.with_fields(old_entropy=old_entropy)
     batch = batch.with_fields(old_log_probs=old_log_probs)
-    metrics = log_prob_metrics(batch, config.loss)
+    metrics = rollouts.metrics | log_prob_metrics(batch, config.loss)
     if reference is not None:
         with phases("reference"):
             batch, distance = reference.compare(batch)
         metrics |= distance
-    with phases("train"):
-        trained = [
-            learner.train_step(mini_batch, objective)
-            for mini_batch in mini_batches(config, batch, rollouts.groups, step)
-        ]
-    return metrics | train_metrics(trained)
+    return replace(rollouts, batch=batch, metrics=metrics)
+
+
+def train(
+    learner: Learner,
+    objective: PolicyObjective,
+    config: RLConfig,
+    rollouts: Rollouts,
+    step: int,
+    steps_taken: StepsTaken,
+) -> dict[str, float]:
+    """Collective. Takes the optimizer steps on one step's scored rollouts, if there are any groups.
+
+    Returns:
+        Metrics of the steps, by name.
+
+    Raises:
+        UserError: several mini-batches in a row had gradients that are not finite.
+    """
+    if not rollouts.groups:
+        return {}
+    trained = []
+    for mini_batch in mini_batches(config, rollouts.batch, rollouts.groups, step):
+        trained.append(learner.train_step(mini_batch, objective))
+        steps_taken(step, mini_batch, trained[-1])
+    return train_metrics(trained)
+
+
+def times(
+    config: RLConfig, rollouts: Rollouts, phases: Phases, planned: PlannedSteps, peak_gib: float
+) -> dict[str, float]:
+    """What the step's seconds went into, and how fast it was; says what was planned for it."""
+    seconds = phases.take()
+    metrics = seconds | idle_times(rollouts.metrics, seconds)
+    if rollouts.groups:
+        lengths = rollouts.batch.lengths
+        metrics |= training_speed(planned, lengths, seconds)
+        at_a_time = config.prompts_per_mini_batch * config.responses_per_prompt
+        planned.observe(lengths, at_a_time, seconds["seconds/train"], peak_gib)
+    return metrics
 
 
 def make_collector(
@@ -175,10 +216,17 @@ def make_group_maker(
 
 def summary(metrics: dict[str, float]) -> str:
     """What the progress of training shows beside the step."""
-    return (
+    shown = (
         f"reward {metrics['reward/mean']:.3f} accuracy {metrics['reward/accuracy']:.3f} "
-        f"length {metrics['response/length_mean']:.0f}"
+        f"length {metrics['response/length_mean']:.0f} "
+        f"dropped {metrics['groups/dropped']:.0f}/{metrics['groups/drawn']:.0f}"
     )
+    if "train/grad_norm" in metrics:
+        shown += (
+            f" entropy {metrics['train/entropy']:.3f} gradient {metrics['train/grad_norm']:.2f} "
+            f"(max {metrics['train/grad_norm_max']:.2f})"
+        )
+    return shown
 
 
 def make_reward_pool(config: RewardConfig, *, leads: bool) -> RewardPool | None:

@@ -3,21 +3,21 @@
 The first rank of each model-parallel group leads: it makes the groups of its share of the prompts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from klear_megatron.data import LoadedPrompts, PromptSampler
 from klear_megatron.errors import UserError
-from klear_megatron.evaluation.responses import response_row, write_rows
 from klear_megatron.observability import Phases, Progress
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.rl.batches import batch_of, with_whitened_advantages
 from klear_megatron.rl.config import RLConfig
+from klear_megatron.rl.dumps import Dumps
 from klear_megatron.rl.groups import Group, GroupMaker
-from klear_megatron.rl.metrics import group_metrics
+from klear_megatron.rl.metrics import group_metrics, request_metrics
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rl.sharing import share
 from klear_megatron.rollout import Generator
@@ -34,6 +34,10 @@ class Rollouts:
     """Groups of `responses_per_prompt` sequences each; see `batch_of`."""
     groups: int
     metrics: dict[str, float]
+    made: Sequence[Group]
+    """This rank's groups, trained on or not."""
+    own: slice
+    """Where in the batch those of its responses are that are trained on."""
 
 
 class Collector:
@@ -59,10 +63,10 @@ class Collector:
         self._servers = servers
         self._maker = maker
         self._next_prompts = sampler.state_dict()
+        self._crashes = 0
         leads = objects.all_gather(maker is not None)
         self._leading_ranks = [rank for rank, does in enumerate(leads) if does]
-        self._dumps = config.run_dir / "rollouts"
-        self._dumps.mkdir(parents=True, exist_ok=True)
+        self._dumps = Dumps(config, maker.share.leader if maker is not None else None)
 
     def collect(self, step: int, phases: Phases) -> Rollouts:
         """Collective. Makes groups until `prompts_per_step` are informative, as far as the limit on
@@ -83,6 +87,10 @@ class Collector:
         rollouts = self._finish(step, made, phases)
         self._next_prompts = self._sampler.state_dict()
         return rollouts
+
+    def dump_tokens(self, step: int, rollouts: Rollouts) -> None:
+        """Keeps the rollouts that `collect` returned token by token, once they are scored."""
+        self._dumps.write_tokens(step, rollouts.made, rollouts.batch, rollouts.own)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on after the last step collected, the same on all ranks."""
@@ -127,24 +135,16 @@ class Collector:
     def _finish(self, step: int, made: Sequence[Group], phases: Phases) -> Rollouts:
         """Collective. Dumps the groups that were made, and shares all leaders' informative ones, no
         more than are wanted."""
-        if self._maker is not None:
-            dump = self._dumps / f"step_{step:08}_{self._maker.share.leader}.jsonl"
-            write_rows(dump, _rows(made))
+        self._dumps.write_texts(step, made)
         with phases("share"):
             size = self._config.responses_per_prompt
             mine = batch_of([group for group in made if group.informative], self._config)
-            batch = share(mine, self._leading_ranks, self._config.prompts_per_step * size)
+            batch, own = share(mine, self._leading_ranks, self._config.prompts_per_step * size)
             if self._config.advantages.whitened:
                 batch = with_whitened_advantages(batch)
             groups = len(batch.lengths) // size
             crashes = self._maker.rewards.crashes if self._maker is not None else 0
-            metrics = group_metrics(made, crashes) | {"rollout/groups": groups}
-            return Rollouts(batch, groups, metrics)
-
-
-def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    for group in groups:
-        for text, response, reward, advantage in zip(
-            group.texts, group.responses, group.rewards, group.advantages, strict=True
-        ):
-            yield response_row(group.prompt, text, response, reward, advantage=advantage)
+            metrics = group_metrics(made, crashes - self._crashes) | {"groups/trained": groups}
+            metrics |= request_metrics(self._servers.take_answered())
+            self._crashes = crashes
+            return Rollouts(batch, groups, metrics, made, own)

@@ -11,7 +11,7 @@ from klear_megatron.platform import tensors
 from klear_megatron.policy.batch import Batch
 
 
-def share(mine: Batch, leaders: Sequence[int], limit: int) -> Batch:
+def share(mine: Batch, leaders: Sequence[int], limit: int) -> tuple[Batch, slice]:
     """Collective. The first `limit` sequences of the leaders' batches, in the leaders' order.
 
     Lengths and values per response travel first. Each rank then allocates the shared batch once,
@@ -20,6 +20,9 @@ def share(mine: Batch, leaders: Sequence[int], limit: int) -> Batch:
     Args:
         mine: this rank's sequences, none if it does not lead; with the same fields on all ranks.
         leaders: the ranks that have sequences.
+
+    Returns:
+        the shared batch, and where in it this rank's sequences are.
     """
     rank = dist.get_rank()
     counts = torch.tensor([len(mine.lengths) if rank == leader else 0 for leader in leaders])
@@ -29,7 +32,8 @@ def share(mine: Batch, leaders: Sequence[int], limit: int) -> Batch:
         leader: slice(*bounds)
         for leader, bounds in zip(leaders, itertools.pairwise([0, *ends]), strict=True)
     }
-    table = _share_table(mine, rows.get(rank, slice(0, 0)), ends[-1])
+    own = rows.get(rank, slice(0, 0))
+    table = _share_table(mine, own, ends[-1])
     lengths, prompt_lengths, *per_response = table.T
 
     starts = [0, *lengths.cumsum(0).tolist()]
@@ -43,7 +47,7 @@ def share(mine: Batch, leaders: Sequence[int], limit: int) -> Batch:
                 piece.copy_(values[: len(piece)])
             pieces.append((piece, leader))
     tensors.broadcast(pieces)
-    return Batch(
+    batch = Batch(
         shared.pop("tokens"),
         lengths.tolist(),
         shared,
@@ -53,6 +57,7 @@ def share(mine: Batch, leaders: Sequence[int], limit: int) -> Batch:
         },
         prompt_lengths.tolist(),
     )
+    return batch, own
 
 
 def _share_table(mine: Batch, rows: slice, size: int) -> Tensor:

@@ -9,6 +9,9 @@ from klear_megatron.training.config import RunConfig
 class SFTConfig(RunConfig):
     """Supervised fine-tuning: `klear-megatron sft`."""
 
+    save_every: PositiveInt | None = 500
+    """Steps between checkpoints; one is always written at the end, and with null only there.
+    `policy.checkpoint` says how many are kept."""
     data: ConversationsConfig
     epochs: PositiveInt = 1
     """Passes over the data."""

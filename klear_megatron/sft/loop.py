@@ -6,16 +6,19 @@ from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import PromptSampler
 from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
-from klear_megatron.observability import Phases, Progress, Recorder
+from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.learner import Learner
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.sft.data import read_examples
 from klear_megatron.training import run
+from klear_megatron.training.closing import what_next
+from klear_megatron.training.metrics import run_metrics, training_speed
 from klear_megatron.training.planned import PlannedSteps
 from klear_megatron.training.resume import record_config, resume
 from klear_megatron.training.saver import Saver, is_finished
+from klear_megatron.training.steps_taken import StepsTaken
 
 
 def train_sft(config: SFTConfig) -> None:
@@ -44,6 +47,7 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
     learner = Learner(config.policy, folder, total_steps=steps, seed=config.seed)
     sampler = PromptSampler(len(examples), config.seed, fingerprint=examples.fingerprint())
     objective, phases = SFTObjective(), Phases()
+    steps_taken = StepsTaken(config.run_dir)
     first = 1
     if state := resume(learner, config, steps):
         sampler.load_state_dict(state["sampler"])
@@ -69,11 +73,24 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
             batch = Batch.from_sequences(tokens, loss_mask=masks)
             with phases("train"):
                 trained = learner.train_step(batch, objective)
-            metrics = {f"train/{name}": value for name, value in trained.items()} | phases.take()
-            metrics["throughput/tokens_per_second"] = len(batch.tokens) / metrics["seconds/train"]
-            planned.observe(batch.lengths, config.batch_size, metrics["seconds/train"])
+            taken = steps_taken(step, batch, trained)
+            seconds = phases.take()
+            metrics = {f"train/{name}": value for name, value in trained.items()} | seconds
+            metrics |= training_speed(planned, batch.lengths, seconds)
+            metrics |= run_metrics(learner, sampler) | {"train/skipped": float(not taken)}
+            planned.observe(
+                batch.lengths,
+                config.batch_size,
+                seconds["seconds/train"],
+                metrics["memory/peak_gib"],
+            )
             if recorder is not None:
                 recorder.write(step, metrics)
-            progress.advance(note=f"loss {trained['loss']:.3f}")
+            progress.advance(
+                note=f"loss {trained['loss']:.3f} gradient {trained['grad_norm']:.2f} "
+                f"lr {trained['lr']:.2g}"
+            )
             saver.trained(step)
             saver.save_what_is_due()
+    if recorder is not None:
+        say(what_next(config.run_dir))

@@ -17,8 +17,9 @@ class RunConfig(Section):
     checkpoint there goes on from it."""
     seed: int = 0
     """Fixes the order of the data, and what is drawn at random."""
-    save_every: PositiveInt | None = None
-    """Steps between checkpoints; one is always written at the end."""
+    save_every: PositiveInt | None
+    """Steps between checkpoints; one is always written at the end, and with null only there.
+    `policy.checkpoint` says how many are kept."""
     export_every: PositiveInt | None = None
     """Steps between Hugging Face checkpoints, written to `hf/` under the run directory."""
     watchdog_s: PositiveInt | None = 3600

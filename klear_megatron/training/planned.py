@@ -1,9 +1,7 @@
 """What was planned for a run, said at its start, and beside it what its first steps measured."""
 
-import resource
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 
 from klear_megatron.errors import UserError
@@ -29,6 +27,7 @@ class PlannedSteps:
         self.config = config
         self._steps = 0
         self._hardware: Hardware | None = None
+        self._peak_flops = 0.0
         lacking = None
         if dist.get_rank() == 0:
             lacking = self._announce()
@@ -46,6 +45,7 @@ class PlannedSteps:
         self._model = PlannedModel.read(self.config.policy.hf_folder)
         work = PlannedRun.of(self.config).work(self._model.positions)
         planned = self._plan(work.lengths)
+        self._peak_flops = planned.peak_flops
         say(
             f"planned: {short_layout(planned)}: {planned.memory.total / 2**30:.2f} GiB of "
             f"{planned.available_bytes / 2**30:.2f} GiB, and {planned.seconds.total:.2f} s per "
@@ -64,13 +64,24 @@ class PlannedSteps:
             model=self._model,
         )
 
-    def observe(self, lengths: Sequence[int], at_a_time: int, seconds: float) -> None:
+    def mfu(self, lengths: Sequence[int], seconds: float) -> float | None:
+        """Model FLOPs of training these sequences, as a share of what all ranks could do in so many
+        seconds; None on ranks other than the first, and where the hardware is not known."""
+        if self._hardware is None:
+            return None
+        flops = self._model.model_flops(tuple(lengths))
+        return flops / (seconds * dist.get_world_size() * self._peak_flops)
+
+    def observe(
+        self, lengths: Sequence[int], at_a_time: int, seconds: float, peak_gib: float
+    ) -> None:
         """Says what a step took beside what was planned for its own sequences.
 
         Args:
             lengths: tokens of each sequence of the step.
             at_a_time: sequences of one optimizer step.
             seconds: that the optimizer steps took.
+            peak_gib: the most memory that a rank has used.
         """
         self._steps += 1
         if self._hardware is None or self._steps not in _OBSERVED:
@@ -80,12 +91,5 @@ class PlannedSteps:
         planned = max(of_one.memory.total for of_one in plans) / 2**30
         say(
             f"step {self._steps}: planned {sum(p.seconds.total for p in plans):.2f} s of training "
-            f"and {planned:.2f} GiB; measured {seconds:.2f} s and {_peak() / 2**30:.2f} GiB"
+            f"and {planned:.2f} GiB; measured {seconds:.2f} s and {peak_gib:.2f} GiB"
         )
-
-
-def _peak() -> int:
-    """The most bytes that this rank has used: the GPU's memory, or the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from tests.commands import ROOT, environment
+from tests.documented import undocumented
 from tests.files import read_rows
 
 
@@ -40,7 +41,8 @@ def test_stale_tokens_stay_within_the_bound_and_no_prompt_is_lost_by_a_kill(
     counts = json.loads(killed.stdout[killed.stdout.index("{") :])
     rows = read_rows(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert counts["trained"] == sum(row["rollout/groups"] for row in rows)
+    assert undocumented(rows) == []
+    assert counts["trained"] == sum(row["groups/trained"] for row in rows)
     assert {row["rollout/staleness_max"] for row in rows} == {0, 1}
     # Some responses were begun with one version and went on with the next.
     assert max(row["rollout/versions_per_response"] for row in rows) > 1

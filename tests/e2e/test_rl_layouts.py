@@ -105,6 +105,9 @@ def test_servers_and_trainer_agree_after_each_push(
     assert [row["rollout/masked_sequences"] for row in rows] == [0, 0]
     assert all(0 <= row["train/entropy_clipped"] < 1 for row in rows)
     assert all(row["train/kl_to_reference"] > 0 for row in rows)
+    for row in rows:
+        assert 2 * row["rollout/requests_per_server_mean"] == PROMPTS
+        assert 0 < row["rollout/requests_per_server_min"] <= PROMPTS / 2
     sampler = PromptSampler(len(read_rows(quickstart / "train.jsonl")), run.seed)
     for step in range(1, STEPS + 1):
         dumps = list((run.run_dir / "rollouts").glob(f"step_{step:08}_*.jsonl"))

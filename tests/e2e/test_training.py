@@ -1,9 +1,12 @@
 """The trainers from the command line: real ranks, a real server, and a process that is killed."""
 
+import argparse
 import contextlib
 import json
+import math
 import subprocess
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from klear_megatron.config import load_config
+from klear_megatron.observability import RolloutFiles
+from klear_megatron.rl import show
 from klear_megatron.rl.config import RLConfig
 from tests.commands import ROOT, command_line, environment, run_command
+from tests.documented import undocumented
 from tests.files import read_rows
 from tests.servers import servers_among
 
@@ -59,6 +65,7 @@ def test_sft_learns_and_a_resumed_run_is_the_uninterrupted_one(make_config, quic
     arguments = ["sft", config, "--data.path", str(data), "--batch_size", "32"]
     whole = run_command(*arguments, "--run_dir", f"{tmp_path}/whole", ranks=2)
     assert whole.returncode == 0, whole.stderr
+    assert undocumented(metrics(tmp_path / "whole")) == []
     losses = [row["train/loss"] for row in metrics(tmp_path / "whole")]
     assert len(losses) == 32
     assert losses[-1] < losses[0] / 2
@@ -95,7 +102,7 @@ def wait_for(path: Path, process: subprocess.Popen[Any], timeout: float = 180) -
 
 
 def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
-    make_config, quickstart, tmp_path
+    make_config, quickstart, tmp_path, capsys
 ):
     # About half of the answers are right, so every step has groups to learn from.
     rewards = {"custom": [{"function": "tests.even_reward:even"}], "workers": 1}
@@ -126,8 +133,15 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
     resumed = run_command(*arguments, ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
+    assert " gradient " in resumed.stdout.split("RL 3/3")[-1].splitlines()[0]
+    assert f"klear-megatron show {run_dir} STEP" in resumed.stdout.splitlines()[-2]
     rows = metrics(run_dir)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert undocumented(rows) == []
+    steps_taken = [math.ceil(row["groups/trained"] / 2) for row in rows[1:]]
+    assert [row["progress/optimizer_steps"] for row in rows[1:]] == list(accumulate(steps_taken))
+    assert [row["progress/epoch"] * 4096 for row in rows[1:]] == [4, 8, 12]
+    assert all(0 < row["throughput/mfu"] < 1 for row in rows[1:])
     # Before the first step, after every second and after the last, with the weights of that step.
     lengths = {row["step"]: row["eval/sums/length_mean"] for row in rows if "eval/sums/avg" in row}
     assert lengths.keys() == {0, 2, 3}
@@ -146,6 +160,25 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
         assert len(responses) == 4 * 8
         assert {row["weight_version"] for row in responses} == {str(step - 1)}
         assert len({row["index"] for row in responses}) == 4
+        # Tokens, log-probabilities and masks of both leaders are each other's.
+        tokens = list(RolloutFiles(run_dir).read(step))
+        trained = [row for row in tokens if row["mask"] is not None]
+        assert len(trained) == 8 * rows[step]["groups/trained"]
+        differences = [
+            abs(server - trainer)
+            for row in trained
+            for server, trainer in zip(row["rollout_log_probs"], row["old_log_probs"], strict=True)
+        ]
+        assert sum(differences) / len(differences) == pytest.approx(
+            rows[step]["rollout/log_prob_difference_mean"], abs=2e-6
+        )
+    show.run(argparse.Namespace(run_dir=run_dir, step=2, response=9, token=None))
+    shown, row = capsys.readouterr().out.splitlines(), list(RolloutFiles(run_dir).read(2))[9]
+    assert [int(line.split()[1]) for line in shown[-row["tokens"] :]] == row["token_ids"]
+    show.run(argparse.Namespace(run_dir=run_dir, step=2, response=None, token="<|im_end|>"))
+    ended = [i for i, row in enumerate(RolloutFiles(run_dir).read(2)) if 2 in row["token_ids"]]
+    found = capsys.readouterr().out.splitlines()[1:]
+    assert [int(line.split()[0]) for line in found] == ended
     assert list((run_dir / "tensorboard").iterdir())
     exported = AutoModelForCausalLM.from_pretrained(run_dir / "hf" / "step_00000003")
     converted = run_command("convert", f"{run_dir}/checkpoints/step_00000003", f"{tmp_path}/hf")

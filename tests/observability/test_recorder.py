@@ -1,5 +1,7 @@
 import json
 import math
+import time
+from unittest import mock
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -7,7 +9,9 @@ from klear_megatron.observability import Recorder
 
 
 def rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Without the time, which the recorder adds."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "progress/wall_time"} for row in found]
 
 
 def test_tensorboard_and_the_file_have_the_same_numbers(tmp_path):
@@ -34,3 +38,15 @@ def test_number_that_is_not_finite_leaves_valid_json(tmp_path):
     with Recorder(tmp_path) as recorder:
         recorder.write(1, {"x": math.nan, "y": math.inf})
     assert rows(tmp_path) == [{"step": 1, "x": None, "y": None}]
+
+
+def test_the_time_goes_on_where_the_kept_steps_end(tmp_path):
+    clock = iter([0.0, 10.0, 20.0, 1000.0, 1003.0])
+    with mock.patch.object(time, "monotonic", side_effect=clock.__next__):
+        with Recorder(tmp_path) as recorder:
+            recorder.write(1, {})
+            recorder.write(2, {})
+        with Recorder(tmp_path, next_step=2) as recorder:
+            recorder.write(2, {})
+    times = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["progress/wall_time"] for row in times] == [10.0, 13.0]

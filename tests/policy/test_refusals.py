@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
 from klear_megatron.policy.batch import Batch
+from klear_megatron.training.steps_taken import StepsTaken
 from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
@@ -137,22 +139,34 @@ def test_layouts(checkpoint):
             assert part in message
 
 
-def _step_on_nonsense(path: Path) -> Any:
-    learner = make_learner(path)
+def _step_on_nonsense(path: Path, run_dir: Path) -> Any:
+    learner, steps_taken = make_learner(path), StepsTaken(run_dir)
     tokens = tiny.random_sequences([9, 30])
     mask = [[1.0] * 9, [1.0] * 30]
     before = weights(learner)
-    with pytest.raises(FloatingPointError, match="the step was not taken"):
-        learner.train_step(
-            Batch.from_sequences(tokens, loss_mask=[[1.0] * 9, [float("nan")] * 30]),
-            SFTObjective(),
-        )
-    after = weights(learner)
-    learner.train_step(Batch.from_sequences(tokens, loss_mask=mask), SFTObjective())
-    return before, after, weights(learner)
+    good = Batch.from_sequences(tokens, loss_mask=mask)
+    bad = Batch.from_sequences(tokens, loss_mask=[[1.0] * 9, [float("nan")] * 30])
+    taken = [steps_taken(1, bad, learner.train_step(bad, SFTObjective())) for _ in range(2)]
+    after, steps = weights(learner), [learner.optimizer_steps]
+    taken.append(steps_taken(2, good, learner.train_step(good, SFTObjective())))
+    later, steps = weights(learner), [*steps, learner.optimizer_steps]
+    taken += [steps_taken(3, bad, learner.train_step(bad, SFTObjective())) for _ in range(2)]
+    with pytest.raises(UserError, match="gradients of 3 mini-batches in a row are not finite"):
+        steps_taken(4, bad, learner.train_step(bad, SFTObjective()))
+    return before, after, later, taken, steps
 
 
-def test_a_step_with_gradients_that_are_not_finite_changes_nothing(checkpoint):
-    before, after, later = run_ranks(2, _step_on_nonsense, checkpoint)[0]
+def test_steps_whose_gradients_are_not_finite_are_skipped_and_end_the_run_after_three(
+    checkpoint, tmp_path
+):
+    results = run_ranks(2, _step_on_nonsense, checkpoint, tmp_path)
+    before, after, later, taken, steps = results[0]
+    assert taken == results[1][3] == [False, False, True, False, False]
+    assert steps == [0, 1]
+    # Readable without torch.
+    kept = np.load(tmp_path / "not_finite" / "step_00000004_3.npz")
+    assert kept["lengths"].tolist() == [9, 30]
+    assert np.isnan(kept["loss_mask"]).tolist() == [False] * 9 + [True] * 30
+    assert len(kept["tokens"]) == 39
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(later[name].isfinite().all() for name in later)

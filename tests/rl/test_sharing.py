@@ -52,7 +52,7 @@ def on_one_rank(config: RLConfig, limit: int) -> Batch:
 
 def shared_by_three(config: RLConfig) -> list[tuple[bytes, list[int], list[int]]]:
     mine = batch_of(GROUPS[dist.get_rank()], config)
-    return [contents(share(mine, LEADERS, limit * 2)) for limit in (1, 3, 100)]
+    return [contents(share(mine, LEADERS, limit * 2)[0]) for limit in (1, 3, 100)]
 
 
 def contents(batch: Batch) -> tuple[bytes, list[int], list[int]]:
@@ -90,7 +90,12 @@ def test_metrics_are_those_of_all_responses():
             "response/length_mean": sum(lengths) / 8,
             "response/length_max": 3,
             "response/truncated": 0,
-            "rollout/dropped_groups": 2 / 8,
+            "response/length_right": 9 / 7,
+            "response/length_wrong": 3,
+            "groups/drawn": 4,
+            "groups/dropped": 1,
+            "groups/all_right": 3,
+            "groups/all_wrong": 0,
             "rollout/tokens": sum(lengths),
         }
     )

@@ -38,7 +38,7 @@ def _said(path: Path, cls: type[Section], name: str, memory: float, *settings: s
         except UserError as error:
             return f"refused: {error}"
         for _ in range(2):
-            steps.observe([10, 20, 30], 2, 1.5)
+            steps.observe([10, 20, 30], 2, 1.5, 0.25)
     return out.getvalue()
 
 
