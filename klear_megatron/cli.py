@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one of `platform.exit_codes`: 0 on success; 2 after bad input and 130 after Ctrl-C, with one
         message on standard error; 75 if training was told to stop and can go on.
     """
-    parsed, rest = _parser().parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parsed, rest = _parser().parse_known_args(_file_first(given))
     if rest and not parsed.takes_overrides:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     _silence_libraries()
@@ -53,6 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return FINISHED
+
+
+def _file_first(arguments: list[str]) -> list[str]:
+    """The arguments with the file of `--config FILE`, as other trainers have it, after the verb."""
+    for i, argument in enumerate(arguments):
+        option, equals, file = argument.partition("=")
+        if option == "--config" and (equals or len(arguments) > i + 1):
+            rest = arguments[i + 1 :] if equals else arguments[i + 2 :]
+            return [*arguments[:1], file or arguments[i + 1], *arguments[1:i], *rest]
+    return arguments
 
 
 def _print_error(error: UserError) -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +12,8 @@ from klear_megatron.errors import UserError
 
 
 def import_module(path: str, setting: str) -> ModuleType:
-    """The module that `package.module` or `some/file.py` names.
+    """The module that `package.module` or `some/file.py` names, in the environment or from the
+    current folder.
 
     Args:
         setting: the config key that holds the path, for the message.
@@ -18,6 +21,8 @@ def import_module(path: str, setting: str) -> ModuleType:
     Raises:
         UserError: there is no such module. An error inside it is raised as it is.
     """
+    if os.getcwd() not in sys.path:  # an installed command does not look there by itself
+        sys.path.append(os.getcwd())
     try:
         return _import_file(Path(path)) if path.endswith(".py") else importlib.import_module(path)
     except (ImportError, OSError, ValueError) as error:

@@ -4,8 +4,10 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from klear_megatron.config.imports import import_module
 from klear_megatron.errors import UserError
 
 _ANY = (
@@ -14,14 +16,28 @@ _ANY = (
 )
 
 
-def checkpoint_in(path: Path) -> Path:
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """The option for modules of the user's own."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="package.module or file.py to import first, such as one that registers an "
+        "architecture; those of the run that wrote a checkpoint are imported anyway",
+    )
+
+
+def checkpoint_in(path: Path, imports: Sequence[str] = ()) -> Path:
     """The path itself; for a run's folder or a root with a tracker, its latest complete checkpoint,
-    whose name is printed.
+    whose name is printed. Imports `imports`, and the modules that the checkpoint's run imported.
 
     Raises:
-        UserError: there is no complete checkpoint.
+        UserError: there is no complete checkpoint, or a module cannot be imported.
     """
     from klear_megatron.checkpoints.megatron_folder import newest_in
+    from klear_megatron.checkpoints.run_config import read_run_config
 
     if (path / "checkpoints").is_dir():
         from klear_megatron.policy.checkpoint import latest_checkpoint
@@ -33,6 +49,10 @@ def checkpoint_in(path: Path) -> Path:
         latest = newest_in(path)
     if latest != path and _rank() == 0:
         print(f"{path}: its latest checkpoint is {latest.name}")
+    of_run = (read_run_config(latest) or {}).get("policy", {}).get("imports", ())
+    for setting, modules in (("--import", imports), (f"policy.imports of {latest}", of_run)):
+        for module in modules:
+            import_module(module, setting)
     return latest
 
 
@@ -54,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     parser.add_argument("checkpoint", type=Path, help=_ANY)
     parser.add_argument("out", type=Path, help="folder to write, in the other format")
+    add_imports(parser)
     parser.add_argument(
         "--hf",
         type=Path,
@@ -122,7 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dry_run": arguments.dry_run,
         "resume": arguments.resume,
     }
-    source = checkpoint_in(arguments.checkpoint)
+    source = checkpoint_in(arguments.checkpoint, arguments.imports)
     check_output(source, arguments.out)
     direction = "hf" if is_megatron_checkpoint(source) else "megatron"
     if arguments.to not in (None, direction):
@@ -157,6 +178,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `verify`."""
     parser.add_argument("a", type=Path, help=_ANY)
     parser.add_argument("b", type=Path, help="the other checkpoint, of either kind")
+    add_imports(parser)
     parser.add_argument(
         "--logits",
         action="store_true",
@@ -184,7 +206,7 @@ def verify(arguments: argparse.Namespace) -> None:
     check_alone("verify")
     if arguments.prompt and not arguments.logits:
         raise UserError("--prompt: is for --logits; give both")
-    a, b = checkpoint_in(arguments.a), checkpoint_in(arguments.b)
+    a, b = checkpoint_in(arguments.a, arguments.imports), checkpoint_in(arguments.b)
     count, differing = compare_weights(a, b)
     width = max(map(len, differing), default=0)
     for name, what in differing.items():

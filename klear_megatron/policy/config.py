@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from klear_megatron.config import Section
 from klear_megatron.config.imports import import_module
@@ -268,6 +268,11 @@ class ModelConfig(Section):
     is computed per micro-batch and averaged over tokens, so gradients depend slightly on packing,
     but not on the ranks that share a micro-batch."""
     parallel: ParallelConfig = ParallelConfig()
+
+    @field_validator("imports", mode="before")
+    @classmethod
+    def _takes_a_single_name(cls, imports: object) -> object:
+        return (imports,) if isinstance(imports, str) else imports
 
     @property
     def hf_folder(self) -> Path:

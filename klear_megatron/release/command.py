@@ -3,13 +3,14 @@
 import argparse
 from pathlib import Path
 
-from klear_megatron.conversion.command import check_alone, check_output, checkpoint_in
+from klear_megatron.conversion.command import add_imports, check_alone, check_output, checkpoint_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, help="folder to publish")
+    add_imports(parser)
     parser.add_argument(
         "--licence",
         "--license",
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from klear_megatron.release.release import release
 
     check_alone("release")
-    checkpoint = checkpoint_in(arguments.checkpoint)
+    checkpoint = checkpoint_in(arguments.checkpoint, arguments.imports)
     check_output(checkpoint, arguments.out)
     release(
         checkpoint,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from klear_megatron.cli import main
 from klear_megatron.config import Section, load_config
 from klear_megatron.config.reference import FOLDER, commented_yaml, list_references, read_reference
 from klear_megatron.rl.config import RLConfig
@@ -56,3 +57,9 @@ def test_help_shows_the_settings_without_importing_torch():
         in (result.stdout)
     )
     assert "rollout:\n" in result.stdout
+
+
+@pytest.mark.parametrize("option", [["--config", "no.yaml"], ["--config=no.yaml"]])
+def test_the_file_may_be_given_as_an_option(option, capsys):
+    assert main(["sft", "--epochs", "2", *option]) == 2
+    assert "error: no.yaml: no such config file" in capsys.readouterr().err

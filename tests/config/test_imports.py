@@ -1,0 +1,33 @@
+"""Code of the user's own, named by its path."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from klear_megatron.config.imports import import_object
+from klear_megatron.conversion.command import checkpoint_in
+from klear_megatron.errors import UserError
+from klear_megatron.policy.config import ModelConfig
+
+
+def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_own_loss.py").write_text("def f(): return 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    assert import_object("my_own_loss:f", "loss.name")() == 3
+    assert import_object("my_own_loss.py:f", "loss.name")() == 3
+
+
+def test_a_single_name_needs_no_brackets():
+    assert ModelConfig(path=Path("base"), imports="mine.py").imports == ("mine.py",)
+
+
+def test_commands_import_what_the_run_of_a_checkpoint_did(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("import sys; sys.modules['came from the run'] = sys\n")
+    (tmp_path / "config.yaml").write_text(f"policy: {{imports: ['{tmp_path}/mine.py']}}\n")
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    assert checkpoint_in(tmp_path) == tmp_path
+    assert "came from the run" in sys.modules
+    with pytest.raises(UserError, match="--import: cannot import 'nowhere'"):
+        checkpoint_in(tmp_path, ["nowhere"])
