@@ -42,6 +42,12 @@ def text(
     return cast(str, _apply(tokenizer, messages, tools, add_generation_prompt, tokenize=False))
 
 
+def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes the `<think>` of a response itself, at the end of a prompt."""
+    asked = [{"role": "user", "content": "1+1?"}]
+    return text(tokenizer, asked, add_generation_prompt=True).rstrip().endswith("<think>")
+
+
 def check_turn(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any]
 ) -> None:

@@ -18,6 +18,7 @@ from klear_megatron.evaluation.benchmark import (
     load_benchmarks,
 )
 from klear_megatron.evaluation.config import EvalConfig
+from klear_megatron.evaluation.preflight import check_thinking
 from klear_megatron.evaluation.scores import Row, Scores, score
 from klear_megatron.evaluation.stored import (
     append_row,
@@ -53,6 +54,7 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
     config = config.model_copy(update={"model": local_model(config.model)})
     model = ModelFolder(config.model)
     benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
+    check_thinking(model.tokenizer, config.rewards)
     asked: list[Asked] = []
     stored = 0
     for benchmark in benchmarks:

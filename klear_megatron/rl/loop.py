@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts, note_on_repeats
-from klear_megatron.evaluation.preflight import check_prompts
+from klear_megatron.evaluation.preflight import check_prompts, check_thinking
 from klear_megatron.losses import PolicyObjective
 from klear_megatron.observability import Phases, Progress, Recorder, RolloutFiles, say
 from klear_megatron.platform import objects
@@ -244,6 +244,7 @@ def read_training_prompts(config: RLConfig, folder: ModelFolder) -> LoadedPrompt
             whose context is too short for prompt and response.
     """
     loaded = load_prompts(config.data, folder.tokenizer)
+    check_thinking(folder.tokenizer, config.rewards)
     check_prompts(
         loaded.prompts,
         max(map(len, loaded.token_ids)),
