@@ -67,7 +67,7 @@ def _section(cls: type[Section], defaults: Section | None) -> Iterator[str]:
 
 
 def _setting(key: str, field: FieldInfo, default: Any) -> Iterator[str]:
-    sections = list(_sections(field.annotation))
+    sections = list(sections_in(field.annotation))
     if not sections:
         required = default is PydanticUndefined
         value = "" if required or _of_machine(default, field) else f" {_yaml(default)}"
@@ -104,7 +104,7 @@ def _sentence(cls: type[Section], key: str, field: FieldInfo) -> str:
         inherited = getattr(parent, "model_fields", {}).get(key)
         if inherited is not None and inherited.description:
             return str(inherited.description)
-    for section in _sections(field.annotation):
+    for section in sections_in(field.annotation):
         return _first_sentence(section)
     if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
         return _first_sentence(cls)  # the name of a section of this kind
@@ -121,12 +121,12 @@ def _comment(sentence: str, kind: str, field: FieldInfo) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent="# ", subsequent_indent="# ")
 
 
-def _sections(annotation: Any) -> Iterator[type[Section]]:
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
     """The sections that a setting holds."""
     if inspect.isclass(annotation) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
-        yield from _sections(argument)
+        yield from sections_in(argument)
 
 
 def _of_machine(default: Any, field: FieldInfo) -> bool:
@@ -152,7 +152,7 @@ def _commented(lines: list[str]) -> list[str]:
 
 def _type(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if any(True for _ in _sections(annotation)):
+    if any(True for _ in sections_in(annotation)):
         kinds = {dict: "sections by name", tuple: "list of sections", list: "list of sections"}
         optional = " or null" if type(None) in arguments else ""
         return kinds.get(origin, "section") + optional

@@ -49,15 +49,19 @@ def check_benchmarks(
     rollout: RolloutConfig,
     sampling: SamplingConfig,
     rewards: RewardConfig,
+    section: str = "sampling",
 ) -> None:
     """Checks that responses to the problems can be drawn and graded.
+
+    Args:
+        section: the name of `sampling` in the config, for the message.
 
     Raises:
         UserError: they cannot.
     """
     for benchmark in benchmarks:
         longest = max(map(len, benchmark.loaded.token_ids))
-        check_prompts(benchmark.loaded.prompts, longest, hf, rollout, sampling, rewards)
+        check_prompts(benchmark.loaded.prompts, longest, hf, rollout, sampling, rewards, section)
 
 
 def draw(

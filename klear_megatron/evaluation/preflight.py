@@ -28,17 +28,19 @@ def check_prompts(
     rollout: RolloutConfig,
     sampling: SamplingConfig,
     rewards: RewardConfig,
+    section: str = "sampling",
 ) -> None:
     """Checks that the servers can answer the prompts and that the rewards can grade them.
 
     Args:
         longest_prompt: tokens.
+        section: the name of `sampling` in the config, for the message.
 
     Raises:
         UserError: the servers' context is too short for prompt and response, a server that should
             already be running does not answer, or a prompt cannot be graded.
     """
-    check_lengths(rollout, hf, longest_prompt, sampling)
+    check_lengths(rollout, hf, longest_prompt, sampling, section)
     data_sources = set()
 
     def graded() -> Iterator[tuple[str, str | list[str]]]:

@@ -45,7 +45,14 @@ class Evaluations:
             for note in benchmark.loaded.notes(configs[benchmark.name], benchmark.name):
                 say(note)
         sampling = config.evaluation.sampling
-        check_benchmarks(self._benchmarks, folder.config, config.rollout, sampling, config.rewards)
+        check_benchmarks(
+            self._benchmarks,
+            folder.config,
+            config.rollout,
+            sampling,
+            config.rewards,
+            section="evaluation.sampling",
+        )
 
     def are_missing(self, step: int) -> bool:
         """Collective. Whether an evaluation is due after `step` and was cut off or never begun."""

@@ -106,12 +106,17 @@ def check_takes(url: str, model: Path) -> None:
 
 
 def check_lengths(
-    config: RolloutConfig, hf: PretrainedConfig, longest_prompt: int, sampling: SamplingConfig
+    config: RolloutConfig,
+    hf: PretrainedConfig,
+    longest_prompt: int,
+    sampling: SamplingConfig,
+    section: str = "sampling",
 ) -> None:
     """Checks that the servers' context is long enough for a prompt and its response.
 
     Args:
         longest_prompt: tokens.
+        section: the name of `sampling` in the config, for the message.
 
     Raises:
         UserError: it is not, or a server of `rollout.urls` does not answer.
@@ -125,7 +130,7 @@ def check_lengths(
     longest = longest_prompt + sampling.max_response_length
     if longest > min(limits):
         raise UserError(
-            f"sampling.max_response_length: {sampling.max_response_length} tokens after the "
+            f"{section}.max_response_length: {sampling.max_response_length} tokens after the "
             f"longest prompt's {longest_prompt} make {longest}, but the servers take {min(limits)} "
             "(rollout.context_length, or what the servers of rollout.urls were started with, or "
             "the model's max_position_embeddings); use a smaller one"

@@ -1,5 +1,6 @@
 """The reference of the settings is what the settings are, and a file to start from."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,13 @@ import pytest
 
 from klear_megatron.cli import main
 from klear_megatron.config import Section, load_config
-from klear_megatron.config.reference import FOLDER, commented_yaml, list_references, read_reference
+from klear_megatron.config.reference import (
+    FOLDER,
+    commented_yaml,
+    list_references,
+    read_reference,
+    sections_in,
+)
 from klear_megatron.rl.config import RLConfig
 from tools.write_reference import CONFIGS, PAGE, page, references
 
@@ -63,3 +70,14 @@ def test_help_shows_the_settings_without_importing_torch():
 def test_the_file_may_be_given_as_an_option(option, capsys):
     assert main(["sft", "--epochs", "2", *option]) == 2
     assert "error: no.yaml: no such config file" in capsys.readouterr().err
+
+
+def test_the_settings_that_other_trainers_have_are_settings_of_ours():
+    table = (PAGE.parent / "coming_from.md").read_text()
+    names = re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE)
+    assert len(names) > 25
+    for name in names:
+        section = [RLConfig]
+        for key in name.split("."):
+            field = next(cls.model_fields[key] for cls in section if key in cls.model_fields)
+            section = list(sections_in(field.annotation))
