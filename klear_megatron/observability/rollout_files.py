@@ -43,6 +43,16 @@ class RolloutFiles:
         """The steps that have texts."""
         return sorted({step for step, _, end, _ in self._all() if end == _TEXT})
 
+    def read_texts(self, step: int) -> Iterator[dict[str, Any]]:
+        """The responses of a step, leader by leader, without their tokens.
+
+        Raises:
+            UserError: the step has no rollouts.
+        """
+        for path in self._text_paths(step):
+            with path.open(encoding="utf-8", newline="\n") as texts:
+                yield from map(json.loads, texts)
+
     def read(self, step: int) -> Iterator[dict[str, Any]]:
         """The responses of a step, leader by leader: the texts' keys, and where the tokens were
         kept, theirs.
@@ -50,12 +60,9 @@ class RolloutFiles:
         Raises:
             UserError: the step has no rollouts.
         """
-        paths = [path for of, _, end, path in self._all() if of == step and end == _TEXT]
-        if not paths:
-            raise UserError(f"{self.folder}: no rollouts of step {step}; there are {self._range()}")
-        for path in paths:
+        for path in self._text_paths(step):
             tokens = path.with_name(path.name.removesuffix(_TEXT) + _TOKENS)
-            with path.open(encoding="utf-8") as texts:
+            with path.open(encoding="utf-8", newline="\n") as texts:
                 rows = map(json.loads, texts)
                 if not tokens.exists():
                     yield from rows
@@ -63,6 +70,12 @@ class RolloutFiles:
                 with gzip.open(tokens, "rt", encoding="utf-8") as packed:
                     for row, more in zip(rows, map(json.loads, packed), strict=True):
                         yield row | more
+
+    def _text_paths(self, step: int) -> list[Path]:
+        paths = [path for of, _, end, path in self._all() if of == step and end == _TEXT]
+        if not paths:
+            raise UserError(f"{self.folder}: no rollouts of step {step}; there are {self._range()}")
+        return paths
 
     def forget(self, from_step: int) -> None:
         """Removes what a run wrote from this step on, before it was resumed: another number of

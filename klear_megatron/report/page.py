@@ -11,10 +11,11 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from klear_megatron.observability import RolloutFiles
 from klear_megatron.platform.files import write_atomically
 from klear_megatron.report.account import account
 from klear_megatron.report.evaluations import read_evaluations
-from klear_megatron.report.rollouts import distributions, dumps_of, sample
+from klear_megatron.report.rollouts import distributions, sample
 from klear_megatron.report.runs import Run, differences, find_runs
 
 _SCRIPTS = ("page.js", "sections.js", "evaluations.js", "rollouts.js", "start.js")
@@ -32,17 +33,17 @@ def write_report(paths: Sequence[Path], out: Path, *, rollouts: int = 2000) -> N
     """
     runs = find_runs(paths)
     evaluations, notes = read_evaluations(runs)
-    dumps = [dumps_of(run) for run in runs]
-    drawing = sum(bool(of_one) for of_one in dumps)
+    dumps = [RolloutFiles(run.folder) for run in runs]
+    drawing = [number for number, files_of_run in enumerate(dumps) if files_of_run.steps()]
     browsed = [
         row
-        for number, of_one in enumerate(dumps)
-        for row in sample(of_one, number, rollouts // max(drawing, 1))
+        for number in drawing
+        for row in sample(dumps[number], runs[number], number, rollouts // len(drawing))
     ]
     data = {
         "runs": [
-            _run(run) | {"distributions": distributions(of_one)}
-            for run, of_one in zip(runs, dumps, strict=True)
+            _run(run) | {"distributions": distributions(files_of_run)}
+            for run, files_of_run in zip(runs, dumps, strict=True)
         ],
         "differences": differences(runs),
         "account": account(runs),

@@ -1,40 +1,28 @@
 """Reads the rollouts that RL runs dump: distributions of all, and a sample to look through."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from klear_megatron.report.runs import Run, rows_of
+from klear_megatron.errors import UserError
+from klear_megatron.models.tokenizer import read_tokenizer
+from klear_megatron.observability import RolloutFiles
+from klear_megatron.report.runs import Run
 
 _BINS = 24
 
 
-@dataclass(frozen=True)
-class Dump:
-    """The responses that one leading rank made in one step."""
-
-    step: int
-    path: Path
-
-
-def dumps_of(run: Run) -> list[Dump]:
-    """The run's dumps, in the order of their steps."""
-    paths = sorted((run.folder / "rollouts").glob("step_*.jsonl"))
-    return [Dump(int(path.name.split("_")[1]), path) for path in paths]
-
-
-def distributions(dumps: Sequence[Dump]) -> dict[str, Any] | None:
+def distributions(files: RolloutFiles) -> dict[str, Any] | None:
     """Per step, the shares of the responses in bins of length and of reward; None without any."""
     lengths: dict[int, list[float]] = {}
     rewards: dict[int, list[float]] = {}
-    for dump in dumps:
-        for _, row in rows_of(dump.path):
-            lengths.setdefault(dump.step, []).append(row["tokens"])
-            if row["reward"] is not None:
-                rewards.setdefault(dump.step, []).append(row["reward"]["score"])
+    for step in files.steps():
+        for row in files.read_texts(step):
+            lengths.setdefault(step, []).append(row["tokens"])
+            rewards.setdefault(step, []).append(row["reward"]["score"])
     if not rewards:
         return None
     return {"tokens": _shares(lengths), "reward": _shares(rewards)}
@@ -51,23 +39,41 @@ def _shares(by_step: dict[int, list[float]]) -> dict[str, Any]:
     }
 
 
-def sample(dumps: Sequence[Dump], run: int, limit: int) -> Iterator[dict[str, Any]]:
-    """Rows of the page's browser: the same number of each dump's responses, from its beginning, so
-    that whole groups can be seen; at most `limit`.
+def sample(files: RolloutFiles, run: Run, number: int, limit: int) -> Iterator[dict[str, Any]]:
+    """Rows of the page's browser: as many of each step's responses, from its beginning, so that
+    whole groups can be seen; at most `limit`.
 
     Args:
-        run: the number of the run on the page.
+        number: of the run on the page.
     """
-    chosen = dumps if len(dumps) <= limit else dumps[:: -(-len(dumps) // max(limit, 1))]
-    for place, dump in enumerate(chosen):
-        # The first dumps get what the division leaves over.
+    steps = files.steps()
+    chosen = steps if len(steps) <= limit else steps[:: -(-len(steps) // max(limit, 1))]
+    decode = _decoder(run)
+    for place, step in enumerate(chosen):
+        # The first steps get what the division leaves over.
         wanted = limit // len(chosen) + (place < limit % len(chosen))
-        for _, row in zip(range(wanted), rows_of(dump.path), strict=False):
-            yield _row(row[1], run, dump.step)
+        for row in itertools.islice(files.read(step), wanted):
+            yield _row(row, number, step) | _tokens(row, decode)
+
+
+def _decoder(run: Run) -> Callable[[int], str] | None:
+    """Gives a token's text; None where the model's tokenizer is not there any more."""
+    try:
+        tokenizer = read_tokenizer(Path(run.settings.get("policy.hf") or run.model))
+    except UserError:
+        return None
+    texts: dict[int, str] = {}
+
+    def decode(token: int) -> str:
+        if token not in texts:
+            texts[token] = str(tokenizer.decode([token]))
+        return texts[token]
+
+    return decode
 
 
 def _row(row: dict[str, Any], run: int, step: int) -> dict[str, Any]:
-    reward = row["reward"] or {}
+    reward = row["reward"]
     return {
         "run": run,
         "step": step,
@@ -77,10 +83,23 @@ def _row(row: dict[str, Any], run: int, step: int) -> dict[str, Any]:
         "response": row["response"],
         "tokens": row["tokens"],
         "finish": row["finish_reason"],
-        "reward": reward.get("score"),
-        "correct": reward.get("correct"),
-        "parts": reward.get("parts", {}),
-        "advantage": row.get("advantage"),
+        "reward": reward["score"],
+        "correct": reward["correct"],
+        "parts": reward["parts"],
+        "advantage": row["advantage"],
+    }
+
+
+def _tokens(row: dict[str, Any], decode: Callable[[int], str] | None) -> dict[str, Any]:
+    """The response token by token, where that was kept: each token's text, the trainer's
+    log-probability minus the server's, and whether it is trained on."""
+    if decode is None or row.get("mask") is None:
+        return {}
+    pairs = zip(row["old_log_probs"], row["rollout_log_probs"], strict=True)
+    return {
+        "pieces": [decode(token) for token in row["token_ids"]],
+        "differences": [None if None in pair else round(pair[0] - pair[1], 4) for pair in pairs],
+        "trained": row["mask"],
     }
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,14 +15,15 @@ from playwright.sync_api import Page, sync_playwright
 from klear_megatron.data import Prompt
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation.config import BenchmarkConfig, EvalConfig
-from klear_megatron.evaluation.responses import response_row, write_rows
+from klear_megatron.evaluation.responses import response_row
 from klear_megatron.evaluation.stored import append_row, claim, folder_of
-from klear_megatron.observability import Recorder
+from klear_megatron.observability import Recorder, RolloutFiles
 from klear_megatron.probing.plots import draw
 from klear_megatron.report.page import write_report
 from klear_megatron.report.runs import find_runs
 from klear_megatron.rewards import Reward
 from klear_megatron.rollout import Response
+from tests.models import tiny
 
 STEPS, RESPONSES = 20, 500
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> \u2028 ]]>"
@@ -30,15 +32,20 @@ HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> \u2028 ]]>"
 def write_rl_run(folder: Path, lr: float) -> None:
     folder.mkdir()
     (folder / "config.yaml").write_text(
-        yaml.safe_dump({"prompts_per_step": 4, "policy": {"path": "base", "lr": lr}})
+        yaml.safe_dump(
+            {"prompts_per_step": 4, "policy": {"path": str(folder.parent / "base"), "lr": lr}}
+        )
     )
     with Recorder(folder) as recorder:
         for step in range(1, STEPS + 1):
-            seconds = {"seconds/generate": 3.0, "seconds/train": 2.0, "seconds/total": 6.0}
-            recorder.write(step, {"reward/mean": step / 10, "train/loss": float("nan"), **seconds})
+            metrics = {"reward/mean": step / 10, "train/loss": float("nan"), "rollout/tokens": 50.0}
+            metrics |= {"seconds/generate": 3.0, "seconds/train": 2.0, "seconds/total": 6.0}
+            metrics |= {"throughput/mfu": 0.4, "throughput/trained_per_second": 10.0}
+            recorder.write(step, metrics | {"memory/peak_gib": float(step)})
 
 
 def write_rollouts(folder: Path) -> None:
+    files = RolloutFiles(folder)
     for step in range(1, STEPS + 1):
         rows = []
         for number in range(RESPONSES):
@@ -49,7 +56,19 @@ def write_rollouts(folder: Path) -> None:
             text = HOSTILE if step == 7 and number == 3 else f"answer {number} of step {step}"
             response = Response([1] * (10 + step), [0.0] * (10 + step), "stop", "0")
             rows.append(response_row(prompt, text, response, reward, advantage=0.5))
-        write_rows(folder / "rollouts" / f"step_{step:08}_0.jsonl", rows)
+        files.write_texts(step, 0, rows)
+    files.write_tokens(STEPS, 0, map(token_row, range(RESPONSES)))
+
+
+def token_row(number: int) -> dict[str, Any]:
+    """Three tokens: one that the trainer finds less likely, one not trained, and one unknown."""
+    return {
+        "prompt_ids": [1],
+        "token_ids": [2, 3, 4],
+        "rollout_log_probs": [-1.0, -1.0, None],
+        "old_log_probs": [-1.5, -1.0, -1.0] if number else None,
+        "mask": [1, 0, 1] if number else None,
+    }
 
 
 def write_evaluation(folder: Path, right: set[int]) -> None:
@@ -86,9 +105,10 @@ class Opened:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
+    (folder / "base").mkdir()
+    tiny.write_tokenizer(folder / "base")
     write_rl_run(folder / "slow", 1e-6)
     write_rl_run(folder / "fast", 1e-5)
-    (folder / "fast" / "rollouts").mkdir()
     write_rollouts(folder / "fast")
     write_evaluation(folder / "eval-a", {0})
     write_evaluation(folder / "eval-b", {0, 1, 2})
@@ -149,6 +169,12 @@ def test_runs_are_overlaid_and_smoothed(opened: Opened):
     assert smoothed[:3] == pytest.approx([0.1, 0.25 / 1.5, 0.425 / 1.75])
 
 
+def test_the_account_sums_up_the_steps(opened: Opened):
+    cells = opened.page.locator("#account tbody tr").first.locator("td").all_inner_texts()
+    hours, generated, trained = 6 * STEPS / 3600, 50 * STEPS, 10 * 2 * STEPS
+    assert cells == ["slow", f"{hours:.4g}", f"{generated:,}", str(trained), "0.4", str(STEPS)]
+
+
 def test_settings_that_differ_are_shown(opened: Opened):
     text = opened.page.locator("#runs details").inner_text()
     assert "policy.lr" in text
@@ -189,6 +215,25 @@ def test_a_response_that_looks_like_a_script_is_text(opened: Opened):
     assert page.locator(".detail .response").evaluate("(pre) => pre.textContent") == HOSTILE
     assert page.title() != "broken"
     page.locator("#filter-text").fill("")
+
+
+def test_tokens_are_coloured_by_the_difference_of_the_log_probabilities(opened: Opened):
+    page = opened.page
+    page.locator("#filter-step-from").fill(str(STEPS))
+    rows = page.locator("#rollouts .row:not(.head)")
+    rows.nth(0).click()  # not trained on: the trainer has no log-probabilities of it
+    assert page.locator(".detail .token").count() == 0
+    rows.nth(1).click()
+    tokens = page.locator(".detail .token")
+    titles = [token.get_attribute("title") for token in tokens.all()]
+    assert titles == [
+        "trainer − server: -0.5000",
+        "trainer − server: 0.0000; not trained on",
+        "trainer − server: unknown",
+    ]
+    color = "getComputedStyle(token).backgroundColor"
+    assert tokens.nth(0).evaluate(f"(token) => {color}") == "rgb(220, 38, 38)"
+    page.locator("#filter-step-from").fill("")
 
 
 def test_evaluations_are_compared_problem_by_problem(opened: Opened):

@@ -88,8 +88,21 @@ function showDetail(row, detail) {
   detail.replaceChildren(
     el("div", { class: "parts" }, ...parts.map(([name, value]) => el("span", {}, `${name} ${number(value)}`))),
     ...row.prompt.flatMap(([role, content]) => [el("div", { class: "role" }, role), el("pre", {}, content)]),
-    el("div", { class: "role" }, "response"), responseElement(row));
+    el("div", { class: "role" }, row.pieces ? "response (colour: trainer's minus server's log-probability)" : "response"),
+    responseElement(row));
   detail.scrollTop = 0;
 }
 
-const responseElement = (row) => el("pre", { class: "response" }, row.response);
+// Red where the trainer finds a token less likely than the server did, blue where more; grey is
+// not trained on. The colour is full at a difference of 0.5.
+function responseElement(row) {
+  if (!row.pieces) return el("pre", { class: "response" }, row.response);
+  const pieces = row.pieces.map((text, i) => {
+    const difference = row.differences[i], trained = row.trained[i];
+    const strength = Math.min(1, Math.abs(difference ?? 0) / 0.5);
+    const color = difference < 0 ? "220,38,38" : "37,99,235";
+    return el("span", { class: trained ? "token" : "token untrained", style: `background:rgba(${color},${strength.toFixed(2)})`,
+      title: `trainer − server: ${difference === null ? "unknown" : difference.toFixed(4)}${trained ? "" : "; not trained on"}` }, text);
+  });
+  return el("pre", { class: "response" }, ...pieces);
+}
