@@ -15,6 +15,8 @@ class SFTConfig(RunConfig):
     data: ConversationsConfig
     epochs: PositiveInt = 1
     """Passes over the data."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; takes the place of `epochs`."""
     batch_size: PositiveInt
     """Conversations per optimizer step."""
 

@@ -36,7 +36,7 @@ def train_sft(config: SFTConfig) -> None:
 def _train(config: SFTConfig, folder: ModelFolder) -> None:
     planned = PlannedSteps(config)
     examples = read_examples(config, folder)
-    steps = len(examples) * config.epochs // config.batch_size
+    steps = config.steps or len(examples) * config.epochs // config.batch_size
     if steps == 0:
         raise UserError(
             f"batch_size: {config.batch_size} conversations a step, but data.path has "

@@ -154,14 +154,14 @@ def _train_again(path: Path, folder: Path) -> tuple[str, str]:
     (path / "chat_template.jinja").write_text(TEMPLATE)
     data = folder / "rows.jsonl"
     _write_rows(data, ROWS)
-    config = _config(path, folder / "run", data={"path": data, "max_length": 64}, epochs=2)
+    config = _config(path, folder / "run", data={"path": data, "max_length": 64}, steps=8)
     train_sft(config)
     _write_rows(data, ROWS[::-1])
     with pytest.raises(UserError) as error:
-        train_sft(config.model_copy(update={"epochs": 3}))
+        train_sft(config.model_copy(update={"steps": 12}))
     _write_rows(data, ROWS)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        train_sft(config.model_copy(update={"epochs": 3}))
+        train_sft(config.model_copy(update={"steps": 12}))
     return str(error.value), said.getvalue()
 
 
@@ -169,17 +169,17 @@ def test_other_data_are_refused_and_each_config_of_a_run_is_kept(checkpoint, tmp
     base = shutil.copytree(checkpoint, tmp_path / "base")
     ((refusal, said),) = run_ranks(1, _train_again, base, tmp_path)
     assert "data: other rows than the checkpoint was made with, though as many" in refusal
-    assert "changed, from step 9 on:\n  epochs: 2 -> 3\n    warning: the learning-rate" in said
+    assert "changed, from step 9 on:\n  steps: 8 -> 12\n    warning: the learning-rate" in said
     run_dir = tmp_path / "run"
     kept = {
-        path.name: yaml.safe_load(path.read_text())["epochs"]
+        path.name: yaml.safe_load(path.read_text())["steps"]
         for path in (run_dir / "configs").iterdir()
     }
-    assert kept == {"step_00000001.yaml": 2, "step_00000009.yaml": 3}
-    assert yaml.safe_load((run_dir / "config.yaml").read_text())["epochs"] == 3
-    for step, epochs in ((8, 2), (12, 3)):
+    assert kept == {"step_00000001.yaml": 8, "step_00000009.yaml": 12}
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["steps"] == 12
+    for step in (8, 12):
         stored = run_dir / "checkpoints" / f"step_{step:08}" / "config.yaml"
-        assert yaml.safe_load(stored.read_text())["epochs"] == epochs
+        assert yaml.safe_load(stored.read_text())["steps"] == step
 
 
 def test_configs_of_steps_that_are_done_again_are_forgotten(checkpoint, tmp_path):
