@@ -88,6 +88,9 @@ class SlurmJob(_Told):
         super().__init__()
         self._job = job
         self._id = os.environ["SLURM_JOB_ID"]
+        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        # Slurm's commands print the tasks of an array by this name.
+        self._name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}" if task else self._id
 
     def nodes(self) -> list[str]:
         groups = int(os.environ.get("SLURM_HET_SIZE", "0"))
@@ -101,9 +104,7 @@ class SlurmJob(_Told):
         return socket.gethostbyname(named[0] if named else node)
 
     def attempt_name(self) -> str:
-        array = os.environ.get("SLURM_ARRAY_TASK_ID")
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{array}" if array else self._id
-        return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        return f"{self._name}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
     def start(self, role: str, step: Mapping[str, Any], nodes: Sequence[str], folder: Path) -> Step:
         per_node, group = step["tasks_per_node"], step.get("het_group")
@@ -124,7 +125,7 @@ class SlurmJob(_Told):
         command = ["srun", *flags, *_task_command(self._job, role, folder)]
         with log.open("ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        return _Srun(process, role, per_node * len(nodes), log, self._id)
+        return _Srun(process, role, per_node * len(nodes), log, self._name)
 
     def requeue(self) -> None:
         _ask("scontrol", "requeue", self._id)

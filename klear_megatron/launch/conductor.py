@@ -12,10 +12,13 @@ Exit codes: 0, finished; 75, told to end and can go on; 1, failed; 2, bad input.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ _GATHER_S = 3.0
 """After the first failure, other ranks' errors may arrive this much later: the first one counts."""
 _KILL_AFTER_S = 10.0
 _PREFLIGHT_S = 300.0
+_TAIL_BYTES = 2**20
 _BEGIN = time.monotonic()
 
 
@@ -99,10 +103,41 @@ def _may_fail_again(job: dict[str, Any], code: int, message: str, first_step: in
 def _newest_step(run_dir: Path) -> int:
     """The last step whose metrics the trainer has written; -1 if none."""
     try:
-        rows = (run_dir / "metrics.jsonl").read_text().splitlines()
-        return int(json.loads(rows[-1])["step"])
-    except (OSError, ValueError, IndexError):
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            rows = file.read().splitlines()
+    except OSError:
         return -1
+    for row in reversed(rows):
+        with contextlib.suppress(ValueError, KeyError):  # half a row, at either end
+            return int(json.loads(row)["step"])
+    return -1
+
+
+_Servers = tuple[dict[str, list[str]], list[str]]
+"""Addresses of the servers that answer, by node; and what is missing."""
+
+
+def _answering(folder: Path, nodes: Iterable[str]) -> _Servers:
+    """The servers of an attempt that are to run on these nodes."""
+    files = {node: folder / "servers" / f"{node}.json" for node in nodes}
+    answering = {
+        node: json.loads(file.read_text()) for node, file in files.items() if file.exists()
+    }
+    return answering, [node for node in files if node not in answering]
+
+
+def _answering_of_run(run_dir: Path) -> _Servers:
+    """The servers of a running job that was launched with `verb: serve`."""
+    launched = run_dir / "launch"
+    try:
+        attempt = launched / (launched / "newest").read_text()
+        nodes = json.loads((attempt / "attempt.json").read_text())["addresses"]
+    except OSError:
+        return {}, [f"{run_dir} (its job has not started)"]
+    if (attempt / "outcome.json").exists():
+        return {}, [f"{run_dir} (its job has ended)"]
+    return _answering(attempt, nodes)
 
 
 class Attempt:
@@ -144,9 +179,12 @@ class Attempt:
         self._describe_attempt(addresses)
         if server_nodes := nodes[main["nodes"] : wanted]:
             self._start("server", servers, server_nodes)
-            self._wait_for_servers(server_nodes, servers["deadline_s"])
-        elif self._job["servers_of"]:
-            self._urls = self._servers_of_another_job(Path(self._job["servers_of"]))
+            self._wait_for_servers(
+                lambda: _answering(self._folder, server_nodes), servers["deadline_s"]
+            )
+        elif other := self._job["servers_of"]:
+            run_dir = Path(other["run_dir"])
+            self._wait_for_servers(lambda: _answering_of_run(run_dir), other["deadline_s"])
         self._describe_attempt(addresses)
         self._start(main["role"], main, nodes[: main["nodes"]])
         return self._wait_for(main["role"])
@@ -161,9 +199,16 @@ class Attempt:
         Raises:
             JobError: a node cannot write to the run directory, or lacks what the job needs.
         """
-        step = self._start("preflight", {"nodes": len(nodes), "tasks_per_node": 1}, nodes)
+        main, servers = self._job["main"], self._job["servers"]
+        parts = {"preflight": (main, nodes[: main["nodes"]])}
+        if len(nodes) > main["nodes"]:  # in a heterogeneous job, another component
+            parts["preflight-servers"] = (servers, nodes[main["nodes"] :])
+        steps = [
+            self._start(role, {"tasks_per_node": 1, "het_group": step["het_group"]}, part)
+            for role, (step, part) in parts.items()
+        ]
         deadline = time.monotonic() + _PREFLIGHT_S
-        while step.poll() is None and time.monotonic() < deadline:
+        while any(step.poll() is None for step in steps) and time.monotonic() < deadline:
             time.sleep(_POLL_S / 3)
         ended = {one.node: one for one in read_reports(self._folder, "preflight")}
         problems = [f"{node}: {one.error}" for node, one in ended.items() if one.code]
@@ -174,51 +219,41 @@ class Attempt:
             if node not in ended
         ]
         if problems:
-            raise JobError("\n  ".join(["a node is not fit for the job:", *problems, *step.says()]))
-        del self._steps["preflight"]
+            said = [line for step in steps for line in step.says()]
+            raise JobError("\n  ".join(["a node is not fit for the job:", *problems, *said]))
+        for role in parts:
+            del self._steps[role]
 
-    def _wait_for_servers(self, nodes: list[str], deadline_s: float) -> None:
-        """Returns when all servers of all nodes answer.
+    def _wait_for_servers(self, look: Callable[[], _Servers], deadline_s: float) -> None:
+        """Returns when all servers answer.
+
+        Args:
+            look: says which answer by now.
 
         Raises:
-            JobError: a server ended, or did not answer in time; names the nodes.
+            JobError: a server ended, or did not answer in time; names who is missing.
         """
-        say(f"waiting for the servers of {', '.join(nodes)}, at most {deadline_s} s")
+        say(f"waiting for the servers, at most {deadline_s} s")
         deadline = time.monotonic() + deadline_s
-        missing = list(nodes)
-        while missing:
-            for node in list(missing):
-                file = self._folder / "servers" / f"{node}.json"
-                if file.exists():
-                    urls = json.loads(file.read_text())
-                    say(f"{node}: {', '.join(urls)} answers")
-                    self._urls += urls
-                    missing.remove(node)
+        said: set[str] = set()
+        while True:
+            answering, missing = look()
+            for node in answering.keys() - said:
+                say(f"{node}: {', '.join(answering[node])} answers")
+            said |= answering.keys()
+            if not missing:
+                self._urls = [url for urls in answering.values() for url in urls]
+                return
             self._check()
-            if missing and time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise JobError(
                     f"the servers of {', '.join(missing)} did not answer within {deadline_s} s "
                     f"(launch.servers.deadline_s); see {self._folder}/server-*.log"
                 )
             time.sleep(_POLL_S)
 
-    def _servers_of_another_job(self, run_dir: Path) -> list[str]:
-        launched = run_dir / "launch"
-        try:
-            attempt = launched / (launched / "newest").read_text()
-        except OSError:
-            raise JobError(
-                f"launch.servers.run: {run_dir} has no launched job; launch one with verb: serve"
-            ) from None
-        files = sorted((attempt / "servers").glob("*.json"))
-        urls = [url for file in files for url in json.loads(file.read_text())]
-        if not urls or (attempt / "outcome.json").exists():
-            raise JobError(f"launch.servers.run: no servers of {run_dir} answer; see {attempt}")
-        say(f"servers of {run_dir}: {', '.join(urls)}")
-        return urls
-
     def _start(self, role: str, step: dict[str, Any], nodes: list[str]) -> Step:
-        if role != "preflight":
+        if not role.startswith("preflight"):
             say(f"starting {role} on {', '.join(nodes)}")
         self._steps[role] = self._cluster.start(role, step, nodes, self._folder)
         return self._steps[role]

@@ -142,7 +142,8 @@ class ServersConfig(Section):
     per_node: PositiveInt = 1
     """Servers per node. Each takes `rollout.tensor_parallel_size` of its GPUs."""
     run: Path | None = None
-    """Run directory of a job that was launched with `verb: serve`. Its servers are used."""
+    """Run directory of a job that was launched with `verb: serve`. Its servers are used. They get
+    this run's weights, so no other run can use them at the same time."""
     deadline_s: PositiveInt = 1800
     """Seconds within which all servers must answer."""
 
@@ -158,6 +159,9 @@ class LaunchConfig(SiteConfig):
 
     verb: Verb
     """What to run: `klear-megatron VERB`."""
+    run_dir: Path | None = None
+    """Folder for the job's own files, in `launch/`. Only for verbs whose config has no `run_dir`:
+    `curate`, and those that take arguments."""
     arguments: tuple[str, ...] = ()
     """Arguments of a verb that takes no YAML file: `[runs/sft, runs/sft-hf]` for `convert`."""
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$")
@@ -210,10 +214,3 @@ class LaunchConfig(SiteConfig):
     def server_nodes(self) -> int:
         """Nodes of this job that only run servers."""
         return (self.servers.nodes or 0) if self.servers else 0
-
-
-class CommandConfig(Section):
-    """A YAML file of a job whose verb takes arguments: everything else is in `launch:`."""
-
-    run_dir: Path
-    """Folder for the job's logs, in `launch/`."""

@@ -1,6 +1,8 @@
 """A run's config and its `launch:` section as a job: pure functions to text and JSON."""
 
+import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,23 @@ Flags = dict[str, str | None]
 """Flags of sbatch or srun without their dashes; None for one without a value."""
 
 
+def run_dir_of(launch: LaunchConfig, config: Section) -> Path:
+    """The folder that a job's files are in: that of the run, or of `launch.run_dir`.
+
+    Raises:
+        UserError: both say one, or none does.
+    """
+    own: Path | None = getattr(config, "run_dir", None)
+    if own and launch.run_dir:
+        raise UserError(f"launch.run_dir: {launch.verb} has a run_dir of its own; leave it out")
+    run_dir = own or launch.run_dir
+    if run_dir is None:
+        raise UserError(
+            f"launch.run_dir: missing; {launch.verb} needs a folder for the job's files"
+        )
+    return run_dir
+
+
 @dataclass(frozen=True)
 class Job:
     """A run and the job that it is submitted as.
@@ -46,12 +65,12 @@ class Job:
     @property
     def run_dir(self) -> Path:
         """The run directory, absolute."""
-        run_dir: Path = self.working_directory / getattr(self.config, "run_dir")  # noqa: B009
-        return run_dir
+        return self.working_directory / run_dir_of(self.launch, self.config)
 
     @property
     def name(self) -> str:
-        return self.launch.name or self.run_dir.name
+        # nemo-run passes it through a shell.
+        return self.launch.name or re.sub(r"[^A-Za-z0-9_.-]+", "_", self.run_dir.name)
 
     @property
     def nodes(self) -> int:
@@ -143,6 +162,8 @@ class Job:
             "open-mode": "append",
             # Without «B:» it goes to every rank, and not to the batch shell.
             "signal": f"TERM@{launch.grace_s}",
+            # A job whose dependency failed would wait for ever.
+            "kill-on-invalid-dep": "yes",
         }
         flags = {name: value for name, value in flags.items() if value is not None}
         flags["requeue" if launch.requeue else "no-requeue"] = None
@@ -167,18 +188,25 @@ class Job:
     def script(self) -> str:
         """The script for sbatch. Everything that a config says is in job.json beside it, so no
         value passes through a shell."""
-        header = "#SBATCH hetjob\n".join(
-            "".join(f"#SBATCH {shlex.quote(one)}\n" for one in as_arguments(component))
-            for component in self.header()
-        )
+        folder, python = (shlex.quote(str(p)) for p in (self.working_directory, self._host_python))
         lines = [
-            f"cd {shlex.quote(str(self.working_directory))} || exit 1",
+            'unfit() { echo "error: $(hostname): $1"; exit 2; }',
+            f'cd {folder} || unfit "the working directory has to be there on every node"',
             *self.launch.setup,
             f"export PYTHONPATH={shlex.quote(str(PACKAGE_PARENT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            f"exec {shlex.quote(str(self._host_python))} -m klear_megatron.launch.conductor "
+            *self._passed_into_the_image(),
+            f"command -v {python} >/dev/null || unfit {python}' is not there; every node needs it'",
+            f"exec {python} -m klear_megatron.launch.conductor "
             f"{shlex.quote(str(self.snapshot / 'job.json'))}",
         ]
-        return f"#!/bin/bash\n{header}" + "\n".join(lines) + "\n"
+        return f"#!/bin/bash\n{sbatch_lines(self.header())}" + "\n".join(lines) + "\n"
+
+    def _passed_into_the_image(self) -> list[str]:
+        """Lines by which these variables prevail over the image's own, for apptainer."""
+        if self.launch.container is None or self.launch.container.runtime != "apptainer":
+            return []
+        names = ("PYTHONPATH", *self.launch.secrets)
+        return [f'export APPTAINERENV_{name}="${name}"' for name in names]
 
     @property
     def _host_python(self) -> Path:
@@ -189,7 +217,6 @@ class Job:
         """What the conductor and the roles read: job.json."""
         launch = self.launch
         servers = self._server_step() if launch.server_nodes or launch.verb == "serve" else None
-        of = launch.servers.run if launch.servers else None
         return {
             "name": self.name,
             "header": self.header(),
@@ -208,8 +235,16 @@ class Job:
             "failures_in_a_row": launch.failures_in_a_row,
             "main": servers if launch.verb == "serve" else self._main_step(),
             "servers": servers,
-            "servers_of": str(self.working_directory / of) if of else None,
+            "servers_of": self._other_job(),
         }
+
+    def _other_job(self) -> dict[str, Any] | None:
+        """Which other job's servers are used, if any."""
+        servers = self.launch.servers
+        if servers is None or servers.run is None:
+            return None
+        run_dir = str(self.working_directory / servers.run)
+        return {"run_dir": run_dir, "deadline_s": servers.deadline_s}
 
     def _command(self, verb: str, *arguments: str) -> list[str]:
         return [str(self.launch.python), "-m", "klear_megatron", verb, *arguments]
@@ -276,8 +311,8 @@ class Job:
                 f"--container-mounts={','.join(self._mounts())}",
                 f"--container-workdir={self.working_directory}",
             ]
-            if launch.secrets:  # the image may set them, too
-                flags.append(f"--container-env={','.join(launch.secrets)}")
+            # The image may set them, too.
+            flags.append(f"--container-env={','.join(['PYTHONPATH', *launch.secrets])}")
         return [*flags, *launch.srun_flags]
 
     def _prefix(self) -> list[str]:
@@ -290,6 +325,12 @@ class Job:
         return ["apptainer", "exec", *gpus, *binds, *where, container.image]
 
 
-def as_arguments(flags: Flags) -> list[str]:
-    """The flags as sbatch takes them."""
-    return [f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()]
+def sbatch_lines(header: Sequence[Flags]) -> str:
+    """The header of a script for sbatch; several components make a heterogeneous job."""
+    return "#SBATCH hetjob\n".join(
+        "".join(
+            f"#SBATCH {shlex.quote(f'--{name}' if value is None else f'--{name}={value}')}\n"
+            for name, value in component.items()
+        )
+        for component in header
+    )

@@ -1,44 +1,57 @@
 """Submits rendered jobs with nemo-run, from the environment that has it.
 
-    .venv-launch/bin/python -m klear_megatron.launch.nemo SNAPSHOT slurm|local
+    .venv-launch/bin/python -m klear_megatron.launch.nemo slurm|local SNAPSHOT [SNAPSHOT ...]
 
-For recipes of your own: `prepare` renders a config, `executor` and `task` are what
-`run.Experiment.add` takes, and `add` adds a job with its continuations. See examples/slurm/.
+For recipes of your own: `prepare` renders configs, `slurm_executor` and `task` are what
+`run.Experiment.add` takes, `add` adds a job with its continuations, and `submit` runs a pipeline.
+See examples/slurm/.
 """
 
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def prepare(
-    config: str | Path,
-    *overrides: str,
+    *configs: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
     site: str | Path | None = None,
     python: str | Path = ".venv/bin/python",
-) -> Path:
-    """Checks a run's config, and writes the files of its job without submitting it.
+) -> list[Path]:
+    """Checks the configs of jobs, and writes the jobs' files without submitting them.
 
     Args:
-        overrides: `--section.key=value`, as on the command line.
+        configs: YAML files, or what such a file would hold.
+        overrides: `--section.key=value`, as on the command line; they apply to every config.
         python: interpreter of the package's environment on this host.
 
     Returns:
-        the snapshot's folder.
+        the snapshot's folder of each.
 
     Raises:
-        SystemExit: the config or the site file is refused; the reason is on standard error.
+        SystemExit: a config or the site file is refused; the reason is on standard error.
     """
-    flags = ["--site", str(site)] if site is not None else []
-    command = [str(python), "-m", "klear_megatron", "launch", str(config), "--prepare", *flags]
-    answer = subprocess.run([*command, *overrides], stdout=subprocess.PIPE, text=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="klear-megatron-") as folder:
+        files = []
+        for index, config in enumerate(configs):
+            if isinstance(config, Mapping):
+                file = Path(folder, f"{index}.yaml")
+                file.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+                config = file
+            files.append(str(config))
+        flags = ["--site", str(site)] if site is not None else []
+        command = [str(python), "-m", "klear_megatron", "launch", *files, "--prepare", *flags]
+        answer = subprocess.run(
+            [*command, *overrides], stdout=subprocess.PIPE, text=True, check=False
+        )
     if answer.returncode:
         raise SystemExit(answer.returncode)
-    return Path(answer.stdout.splitlines()[-1])
+    return [Path(line) for line in answer.stdout.splitlines()[-len(files) :]]
 
 
 def slurm_executor(snapshot: Path, *, dependency_type: str = "afterok") -> Any:
@@ -89,7 +102,7 @@ def task(snapshot: Path) -> Any:
     return run.Script(path=str(snapshot / "job.sh"))
 
 
-def add(experiment: Any, snapshot: Path, *, after: str | None = None, local: bool = False) -> str:
+def add(experiment: Any, snapshot: Path, *, after: str | None = None) -> str:
     """Adds a job and its continuations to an experiment.
 
     Args:
@@ -100,8 +113,8 @@ def add(experiment: Any, snapshot: Path, *, after: str | None = None, local: boo
     """
     job = _read(snapshot)
     last, kind = after, "afterok"
-    for index in range(1 + (0 if local else job["continuations"])):
-        executor = local_executor() if local else slurm_executor(snapshot, dependency_type=kind)
+    for index in range(1 + job["continuations"]):
+        executor = slurm_executor(snapshot, dependency_type=kind)
         tasks = [task(snapshot)] * len(executor) if isinstance(executor, list) else task(snapshot)
         name = f"{job['name']}-{index}" if index else job["name"]
         last = experiment.add(
@@ -112,16 +125,33 @@ def add(experiment: Any, snapshot: Path, *, after: str | None = None, local: boo
     return last
 
 
-def submit(snapshots: Sequence[Path], name: str, *, local: bool = False) -> None:
-    """Runs jobs as one experiment, each after the one before it has ended well."""
+def submit(snapshots: Sequence[Path], name: str) -> None:
+    """Submits jobs to Slurm as one experiment, each after the one before it has ended well."""
     import nemo_run as run
 
     with run.Experiment(name) as experiment:
         last = None
         for snapshot in snapshots:
-            last = add(experiment, snapshot, after=last, local=local)
-        # Slurm has the dependencies, so nothing has to stay here.
-        experiment.run(detach=not local, sequential=local, tail_logs=local)
+            last = add(experiment, snapshot, after=last)
+        experiment.run(detach=True)  # Slurm has the dependencies, so nothing has to stay here
+
+
+def run_here(snapshots: Sequence[Path]) -> None:
+    """Runs jobs on this host, one after the other.
+
+    Raises:
+        SystemExit: a job did not finish; those after it are not started.
+    """
+    import nemo_run as run
+
+    for snapshot in snapshots:
+        name = _read(snapshot)["name"]
+        # An experiment each: within one, nemo-run starts the next job after a failure, too.
+        with run.Experiment(name) as experiment:
+            experiment.add(task(snapshot), executor=local_executor(), name=name)
+            experiment.run(detach=False, tail_logs=True)
+        if not (snapshot / "finished").exists():
+            raise SystemExit(f"{name} did not finish; what follows was not started")
 
 
 def _read(snapshot: Path) -> dict[str, Any]:
@@ -129,9 +159,17 @@ def _read(snapshot: Path) -> dict[str, Any]:
     return job
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(where: str, *folders: str) -> None:
+    """Submits the jobs, or runs them on this host."""
+    snapshots = [Path(folder) for folder in folders]
     try:
-        submit([folder], _read(folder)["name"], local=sys.argv[2] == "local")
+        if where == "local":
+            run_here(snapshots)
+        else:
+            submit(snapshots, _read(snapshots[-1])["name"])
     except Exception as error:  # of any of nemo-run's schedulers and tunnels
         sys.exit(f"nemo-run: {error}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -68,7 +68,7 @@ def main() -> int:
     job_file, role, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     job: dict[str, Any] = json.loads(Path(job_file).read_text(encoding="utf-8"))
     task = Task.of_environment()
-    if role == "preflight":
+    if role.startswith("preflight"):
         problem = _unfit(job)
         _report(folder, role, task, BAD_INPUT if problem else FINISHED, problem, explicit=True)
         return 0

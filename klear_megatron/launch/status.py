@@ -1,6 +1,7 @@
 """What a launched run does, from the files of its run directory and from squeue."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,17 @@ from klear_megatron.launch.reports import first_failure, read_reports
 from klear_megatron.platform.exit_codes import CONTINUE, FINISHED
 
 _LINES = 10
+_ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "TIMEOUT",
+)
+"""States of jobs that have ended and that Slurm still remembers."""
 
 
 def status(run_dir: Path) -> str:
@@ -88,13 +100,13 @@ def _newest_attempt(folder: Path) -> Path | None:
 
 
 def _jobs(run_dir: Path) -> dict[str, str]:
-    """Job -> state and reason, of the user's jobs that write their log into the run directory.
+    """Job -> state and reason, of the jobs of a run that wait or run.
 
     Needs no accounting. Without Slurm on this host there are none.
     """
     try:
         answer = subprocess.run(
-            ["squeue", "--me", "--noheader", "--format=%A"],  # noqa: S607
+            ["scontrol", "--oneliner", "show", "job"],  # noqa: S607
             capture_output=True,
             text=True,
             check=True,
@@ -102,20 +114,34 @@ def _jobs(run_dir: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except subprocess.CalledProcessError as error:
-        raise UserError(f"squeue: {error.stderr.strip()}") from error
+        raise UserError(f"scontrol: {error.stderr.strip()}") from error
+    places = _places(run_dir)
     found = {}
-    log = f"{run_dir.absolute() / 'launch'}/"
-    for job in dict.fromkeys(answer.stdout.split()):
-        shown = subprocess.run(
-            ["scontrol", "show", "job", job],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
-        fields = dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
-        if f" StdOut={log}" in " ".join(shown.split()):
+    for line in answer.stdout.splitlines():
+        fields = dict(word.partition("=")[::2] for word in line.split() if "=" in word)
+        log = re.search(r" StdOut=(.*?)( \w+=|\s*$)", line)  # a path may have spaces
+        if log is None or fields["JobState"] in _ENDED:
+            continue
+        folder = Path(log[1]).parent
+        for index in places.get(folder, ()):
+            job, tasks = fields["JobId"], fields.get("ArrayTaskId", "")
+            if index is not None:
+                job = f"{fields['ArrayJobId']}_{index}"
+                if tasks.isdecimal() and int(tasks) != index:
+                    continue
             found[job] = f"{fields['JobState']} (reason: {fields['Reason']})"
     return found
+
+
+def _places(run_dir: Path) -> dict[Path, list[int | None]]:
+    """Folders that logs of the run's jobs are in, each with the tasks of an array that are meant;
+    None for a job that is no array."""
+    launched = run_dir.absolute() / "launch"
+    places: dict[Path, list[int | None]] = {launched: [None]}
+    for file in (launched / "snapshots").glob("*/array.json"):
+        place = json.loads(file.read_text())
+        places.setdefault(Path(place["folder"]), []).append(place["index"])
+    return places
 
 
 def _tail(log: Path) -> list[str]:

@@ -2,14 +2,22 @@
 
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import ROOT, prepare_quickstart
 
 LOCAL_SLURM = str(ROOT / "tools" / "local_slurm")
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +38,11 @@ def slurm_conf(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = slurm / "slurm.conf"
     monkeypatch.setenv("SLURM_CONF", str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's tiny base model and its problems. Only to be read."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    prepare_quickstart(folder)
+    return folder

@@ -13,11 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
-from klear_megatron.launch.config import CommandConfig, LaunchConfig
+from klear_megatron.config import Section, load_config
+from klear_megatron.launch.array import write_array
+from klear_megatron.launch.config import LaunchConfig
 from klear_megatron.launch.job import Job
 from klear_megatron.launch.snapshot import write_snapshot
 from klear_megatron.launch.status import cancel, status
+from klear_megatron.rl.config import RLConfig
 from tests.commands import ROOT
+from tests.launch.conftest import wait_for
 
 ODD = ["two words", "it's", 'a "quote"', "$HOME `id`", "two\nlines", ""]
 
@@ -27,24 +31,43 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "a run's folder"
 
 
+def write_job(
+    run_dir: Path, code: str, *arguments: str, config: Section | None = None, **launch: Any
+) -> Job:
+    """Writes a job whose ranks run Python code."""
+    settings = {"verb": "sft", "nodes": 2, "cpus_per_rank": 1, "time": "00:30:00"} | launch
+    if config is None:
+        config, settings = Section(), settings | {"run_dir": run_dir}
+    job = Job(LaunchConfig(**settings), config, run_dir / "launch" / "snapshots" / "1", ROOT)
+    write_snapshot(job)
+    edit_job(job, "main", code, *arguments)
+    return job
+
+
+def edit_job(job: Job, step: str, code: str, *arguments: str) -> None:
+    """Has the tasks of a step run Python code."""
+    path = job.snapshot / "job.json"
+    values = json.loads(path.read_text())
+    values[step]["command"] = [sys.executable, "-c", code, *arguments]
+    path.write_text(json.dumps(values))
+
+
 @pytest.fixture
-def make_job(slurm_conf: Path, run_dir: Path) -> Iterator[Callable[..., Path]]:
-    """Writes a job whose ranks run Python code, and returns its script. Leaves no job behind."""
-
-    def make(code: str, *arguments: str, **launch: Any) -> Path:
-        settings = {"verb": "sft", "nodes": 2, "cpus_per_rank": 1, "time": "00:30:00"} | launch
-        snapshot = run_dir / "launch" / "snapshots" / "1"
-        job = Job(LaunchConfig(**settings), CommandConfig(run_dir=run_dir), snapshot, ROOT)
-        script = write_snapshot(job)
-        values = job.data()
-        values["main"]["command"] = [sys.executable, "-c", code, *arguments]
-        (snapshot / "job.json").write_text(json.dumps(values))
-        return script
-
-    yield make
+def no_job_is_left(slurm_conf: Path) -> Iterator[None]:
+    yield
     while jobs := subprocess.check_output(["squeue", "--noheader", "--format=%A"], text=True):
         subprocess.run(["scancel", *jobs.split()], check=True)
         time.sleep(0.3)
+
+
+@pytest.fixture
+def make_job(no_job_is_left: None, run_dir: Path) -> Callable[..., Path]:
+    """Writes a job whose ranks run Python code, and returns its script."""
+
+    def make(code: str, *arguments: str, **launch: Any) -> Path:
+        return write_job(run_dir, code, *arguments, **launch).snapshot / "job.sh"
+
+    return make
 
 
 def submit(script: Path) -> str:
@@ -59,13 +82,6 @@ def run_to_end(script: Path) -> tuple[int, list[str]]:
     answer = subprocess.run(["sbatch", "--wait", str(script)], timeout=120, check=False)
     log = max(script.parents[2].glob("*.log"), key=lambda log: int(log.stem))
     return answer.returncode, log.read_text().splitlines()
-
-
-def wait_for(condition: Callable[[], object], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_values_reach_every_rank_as_they_are_written(make_job, run_dir, tmp_path):
@@ -181,3 +197,110 @@ def test_an_allocation_that_is_too_small_is_refused(make_job):
     exit_code, lines = run_to_end(script)
     assert exit_code == 2
     assert lines[-1] == "error: the job has 1 nodes, but its layout needs 2"
+
+
+def outcomes(run_dir: Path) -> list[dict[str, Any]]:
+    """How the attempts of a run have ended."""
+    return [json.loads(file.read_text()) for file in run_dir.glob("launch/*/outcome.json")]
+
+
+def nemo_run(*folders: Path) -> None:
+    """Submits jobs through the real nemo-run."""
+    python = str(ROOT / ".venv-launch" / "bin" / "python")
+    command = [python, "-m", "klear_megatron.launch.nemo", "slurm", *map(str, folders)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=100)
+
+
+def test_continuations_go_on_and_after_a_failure_nothing_follows(no_job_is_left, tmp_path):
+    go_on = (
+        "import sys; from pathlib import Path\n"
+        "one = Path(sys.argv[1])\n"
+        "sys.exit(0) if one.exists() else one.touch(); sys.exit(75)"
+    )
+    first = write_job(
+        tmp_path / "1", go_on, str(tmp_path / "one"), nodes=1, requeue=False, continuations=2
+    )
+    second = write_job(tmp_path / "2", "raise ValueError('no')", nodes=1, requeue=False)
+    third = write_job(tmp_path / "3", "pass", nodes=1)
+    nemo_run(first.snapshot, second.snapshot, third.snapshot)
+    assert "Dependency" in status(tmp_path / "3")
+    wait_for(lambda: "no job is waiting or running" in status(tmp_path / "3"))
+    codes = [
+        [outcome["code"] for outcome in sorted(outcomes(run), key=lambda outcome: outcome["time"])]
+        for run in (tmp_path / "1", tmp_path / "2", tmp_path / "3")
+    ]
+    assert codes == [[75, 0], [1], []]
+    (last,) = [
+        log for log in (tmp_path / "1").glob("launch/*.log") if "nothing to do" in log.read_text()
+    ]
+    assert "finished by an earlier job" in last.read_text()
+
+
+def test_the_jobs_of_an_array_run_at_once_on_one_node(no_job_is_left, tmp_path):
+    meet = (
+        "import os, sys, time; from pathlib import Path\n"
+        "mine, other = sys.argv[1:]\n"
+        "Path(mine).write_text(os.environ['MASTER_PORT'])\n"
+        "while not Path(other).exists(): time.sleep(0.1)"
+    )
+    names = [str(tmp_path / name) for name in ("port-a", "port-c")]
+    flags = {"nodes": 1, "sbatch_flags": ("--nodelist=node3",), "ports": (7000, 7001)}
+    jobs = [
+        write_job(tmp_path / "1", meet, *names, **flags),
+        write_job(tmp_path / "2", meet, *names[::-1], **flags),
+    ]
+    nemo_run(write_array(jobs))
+    wait_for(lambda: all((job.snapshot / "finished").exists() for job in jobs))
+    assert sorted(Path(name).read_text() for name in names) == ["7000", "7001"]
+    for index, job in enumerate(jobs):
+        (log,) = job.run_dir.glob("launch/*.log")
+        assert log.stem.endswith(f"_{index}")
+        (attempt,) = job.run_dir.glob("launch/*/outcome.json")
+        assert attempt.parent.name == f"{log.stem}-0"
+
+
+def test_a_heterogeneous_job_has_trainer_and_servers_in_components_of_their_own(
+    no_job_is_left, run_dir, tmp_path
+):
+    paper = ROOT / "examples" / "klear_reasoner_8b" / "math_rl.yaml"
+    config = load_config(RLConfig, paper, [f"--run_dir={run_dir}"])
+    train = (
+        "import os, sys; from pathlib import Path\n"
+        "Path(sys.argv[1], os.environ['RANK']).write_text(os.environ['WORLD_SIZE'] + sys.argv[3])"
+    )
+    serve = (
+        "import json, signal, sys, time; from pathlib import Path\n"
+        "values = dict(word[2:].split('=', 1) for word in sys.argv[2:])\n"
+        "def told(*_): Path(sys.argv[1], 'told').touch(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, told)\n"
+        "Path(json.loads(values['announce'])).write_text('[\"http://here:1\"]')\n"
+        "time.sleep(300)"
+    )
+    job = write_job(
+        run_dir,
+        train,
+        str(tmp_path),
+        config=config,
+        verb="rl",
+        servers={"nodes": 1},
+        heterogeneous=True,
+        requeue=False,
+    )
+    edit_job(job, "servers", serve, str(tmp_path))
+    nemo_run(job.snapshot)
+    wait_for(lambda: outcomes(run_dir))
+    assert [(outcome["code"], outcome["message"]) for outcome in outcomes(run_dir)] == [(0, "")]
+    for rank in "01":
+        assert (tmp_path / rank).read_text() == '2["http://here:1"]'
+    assert (tmp_path / "told").exists()  # SIGTERM reached the other component
+    (attempt,) = run_dir.glob("launch/*/attempt.json")
+    nodes = list(json.loads(attempt.read_text())["addresses"])
+    logs = {log.stem for log in attempt.parent.glob("*-node*.log")}
+    assert logs >= {f"trainer-{nodes[0]}", f"trainer-{nodes[1]}", f"server-{nodes[2]}"}
+
+
+def test_a_node_without_the_interpreter_is_named(make_job):
+    exit_code, lines = run_to_end(make_job("pass", nodes=1, python="/no/such/python"))
+    assert exit_code == 2
+    assert lines[-1].startswith("error: ")
+    assert lines[-1].endswith("/no/such/python is not there; every node needs it")

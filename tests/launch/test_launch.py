@@ -1,6 +1,7 @@
 """`klear-megatron launch`: what it prints, what it refuses, and a whole run on a real Slurm."""
 
 import json
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +11,20 @@ import pytest
 import yaml
 
 from klear_megatron.cli import main
-from tests.commands import ROOT, prepare_quickstart, run_command
-from tests.launch.test_conductor import wait_for
+from tests.commands import ROOT, run_command
+from tests.launch.conftest import wait_for
 
 PAPER = str(ROOT / "examples" / "klear_reasoner_8b" / "math_rl.yaml")
 
 
 @pytest.fixture
-def rl_config(tmp_path: Path) -> Path:
+def rl_config(tmp_path: Path, quickstart: Path) -> Path:
     """Two steps of the quickstart's reinforcement learning on two nodes, and a rollout node."""
-    prepare_quickstart(tmp_path / "quickstart")
     text = (ROOT / "examples" / "quickstart" / "rl.yaml").read_text()
     values: dict[str, Any] = yaml.safe_load(text.replace("runs", str(tmp_path)))
     values |= {"steps": 2, "prompts_per_step": 4, "responses_per_prompt": 2}
     values |= {"prompts_per_mini_batch": 2, "save_every": 1}
-    values["policy"]["path"] = str(tmp_path / "quickstart" / "base")
+    values["policy"]["path"] = str(quickstart / "base")
     values["sampling"]["max_response_length"] = 8
     values["launch"] = {
         "verb": "rl",
@@ -45,24 +45,6 @@ def finish(run_dir: Path, timeout: float) -> dict[str, Any]:
     (outcome,) = run_dir.glob("launch/*/outcome.json")
     ended: dict[str, Any] = json.loads(outcome.read_text())
     return ended
-
-
-def test_gppo_on_two_trainer_nodes_and_a_rollout_node(slurm_conf, rl_config, tmp_path):
-    """Submitted by the real nemo-run."""
-    run_dir = tmp_path / "quickstart" / "rl"
-    launched = run_command("launch", str(rl_config))
-    assert launched.returncode == 0, launched.stderr
-    assert finish(run_dir, 300) | {"time": 0} == {"code": 0, "message": "", "time": 0}
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
-    (server,) = run_dir.glob("launch/*/servers/*.json")
-    (attempt,) = run_dir.glob("launch/*/attempt.json")
-    assert json.loads(server.read_text()) == json.loads(attempt.read_text())["urls"]
-    nodes = {log.stem for log in attempt.parent.glob("*-node*.log")}
-    assert len(nodes) == 3
-    (snapshot,) = run_dir.glob("launch/snapshots/*")
-    assert (snapshot / "finished").exists()
-    assert json.loads((snapshot / "code.json").read_text())["version"]
 
 
 def test_a_server_that_does_not_start_ends_the_job_and_is_named(slurm_conf, rl_config, tmp_path):
@@ -125,18 +107,73 @@ def test_a_site_file_that_does_not_fit_is_named(tmp_path, capsys):
     assert "request the same GPUs" in error
 
 
-def test_a_job_runs_on_this_host_without_slurm(tmp_path):
+def test_a_job_runs_on_this_host_without_slurm(quickstart, tmp_path):
     """Submitted by the real nemo-run, with its local executor."""
     out = tmp_path / "out"
-    prepare_quickstart(tmp_path)
     config = tmp_path / "convert.yaml"
-    arguments = [str(tmp_path / "base"), str(out)]
+    arguments = [str(quickstart / "base"), str(out)]
     values = {
-        "run_dir": str(tmp_path / "run"),
-        "launch": {"verb": "convert", "arguments": arguments, "python": sys.executable},
+        "launch": {
+            "verb": "convert",
+            "arguments": arguments,
+            "run_dir": str(tmp_path / "run"),
+            "python": sys.executable,
+        }
     }
     config.write_text(yaml.safe_dump(values))
     done = run_command("launch", str(config), "--executor", "local")
     assert done.returncode == 0, done.stderr
     assert (out / "latest_checkpointed_iteration.txt").exists() or list(out.iterdir())
     assert finish(tmp_path / "run", 1)["code"] == 0
+
+
+def test_an_array_is_of_jobs_that_ask_for_the_same(tmp_path, capsys):
+    other = tmp_path / "other.yaml"
+    values = yaml.safe_load(Path(PAPER).read_text()) | {"run_dir": str(tmp_path / "other")}
+    other.write_text(yaml.safe_dump(values))
+    assert main(["launch", PAPER, str(other), "--array", "--dry-run"]) == 0
+    script = capsys.readouterr().out.partition("exec bash")[0]
+    assert "#SBATCH --array=0-1" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    values["launch"]["time"] = "05:00:00"
+    other.write_text(yaml.safe_dump(values))
+    assert main(["launch", PAPER, str(other), "--array", "--dry-run"]) == 2
+    assert "--time is 04:00:00 and 05:00:00" in capsys.readouterr().err
+    assert main(["launch", PAPER, PAPER, "--dry-run"]) == 2
+    assert "have the same run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_variables_of_the_job_prevail_over_those_of_an_image(runtime, tmp_path, capsys):
+    site = tmp_path / "site.yaml"
+    value = secrets.token_hex()
+    container = {"runtime": runtime, "image": "an image.sif", "mounts": ["/data:/data"]}
+    site.write_text(yaml.safe_dump({"container": container, "secrets": ["A_TOKEN"]}))
+    run_dir = tmp_path / "run"
+    flags = ["--site", str(site), "--run_dir", str(run_dir), "--launch.python", "/opt/python"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("A_TOKEN", value)
+        assert main(["launch", PAPER, "--prepare", *flags]) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    script, job = (folder / "job.sh").read_text(), json.loads((folder / "job.json").read_text())
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, check=False)
+    assert checked.returncode == 0
+    assert "exec python3 -m klear_megatron.launch.conductor" in script  # outside the image
+    assert job["main"]["command"][0] == "/opt/python"
+    mounts = [f"{ROOT}:{ROOT}", f"{run_dir}:{run_dir}", f"{ROOT}:{ROOT}", "/data:/data"]
+    if runtime == "pyxis":
+        assert job["prefix"] == []
+        for flag in (
+            "--container-image=an image.sif",
+            f"--container-mounts={','.join(mounts)}",
+            "--container-env=PYTHONPATH,A_TOKEN",
+        ):
+            assert flag in job["srun_flags"]
+    else:
+        binds = [word for mount in mounts for word in ("--bind", mount)]
+        assert job["prefix"] == [
+            *["apptainer", "exec", "--nv", *binds, "--pwd", str(ROOT), "an image.sif"]
+        ]
+        assert 'export APPTAINERENV_A_TOKEN="$A_TOKEN"' in script.splitlines()
+    written = [file.read_text() for file in folder.rglob("*") if file.is_file()]
+    assert not any(value in text for text in written)

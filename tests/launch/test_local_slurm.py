@@ -1,12 +1,14 @@
 """The local Slurm places steps, counts GPUs and delivers signals as a cluster's does."""
 
+import contextlib
+import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 import psutil
 
-from tests.launch.conftest import LOCAL_SLURM
+from tests.launch.conftest import LOCAL_SLURM, wait_for
 
 DISJOINT_STEPS = """#!/bin/bash
 #SBATCH --nodes=3 --ntasks-per-node=2 --gpus-per-node=8
@@ -72,13 +74,28 @@ def test_more_gpus_than_a_node_has_are_refused(slurm_conf, tmp_path):
     assert "configuration is not available" in refusal(tmp_path, "--gpus-per-node=9")
 
 
+def _sleepers(conf: str) -> list[psutil.Process]:
+    """The job's processes on this Slurm."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        with contextlib.suppress(psutil.Error):
+            if process.info["name"] == "sleep" and process.environ().get("SLURM_CONF") == conf:
+                found.append(process)
+    return found
+
+
 def test_down_leaves_no_process():
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         subprocess.run([LOCAL_SLURM, "up", folder, "2"], check=True, timeout=120)
+        conf = str(Path(folder, "slurm.conf"))
         pids = [int(path.read_text()) for path in Path(folder, "run").glob("*.pid")]
         assert len(pids) == 4  # munged, slurmctld and two slurmd
         daemons = [psutil.Process(pid) for pid in pids]
+        job = ["sbatch", "--wrap=sleep 300", f"--output={folder}/batch"]
+        subprocess.run(job, check=True, timeout=60, env={**os.environ, "SLURM_CONF": conf})
+        wait_for(lambda: _sleepers(conf))
         children = [child for daemon in daemons for child in daemon.children(recursive=True)]
+        children += _sleepers(conf)
         subprocess.run([LOCAL_SLURM, "down", folder], check=True, timeout=60)
         _, alive = psutil.wait_procs([*daemons, *children], timeout=10)
     assert not alive
