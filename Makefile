@@ -1,9 +1,11 @@
-# Two commands do everything on a fresh machine with Python 3.11:
+# Two commands do everything on a fresh machine with Python 3.11 (on GPUs: 3.12 where there is one):
 #   make quickstart   sets up and runs the whole loop, from a base model to a trained checkpoint
 #   make test         sets up and passes the tests
 SHELL := /bin/bash
-PYTHON ?= python3.11
 PLATFORM := $(shell command -v nvidia-smi >/dev/null && echo gpu || echo cpu)
+PYTHON ?= $(shell [ $(PLATFORM) = gpu ] && command -v python3.12 || echo python3.11)
+# Transformer Engine's compiled wheels are kept here, outside the clone.
+WHEELS ?= $(HOME)/.cache/klear_megatron/wheels
 
 .PHONY: setup setup-launch quickstart test lint clean
 
@@ -30,6 +32,7 @@ setup: .venv/ready .venv-rollout/ready
 	@echo "==> setting up .venv for $(PLATFORM): torch, Megatron-Core, Transformers (a minute or two)"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --requirement requirements/$(PLATFORM).txt
+	[ $(PLATFORM) = cpu ] || bash tools/install_transformer_engine.sh .venv "$(WHEELS)"
 	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -37,7 +40,7 @@ setup: .venv/ready .venv-rollout/ready
 	@echo "==> setting up .venv-rollout for $(PLATFORM): SGLang (a minute or two)"
 	$(PYTHON) -m venv .venv-rollout
 	.venv-rollout/bin/pip install --quiet $$(grep '^torch==' $<)
-	.venv-rollout/bin/pip install --quiet --no-deps --requirement $<
+	.venv-rollout/bin/pip install --quiet $(if $(filter cpu,$(PLATFORM)),--no-deps) --requirement $<
 	touch $@
 
 # nemo-run, for `klear-megatron launch`: only on the host that you submit from.

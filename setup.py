@@ -20,7 +20,8 @@ setup(
     entry_points={"console_scripts": ["klear-megatron=klear_megatron.cli:main"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
         "transformers>=5.12",
         "safetensors",
         "pydantic>=2.9",
@@ -30,6 +31,7 @@ setup(
         "numpy",
         "httpx",
         "matplotlib",
+        "packaging",
         "psutil",
         "math-verify",
         "antlr4-python3-runtime==4.13.2",
@@ -39,7 +41,6 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]"],
         "launch": ["nemo-run==0.11.1", "leptonai<0.47"],
         "test": [
             "pytest",

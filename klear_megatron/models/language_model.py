@@ -81,6 +81,7 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
         if self.post_process:
             # Megatron-Core has already built the layer; ours only has another forward.
+            assert type(self.output_layer) is ColumnParallelLinear, "what LogProbLayer extends"
             self.output_layer.__class__ = LogProbLayer
 
     def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:

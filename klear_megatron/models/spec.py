@@ -5,6 +5,9 @@ an RMSNorm that supports sequence parallelism, and attention over packed sequenc
 our router.
 """
 
+import functools
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -49,7 +52,7 @@ def layer_spec(
             qk_layernorm=config.qk_layernorm,
         )
         if config.num_moe_experts:
-            spec.submodules.mlp.submodules.router = Router
+            _experts(spec).router = Router
         return spec
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -57,7 +60,7 @@ def layer_spec(
         normalization=config.normalization,
     )
     if config.num_moe_experts:
-        spec.submodules.mlp.submodules.router = Router
+        _experts(spec).router = Router
         # Transformer Engine does not fuse this norm with the router, so it keeps its plain name.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.input_layernorm = RMSNorm
@@ -68,3 +71,10 @@ def layer_spec(
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _experts(layer: ModuleSpec) -> Any:
+    """The submodules of a layer's mixture of experts: Megatron-Core's MoESubmodules."""
+    mlp = layer.submodules.mlp
+    # A ModuleSpec in Megatron-Core 0.16, a partial of the module's class from 0.17 on.
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules

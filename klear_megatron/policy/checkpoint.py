@@ -5,6 +5,7 @@ of the model, so that it can be converted without anything else.
 """
 
 import functools
+import inspect
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -56,6 +57,12 @@ from klear_megatron.policy.writers import prepare_writers
 _logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
+_OWN_WRITER = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
+"""After 0.16, Megatron-Core takes another package's writer by default: nvidia-resiliency-ext's."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -126,6 +133,7 @@ class CheckpointWriter:
             str(partial),
             FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _replicas()),
             async_sharded_save=True,
+            **_OWN_WRITER,
         )
         if save_beside is not None:
             objects.together(functools.partial(save_beside, partial))

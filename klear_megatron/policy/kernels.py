@@ -15,12 +15,13 @@ from klear_megatron.policy.config import ModelConfig, OptimizerConfig
 _logger = logging.getLogger(__name__)
 
 _FP8_CAPABILITY = {
-    "delayed": (8, 9),
-    "tensorwise": (8, 9),
-    "blockwise": (9, 0),
-    "mxfp8": (10, 0),
+    "delayed": ((8, 9), None),
+    "tensorwise": ((8, 9), None),
+    "blockwise": ((9, 0), None),
+    "mxfp8": ((10, 0), (12, 0)),
 }
-"""The oldest compute capability that each FP8 recipe runs on."""
+"""The oldest compute capability that each FP8 recipe runs on, and the first that it does not run on
+any more (Transformer Engine 2.20, `quantization.py`)."""
 _NEED_TRANSFORMER_ENGINE = ("layernorm", "moe_act")
 """Recomputable modules whose recomputation Megatron-Core leaves to Transformer Engine."""
 
@@ -32,6 +33,7 @@ class Installed:
     compute_capability: tuple[int, int] | None
     """The GPU's; None without a GPU."""
     transformer_engine: bool
+    """Whether it can be imported, and Megatron-Core uses it."""
     apex: bool
     """NVIDIA's Apex with its kernel that accumulates weight gradients in place."""
 
@@ -39,12 +41,13 @@ class Installed:
     def here(cls) -> "Installed":
         """What this process finds."""
         import torch
+        from megatron.core.extensions.transformer_engine import HAVE_TE
 
         from klear_megatron.platform.device import HAS_GPU
 
         return cls(
             torch.cuda.get_device_capability() if HAS_GPU else None,
-            importlib.util.find_spec("transformer_engine") is not None,
+            HAVE_TE,
             importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         )
 
@@ -74,7 +77,8 @@ def choose_kernels(config: ModelConfig, installed: Installed, *, experts: bool) 
     warnings: list[str] = []
     if gpu and not engine:
         warnings.append(
-            "Transformer Engine is not installed: layers are plain PyTorch, slower and without FP8"
+            "Transformer Engine is not installed or, as `klear-megatron doctor` would say, broken: "
+            "layers are plain PyTorch, slower and without FP8"
         )
     if gpu and not installed.apex:
         warnings.append(
@@ -105,16 +109,27 @@ def choose_kernels(config: ModelConfig, installed: Installed, *, experts: bool) 
     )
 
 
+def fp8_runs_on(recipe: str, compute_capability: tuple[int, int] | None) -> bool:
+    """Whether a GPU of this compute capability has the recipe's kernels."""
+    oldest, ended = _FP8_CAPABILITY[recipe]
+    return (
+        compute_capability is not None
+        and compute_capability >= oldest
+        and (ended is None or compute_capability < ended)
+    )
+
+
 def _fp8_recipe(config: ModelConfig, installed: Installed, warnings: list[str]) -> str | None:
-    recipe, capability = config.fp8, installed.compute_capability
+    recipe = config.fp8
     if recipe is None or (
-        installed.transformer_engine and capability and capability >= _FP8_CAPABILITY[recipe]
+        installed.transformer_engine and fp8_runs_on(recipe, installed.compute_capability)
     ):
         return recipe
-    major, minor = _FP8_CAPABILITY[recipe]
+    (major, minor), ended = _FP8_CAPABILITY[recipe]
+    below = f" and below {ended[0]}.{ended[1]}" if ended else " or newer"
     warnings.append(
         f"policy.fp8: {recipe} needs Transformer Engine and a GPU of compute capability "
-        f"{major}.{minor} or newer: training in {config.dtype} instead"
+        f"{major}.{minor}{below}: training in {config.dtype} instead"
     )
     return None
 

@@ -115,12 +115,20 @@ def test_serving_what_is_no_checkpoint_is_refused_before_a_server_is_started(tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_doctor_names_an_apex_that_is_not_nvidias(tmp_path, monkeypatch):
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").touch()
+def test_doctor_names_a_wrong_apex_and_a_broken_transformer_engine(tmp_path, monkeypatch):
+    for package, code in {
+        "apex": "",
+        "transformer_engine": "raise OSError('no libcuda.so')",
+    }.items():
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(code)
+    metadata = tmp_path / "transformer_engine-2.11.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.11.0\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     message = doctors_refusal()
     assert "the installed `apex` is not NVIDIA's" in message
+    assert "Engine 2.11.0 is installed but cannot be used: OSError: no libcuda.so" in message
     monkeypatch.delenv("PYTHONPATH")
     healthy = run_command("doctor")
     assert healthy.returncode == 0

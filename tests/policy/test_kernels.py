@@ -12,6 +12,7 @@ H100 = Installed((9, 0), transformer_engine=True, apex=True)
 BARE_H100 = Installed((9, 0), transformer_engine=False, apex=False)
 B200 = Installed((10, 0), transformer_engine=True, apex=False)
 A100 = Installed((8, 0), transformer_engine=True, apex=False)
+RTX_5090 = Installed((12, 0), transformer_engine=True, apex=False)
 
 
 def _choose(installed: Installed, *, experts: bool = False, **settings: Any) -> Any:
@@ -22,14 +23,14 @@ def _choose(installed: Installed, *, experts: bool = False, **settings: Any) -> 
 @pytest.mark.parametrize(
     ("recipe", "machines"),
     [
-        ("delayed", [H100, B200]),
-        ("tensorwise", [H100, B200]),
-        ("blockwise", [H100, B200]),
+        ("delayed", [H100, B200, RTX_5090]),
+        ("tensorwise", [H100, B200, RTX_5090]),
+        ("blockwise", [H100, B200, RTX_5090]),
         ("mxfp8", [B200]),
     ],
 )
 def test_fp8_where_the_hardware_has_it_and_one_line_where_not(recipe, machines):
-    for installed in (LAPTOP, BARE_H100, A100, H100, B200):
+    for installed in (LAPTOP, BARE_H100, A100, H100, B200, RTX_5090):
         kernels = _choose(installed, fp8=recipe, fp8_param_gather=True)
         has = installed in machines
         assert (kernels.transformer["fp8"] == "hybrid") is has

@@ -1,10 +1,10 @@
 """Reports what is installed, which backend each part would use, and any problems."""
 
-import importlib.metadata
 import importlib.util
 import subprocess
 import sys
 
+from klear_megatron.doctor.gpu import GpuSoftware, find_gpu_software, version
 from klear_megatron.errors import UserError
 from klear_megatron.planning import hardware_here
 from klear_megatron.rewards.config import CodeRewardConfig
@@ -12,6 +12,11 @@ from klear_megatron.rewards.sandbox.sandbox import check_sandbox
 from klear_megatron.rollout.config import RolloutConfig
 
 _SGLANG_TIMEOUT_S = 60
+_SGLANG_VERSIONS = """
+import importlib.metadata as m
+nccl = [d.version for d in m.distributions() if d.name.startswith("nvidia-nccl-cu")]
+print(m.version("sglang"), m.version("torch"), *nccl)
+"""
 
 
 def examine() -> list[str]:
@@ -22,14 +27,15 @@ def examine() -> list[str]:
     _examine_required(
         "megatron-core", "the policy: parallel layers, schedules, optimizer", problems
     )
-    has_te = _examine_transformer_engine(has_gpu, problems)
+    software = find_gpu_software()
+    _examine_transformer_engine(software, has_gpu, problems)
     has_apex = _examine_apex(problems)
-    layers = "Transformer Engine" if has_gpu and has_te else "PyTorch (SDPA, RMSNorm)"
-    _say("layers", layers)
+    has_engine = has_gpu and software.engine_works
+    _say("layers", "Transformer Engine" if has_engine else "PyTorch (SDPA, RMSNorm)")
     _say(
         "optimizer",
         "Transformer Engine's fused Adam"
-        if has_gpu and has_te
+        if has_engine
         else "Apex's fused Adam"
         if has_gpu and has_apex
         else "PyTorch's Adam",
@@ -37,25 +43,18 @@ def examine() -> list[str]:
     _examine_planning(problems)
     _examine_required("math-verify", "math rewards", problems)
     _examine_bubblewrap(problems)
-    _examine_sglang(problems)
-    return problems
+    servers_nccl = _examine_sglang(problems)
+    return problems + software.problems(servers_nccl)
 
 
 def _say(what: str, finding: str) -> None:
     print(f"{what:20} {finding}")
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _examine_required(distribution: str, purpose: str, problems: list[str]) -> None:
-    version = _version(distribution)
-    _say(distribution, f"{version or 'not installed'} ({purpose})")
-    if version is None:
+    found = version(distribution)
+    _say(distribution, f"{found or 'not installed'} ({purpose})")
+    if found is None:
         problems.append(f"{distribution} is not installed: run `make setup`")
 
 
@@ -74,18 +73,14 @@ def _examine_torch(problems: list[str]) -> bool:
     return gpus > 0
 
 
-def _examine_transformer_engine(has_gpu: bool, problems: list[str]) -> bool:
-    version = _version("transformer-engine")
+def _examine_transformer_engine(software: GpuSoftware, has_gpu: bool, problems: list[str]) -> None:
     use = "fused layers and FP8" if has_gpu else "needs a GPU; not used here"
-    _say("transformer-engine", f"{version or 'not installed'} ({use})")
-    if version is None:
-        if has_gpu:
-            problems.append(
-                "there is a GPU but no Transformer Engine: layers are plain PyTorch and FP8 is not "
-                "available; `pip install klear-megatron[gpu]`"
-            )
-        return False
-    return True
+    _say("transformer-engine", f"{software.engine or 'not installed'} ({use})")
+    if software.engine is None and has_gpu:
+        problems.append(
+            "there is a GPU but no Transformer Engine: layers are plain PyTorch and FP8 is not "
+            "available; run `make setup`"
+        )
 
 
 def _examine_apex(problems: list[str]) -> bool:
@@ -128,7 +123,8 @@ def _examine_bubblewrap(problems: list[str]) -> None:
     _say("bubblewrap", "works (code rewards: the sandbox)")
 
 
-def _examine_sglang(problems: list[str]) -> None:
+def _examine_sglang(problems: list[str]) -> str | None:
+    """Returns the version of NCCL in SGLang's environment."""
     python = RolloutConfig().python
     if not python.is_file():
         _say("sglang", f"no environment at {python.parent.parent}")
@@ -136,10 +132,9 @@ def _examine_sglang(problems: list[str]) -> None:
             f"SGLang's environment is not at {python.parent.parent}: run `make setup`, or set "
             "rollout.python"
         )
-        return
-    script = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
+        return None
     found = subprocess.run(
-        [str(python), "-c", script],
+        [str(python), "-c", _SGLANG_VERSIONS],
         capture_output=True,
         text=True,
         timeout=_SGLANG_TIMEOUT_S,
@@ -148,6 +143,7 @@ def _examine_sglang(problems: list[str]) -> None:
     if found.returncode:
         _say("sglang", f"broken in {python.parent.parent}")
         problems.append(f"SGLang is not installed in {python.parent.parent}: run `make setup`")
-        return
-    version, torch_version = found.stdout.split()
-    _say("sglang", f"{version} with torch {torch_version} in {python.parent.parent} (rollouts)")
+        return None
+    sglang, torch_version, *nccl = found.stdout.split()
+    _say("sglang", f"{sglang} with torch {torch_version} in {python.parent.parent} (rollouts)")
+    return nccl[0] if nccl else None
