@@ -125,7 +125,9 @@ class SlurmJob(_Told):
         command = ["srun", *flags, *_task_command(self._job, role, folder)]
         with log.open("ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        return _Srun(process, role, per_node * len(nodes), log, self._name)
+        # A component of a heterogeneous job is a job with an id of its own.
+        job = self._name if group is None else os.environ[f"SLURM_JOB_ID_HET_GROUP_{group}"]
+        return _Srun(process, role, per_node * len(nodes), log, job)
 
     def requeue(self) -> None:
         _ask("scontrol", "requeue", self._id)
@@ -148,7 +150,7 @@ class _Srun:
         # With --steps, squeue shows those of all jobs, also with --jobs.
         for line in _ask("squeue", "--steps", "--me", "--noheader", "--format=%i %j"):
             step, name = line.split(maxsplit=1)
-            if name.strip() == self._role and step.partition(".")[0].partition("+")[0] == self._job:
+            if name.strip() == self._role and step.partition(".")[0] == self._job:
                 # scancel complains about a step that has just ended.
                 command = ["scancel", f"--signal={signal.Signals(number).name[3:]}", step]
                 subprocess.run(command, stderr=subprocess.DEVNULL, check=False, timeout=60)
