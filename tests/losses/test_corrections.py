@@ -43,7 +43,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda one: str(one.model_fields_set))
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda one: "-".join(sorted(one.model_fields_set)))
 def test_what_is_masked_counts_nowhere_and_the_rest_is_weighted(config, aggregation):
     log_probs, entropy, fields = make_fields()
     config = config.model_copy(update={"aggregation": aggregation})
