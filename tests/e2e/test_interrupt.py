@@ -1,5 +1,6 @@
 """Ctrl-C while servers start ends all ranks within seconds, and all that they started."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ def test_ctrl_c_while_servers_start(make_config, quickstart, tmp_path, ranks):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A background job hands on that it is ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as command:
         log = tmp_path / "rl" / "logs" / "sglang_0.log"
         deadline = time.monotonic() + 120
