@@ -107,7 +107,9 @@ def test_a_finished_teacher_is_not_asked_again_and_another_is_refused(config, ki
     kept = config.output.read_bytes()
     teacher = config.pass_rate.teacher
     # No server listens there: none is needed.
-    elsewhere = teacher.rollout.model_copy(update={"urls": ["http://127.0.0.1:9"]})
+    elsewhere = teacher.rollout.model_copy(
+        update={"urls": ["http://127.0.0.1:9"], "start_timeout_s": 1}
+    )
 
     def curate_with(**changes):
         pass_rate = {"teacher": teacher.model_copy(update={"rollout": elsewhere} | changes)}
