@@ -186,7 +186,8 @@ def test_a_cancelled_job_ends(make_job, run_dir):
     wait_for(lambda: list(run_dir.glob("launch/*/trainer-*.log")))
     assert job in cancel(run_dir)
     wait_for(lambda: "no job is waiting or running" in status(run_dir) or job in status(run_dir))
-    wait_for(lambda: job not in subprocess.check_output(["squeue"], text=True))
+    queue = ["squeue", "--noheader", "--format=%i"]
+    wait_for(lambda: job not in subprocess.check_output(queue, text=True).split())
     assert cancel(run_dir) == "no job is waiting or running"
 
 
