@@ -55,8 +55,8 @@ def test_a_trainers_server_does_not_start_on_the_trainers_gpu(monkeypatch, tmp_p
     monkeypatch.setattr("klear_megatron.rollout.servers.HAS_GPU", True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     config = RolloutConfig(python=Path("/bin/echo"))  # prints its command line and ends
-    assert started_on(config, tmp_path, own_weights=True) == "2"
-    assert started_on(config, tmp_path, own_weights=False) == "0"
+    assert started_on(config, tmp_path / "trainer", own_weights=True) == "2"
+    assert started_on(config, tmp_path / "other", own_weights=False) == "0"
 
 
 def test_on_a_cpu_nothing_needs_cuda_and_idle_servers_leave_the_cores_to_the_trainer():
