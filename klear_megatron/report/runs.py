@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from klear_megatron.config.reading import read_values
 from klear_megatron.errors import UserError
 
 Curve = tuple[list[int], list[float | None]]
@@ -94,7 +93,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    settings = dict(_flat(_config(folder / "config.yaml")))
+    settings = dict(_flat(read_values(folder / "config.yaml")))
     if (folder / "benchmarks").is_dir():
         return Run(folder, name, "evaluation", settings, {})
     if (kind := _draws(folder)) is not None:
@@ -102,16 +101,6 @@ def _read(folder: Path, name: str) -> Run:
         return Run(folder, name, kind, settings, {}, tuple(p for p in pictures if p.is_file()))
     kind = "rl" if "prompts_per_step" in settings else "sft"
     return Run(folder, name, kind, settings, _curves(folder / "metrics.jsonl"))
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is no config of a run")
-    return config
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -124,7 +113,7 @@ def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _curves(path: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
-    for number, row in rows_of(path):
+    for number, row in _rows(path):
         step = row.pop("step", None)
         if not isinstance(step, int):
             raise UserError(f"{path}:{number}: has no step; it is not a run's metrics.jsonl")
@@ -135,7 +124,7 @@ def _curves(path: Path) -> dict[str, Curve]:
     return curves
 
 
-def rows_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a JSON Lines file with their line numbers; half a line that a killed run left at
     the end is left out.
 
