@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3Config
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.config import load_config
@@ -18,19 +17,10 @@ from klear_megatron.rollout import ServeConfig
 from klear_megatron.rollout.external_servers import check_lengths
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.training.config import RunConfig
+from tests.models.published import qwen3_8b
 
 FOLDER = Path(__file__).parents[2] / "examples" / "klear_reasoner_8b"
-QWEN3_8B = Qwen3Config(
-    vocab_size=151936,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=32768,
-    architectures=["Qwen3ForCausalLM"],
-)
+QWEN3_8B = qwen3_8b(32768)
 
 
 @pytest.fixture

@@ -2,26 +2,14 @@
 
 from pathlib import Path
 
-from transformers import Qwen3Config
-
 from klear_megatron.config import load_config
 from klear_megatron.planning import PlannedModel, Work, read_hardware, search
 from klear_megatron.scaling.config import ScalingConfig, points
 from klear_megatron.scaling.run import check_points
+from tests.models.published import qwen3_8b
 
 FOLDER = Path(__file__).parents[2] / "examples" / "long_context"
-QWEN3_8B = Qwen3Config(
-    vocab_size=151936,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=1048576,
-    architectures=["Qwen3ForCausalLM"],
-    tie_word_embeddings=False,
-)
+QWEN3_8B = qwen3_8b(1048576)
 
 
 def test_the_h100_experiment_has_the_layout_that_the_planner_finds_fastest(tmp_path):
