@@ -29,8 +29,8 @@ Bounds = Annotated[tuple[float, float], AfterValidator(_around_one)]
 
 
 class CorrectionOptions(Section):
-    """What is done about the mismatch. With any of it, each token's policy loss is multiplied by
-    its ratio, within `tis_floor` and `tis_clip`."""
+    """How the mismatch is corrected. If any correction is set, each token's policy loss is
+    multiplied by its ratio, within `tis_floor` and `tis_clip`."""
 
     tis_clip: float | None = Field(None, ge=1)
     """Truncated importance sampling (Yao et al. 2025): the upper bound of the weight; 2.0 is

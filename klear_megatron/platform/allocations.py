@@ -44,6 +44,6 @@ class Allocations(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    """Those of plain tensors; Megatron-Core's wrappers have none of their own."""
+    """The storages of the plain tensors; Megatron-Core's wrappers have no storage of their own."""
     plain = (torch.Tensor, torch.nn.Parameter)
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if type(leaf) in plain]
