@@ -13,8 +13,8 @@ quickstart: setup
 	bash examples/quickstart/run.sh
 
 test: setup setup-launch lint
-	@bash tools/install_slurm.sh
-	@bash tools/install_chromium.sh
+	@bash tools/install_packages.sh "slurmctld slurmd munged" slurmctld slurmd slurm-client munge
+	@bash tools/install_packages.sh chromium chromium fonts-dejavu-core
 	@echo "==> tests"
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
@@ -25,7 +25,7 @@ lint: setup
 	.venv/bin/mypy
 
 setup: .venv/ready .venv-rollout/ready
-	@bash tools/install_bubblewrap.sh
+	@bash tools/install_packages.sh bwrap bubblewrap
 
 # A stamp is written last, so an interrupted set-up is taken up again.
 .venv/ready: requirements/$(PLATFORM).txt setup.py
