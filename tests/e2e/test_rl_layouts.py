@@ -14,6 +14,7 @@ import pytest
 from klear_megatron.config import load_config
 from klear_megatron.data import PromptSampler
 from klear_megatron.errors import Stopped
+from klear_megatron.observability import RolloutFiles
 from klear_megatron.policy.model import Model
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.loop import train_rl
@@ -168,7 +169,8 @@ def _told_as_it_draws(config: RLConfig, step: int) -> bool:
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_run_that_is_told_to_stop_as_it_draws_loses_no_prompt(max_staleness, config):
     values = config({}).model_dump() | {"max_staleness": max_staleness, "steps": 3}
-    values["loss"] |= {"tis_clip": 2.0}
+    if max_staleness:  # with the probabilities of the drawing, which need no correction
+        values |= {"old_log_probs": "server", "loss": {"name": "gppo"}}
     values["sampling"] |= {"max_response_length": 190}
     values["rollout"] |= {"max_running_requests": 4}  # so that drawing takes a while
     run = RLConfig.model_validate(values)
@@ -182,3 +184,7 @@ def test_a_run_that_is_told_to_stop_as_it_draws_loses_no_prompt(max_staleness, c
     run_ranks(2, train_rl, run, timeout=300)
     assert [row["step"] for row in read_rows(run.run_dir / "metrics.jsonl")] == [1, 2, 3]
     assert count_prompts(run)["trained"] > 0
+    files = RolloutFiles(run.run_dir)
+    rows = [row for step in files.steps() for row in files.read(step) if row["old_log_probs"]]
+    same = [row["old_log_probs"] == row["rollout_log_probs"] for row in rows]
+    assert rows and same == [bool(max_staleness)] * len(rows)
