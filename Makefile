@@ -4,10 +4,14 @@
 SHELL := /bin/bash
 PLATFORM := $(shell command -v nvidia-smi >/dev/null && echo gpu || echo cpu)
 PYTHON ?= $(shell [ $(PLATFORM) = gpu ] && command -v python3.12 || echo python3.11)
+# The Python of GPU hosts, for `make test-gpu-structure`; pyenv keeps it off the PATH.
+PYTHON_OF_GPUS ?= $(shell for python in python3.12 ~/.pyenv/versions/3.12*/bin/python3.12; do \
+	$$python -c '' 2>/dev/null && echo $$python && break; done)
+CUDA_HOME ?= /usr/local/cuda
 # Transformer Engine's compiled wheels are kept here, outside the clone.
 WHEELS ?= $(HOME)/.cache/klear_megatron/wheels
 
-.PHONY: setup setup-launch quickstart test lint clean
+.PHONY: setup setup-launch quickstart test test-gpu-structure lint clean
 
 quickstart: setup
 	bash examples/quickstart/run.sh
@@ -17,6 +21,12 @@ test: setup setup-launch lint
 	@bash tools/install_packages.sh chromium chromium fonts-dejavu-core
 	@echo "==> tests"
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+
+# What can be proven of the GPU path without a GPU. It downloads 3 GB, and compiles Transformer Engine
+# once, for some ten minutes.
+test-gpu-structure: .venv-rollout/ready .venv-gpu-structure/ready
+	@echo "==> structure tests, and tests of the CPU path with the GPUs' Megatron-Core"
+	.venv-gpu-structure/bin/python -m pytest tests/gpu_structure tests/models tests/policy
 
 lint: setup
 	@echo "==> ruff and mypy"
@@ -36,6 +46,20 @@ setup: .venv/ready .venv-rollout/ready
 	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+# Transformer Engine's PyTorch half is compiled without optimisation here, which takes a third of the
+# time: no kernel is in it, and nothing is measured.
+.venv-gpu-structure/ready: requirements/gpu.txt requirements/cpu.txt setup.py
+	@[ -n "$(PYTHON_OF_GPUS)" ] || { echo "Python 3.12 is not here: install it, or set PYTHON_OF_GPUS"; exit 1; }
+	@[ -x "$(CUDA_HOME)/bin/nvcc" ] || { echo "no CUDA 13 toolkit in $(CUDA_HOME): install one (nvcc and the" \
+		"headers; no driver), or set CUDA_HOME"; exit 1; }
+	@echo "==> setting up .venv-gpu-structure: torch for CUDA, Transformer Engine"
+	$(PYTHON_OF_GPUS) -m venv .venv-gpu-structure
+	.venv-gpu-structure/bin/pip install --quiet --requirement requirements/gpu.txt
+	CXX="$(CURDIR)/tests/gpu_structure/unoptimized_c++" \
+		bash tools/install_transformer_engine.sh .venv-gpu-structure "$(WHEELS)/unoptimized"
+	.venv-gpu-structure/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
 .venv-rollout/ready: requirements/rollout-$(PLATFORM).txt
 	@echo "==> setting up .venv-rollout for $(PLATFORM): SGLang (a minute or two)"
 	$(PYTHON) -m venv .venv-rollout
@@ -53,4 +77,4 @@ setup-launch: .venv-launch/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-rollout .venv-launch runs
+	rm -rf .venv .venv-rollout .venv-launch .venv-gpu-structure runs

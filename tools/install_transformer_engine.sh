@@ -49,4 +49,4 @@ if ! compgen -G "$folder/*.whl" >/dev/null; then
     mv "$folder.partial" "$folder"
 fi
 "$venv/bin/pip" install --quiet --no-deps "$folder"/*.whl
-"$venv/bin/python" -c 'import transformer_engine.pytorch'
+"$venv/bin/python" -c 'import torch, transformer_engine.pytorch'  # torch brings its NCCL
