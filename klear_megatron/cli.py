@@ -23,7 +23,8 @@ from klear_megatron.launch import command as launching
 from klear_megatron.planning import command as planning
 from klear_megatron.platform.exit_codes import BAD_INPUT, CONTINUE, FINISHED, INTERRUPTED
 from klear_megatron.platform.files import write_atomically
-from klear_megatron.platform.first_rank import is_first_to_report
+from klear_megatron.platform.torchrun import LastWords
+from klear_megatron.platform.torchrun import run as run_ranks
 from klear_megatron.release import command as release
 from klear_megatron.report import command as reporting
 from klear_megatron.rl import show
@@ -45,19 +46,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.overrides = rest
         parsed.run(parsed)
-    except Stopped:
-        return CONTINUE
+    except Stopped as stopped:
+        last = LastWords(str(stopped), CONTINUE)
     except UserError as error:
-        _print_error(error)
-        return BAD_INPUT
+        last = LastWords(str(error), BAD_INPUT, _rank_of(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return FINISHED
+        last = LastWords("interrupted", INTERRUPTED)
+    else:
+        return FINISHED
+    # torchrun sends SIGTERM as soon as one rank has failed; this one may be about to speak.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    last.leave()
+    signal.signal(signal.SIGTERM, handler)
+    return last.code
 
 
 def _file_first(arguments: list[str]) -> list[str]:
     """The arguments with the file of `--config FILE`, as other trainers have it, after the verb."""
+    if arguments[:1] == ["torchrun"]:  # the verb comes later, in a process of its own
+        return arguments
     for i, argument in enumerate(arguments):
         option, equals, file = argument.partition("=")
         if option == "--config" and (equals or len(arguments) > i + 1):
@@ -66,18 +73,11 @@ def _file_first(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _print_error(error: UserError) -> None:
-    """Prints the error, unless another rank has printed the same one."""
-    # torchrun sends SIGTERM as soon as one rank has failed; this one may be about to print.
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        if is_first_to_report(str(error)):
-            rank = os.environ.get("RANK") if error.rank is None else error.rank
-            several = os.environ.get("WORLD_SIZE", "1") != "1"
-            where = f" on rank {rank}" if several else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+def _rank_of(error: UserError) -> int | None:
+    """The rank that found it; None for a process that is alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    return int(os.environ["RANK"]) if error.rank is None else error.rank
 
 
 def _silence_libraries() -> None:
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
             "file with all of them to start from:"
         )
         verb.shows_settings_of = name
+    _add_verb(verbs, _torchrun, takes_overrides=True, add_help=False)
     _add_verb(verbs, _config).add_argument("verb", choices=list_references())
     regrade = _add_verb(verbs, _regrade, takes_overrides=True)
     regrade.add_argument("run_dir", type=Path, help="run_dir of `klear-megatron eval`")
@@ -139,18 +140,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_verb(
-    verbs: Any, run: Callable[[argparse.Namespace], None], *, takes_overrides: bool = False
+    verbs: Any,
+    run: Callable[[argparse.Namespace], None],
+    *,
+    takes_overrides: bool = False,
+    add_help: bool = True,
 ) -> "_VerbParser":
     """Adds a verb with the name and the docstring of the function that carries it out."""
     verb: _VerbParser = verbs.add_parser(
-        run.__name__.removeprefix("_"), help=run.__doc__, description=run.__doc__
+        run.__name__.removeprefix("_"),
+        help=run.__doc__,
+        description=run.__doc__,
+        add_help=add_help,
     )
     verb.set_defaults(run=run, takes_overrides=takes_overrides)
     return verb
 
 
 def _sft(arguments: argparse.Namespace) -> None:
-    """Supervised fine-tuning; start it with torchrun for several ranks."""
+    """Supervised fine-tuning; on several ranks by `torchrun`."""
     from klear_megatron.sft.config import SFTConfig
 
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
@@ -160,13 +168,18 @@ def _sft(arguments: argparse.Namespace) -> None:
 
 
 def _rl(arguments: argparse.Namespace) -> None:
-    """Reinforcement learning; start it with torchrun for several ranks."""
+    """Reinforcement learning; on several ranks by `torchrun`."""
     from klear_megatron.rl.config import RLConfig
 
     config = load_config(RLConfig, arguments.config, arguments.overrides)
     from klear_megatron.rl.loop import train_rl
 
     train_rl(config)
+
+
+def _torchrun(arguments: argparse.Namespace) -> None:
+    """Run a verb on several ranks: torchrun's options, then the verb with its arguments."""
+    sys.exit(run_ranks(arguments.overrides))
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ class UserError(Exception):
 class Stopped(UserError):
     """The run was told to stop, and has done so. A UserError, so that it reaches all ranks."""
 
-    def __init__(self, message: str = "told to stop") -> None:
+    def __init__(self, message: str = "told to stop; run it again to go on") -> None:
         super().__init__(message)
 
 

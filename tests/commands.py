@@ -15,14 +15,15 @@ def environment() -> dict[str, str]:
 
 
 def command_line(*arguments: str, ranks: int | None = None) -> list[str]:
-    """`klear-megatron ARGUMENTS`, under torchrun with `ranks`."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher = [sys.executable] if ranks is None else [*torchrun, f"--nproc-per-node={ranks}"]
-    return [*launcher, "-m", "klear_megatron", *arguments]
+    """`klear-megatron ARGUMENTS`, with `ranks` as `klear-megatron torchrun` starts them."""
+    command = [sys.executable, "-m", "klear_megatron"]
+    if ranks is not None:
+        command += ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*command, *arguments]
 
 
 def run_command(*arguments: str, ranks: int | None = None, timeout: float = 300) -> Any:
-    """`klear-megatron ARGUMENTS`, under torchrun with `ranks`."""
+    """What `command_line` says, to its end."""
     return subprocess.run(
         command_line(*arguments, ranks=ranks),
         cwd=ROOT,

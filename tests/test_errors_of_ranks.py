@@ -1,13 +1,15 @@
-"""Under torchrun every error is printed, and the one that all ranks have only once."""
+"""Every error of several ranks is printed, the one that all have only once, and at the end."""
 
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from klear_megatron.cli import main
 from klear_megatron.data import PromptSampler
-from tests.commands import prepare_quickstart, run_command
+from tests.commands import ROOT, environment, prepare_quickstart, run_command
 
 ROWS = 4
 
@@ -54,16 +56,23 @@ def test_a_mistake_that_all_ranks_find_is_printed_once(tmp_path):
     path = tmp_path / "rl.yaml"
     path.write_text("steps: many\n")
     result = run_command("rl", str(path), ranks=3)
-    assert result.returncode != 0
+    assert result.returncode == 2
     ((_, message),) = errors(result.stderr)
     assert str(path) in message
+    assert result.stderr.rstrip().endswith("given: 'many'")
 
 
 def test_a_reward_that_fails_on_another_leader_is_printed_with_its_rank(tmp_path):
     second_leaders = PromptSampler(ROWS, seed=0).next_batch(ROWS)[1::2]
-    result = run_command("rl", str(rl_config(tmp_path, second_leaders)), ranks=2)
-    assert result.returncode != 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "klear_megatron", "rl", str(rl_config(tmp_path, second_leaders))]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
     ((rank, message),) = errors(result.stderr)
+    # torchrun's own report has it, too.
+    assert message in result.stderr.partition("Root Cause")[2]
     assert rank == "1"
     row = re.match(
         r"rewards\.custom\.function: tests\.wrong_reward:nothing returned None for a response to "

@@ -7,7 +7,7 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 
 here=examples/long_context
 out=runs/long_context
-ranks="torchrun --standalone --nproc-per-node 2 -m klear_megatron"
+ranks="python -m klear_megatron torchrun --standalone --nproc-per-node 2"
 begin=$SECONDS
 say() { printf '\n==> [%ss] %s\n' $((SECONDS - begin)) "$1"; }
 

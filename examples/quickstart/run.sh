@@ -6,7 +6,7 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 
 here=examples/quickstart
 out=runs/quickstart
-train="torchrun --standalone --nproc-per-node 2 -m klear_megatron"
+train="klear-megatron torchrun --standalone --nproc-per-node 2"
 begin=$SECONDS
 say() { printf '\n==> [%ss] %s\n' $((SECONDS - begin)) "$1"; }
 

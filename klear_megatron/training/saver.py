@@ -70,10 +70,9 @@ class Saver:
             if self._trained > self._saved:
                 self._save()
             self._learner.finish_saves()
-            if is_main_rank():
-                what = f"step {self._trained} is saved" if self._trained else "no step was done yet"
-                say(f"told to stop: {what}; run it again to go on")
-        elif error is None and is_main_rank():
+            what = f"step {self._trained} is saved" if self._trained else "no step was done yet"
+            raise Stopped(f"told to stop: {what}; run it again to go on") from error
+        if error is None and is_main_rank():
             with write_atomically(self._config.run_dir / _FINISHED) as file:
                 json.dump({"step": self._trained}, file)
 

@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from klear_megatron.platform import heartbeat
 from klear_megatron.platform.exit_codes import FAILED
 from klear_megatron.platform.files import write_atomically
-from klear_megatron.platform.first_rank import is_first_to_report
+from klear_megatron.platform.torchrun import LastWords
 
 _LOOK_EVERY_S = 10.0
 _KEY = "klear_megatron/heartbeats"
@@ -93,7 +92,6 @@ class Watchdog:
         )
         print(f"in phase {heartbeat.phase}; {message}", file=self._file, flush=True)
         faulthandler.dump_traceback(self._file)
-        if is_first_to_report(message):
-            print(f"error: {message}", file=sys.stderr, flush=True)
+        LastWords(message, FAILED).leave()
         time.sleep(2 * self._every_s)  # until the others have written theirs
         os._exit(FAILED)

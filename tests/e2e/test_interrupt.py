@@ -1,4 +1,4 @@
-"""Ctrl-C while servers start ends all ranks within seconds, and all that they started."""
+"""Ctrl-C and SIGTERM while servers start end all ranks within seconds, and all they started."""
 
 import functools
 import os
@@ -12,8 +12,17 @@ import pytest
 from tests.commands import ROOT, command_line, environment
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_ctrl_c_while_servers_start(make_config, quickstart, tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "told", "code", "last"),
+    [
+        (None, signal.SIGINT, 130, "interrupted"),
+        (2, signal.SIGINT, 130, "interrupted"),
+        (2, signal.SIGTERM, 75, "told to stop; run it again to go on"),
+    ],
+)
+def test_told_to_end_while_servers_start(
+    make_config, quickstart, tmp_path, ranks, told, code, last
+):
     # In place of SGLang, what never answers.
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexec sleep 600\n")
@@ -39,9 +48,11 @@ def test_ctrl_c_while_servers_start(make_config, quickstart, tmp_path, ranks):
         time.sleep(1)
         started = psutil.Process(command.pid).children(recursive=True)
         assert any("600" in process.cmdline() for process in started)
-        os.killpg(command.pid, signal.SIGINT)
+        os.killpg(command.pid, told)
         # A rank that hears nothing is killed by torchrun after 30 s.
         _, errors = command.communicate(timeout=15)
-    assert errors.count("interrupted\n") == (ranks or 1)
+    assert command.returncode == code
+    assert errors.splitlines()[-1] == last
+    assert errors.count(last) == 1
     _, alive = psutil.wait_procs(started, timeout=5)
     assert not alive
