@@ -11,9 +11,9 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from klear_megatron.config import Section, load_config
 from klear_megatron.config.reference import list_references, read_reference
@@ -29,6 +29,8 @@ from klear_megatron.release import command as release
 from klear_megatron.report import command as reporting
 from klear_megatron.rl import show
 from klear_megatron.scaling import command as scaling
+
+C = TypeVar("C", bound=Section)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
             "file with all of them to start from:"
         )
         verb.shows_settings_of = name
+        if run in (_sft, _rl, _eval):
+            verb.add_argument("--dry-run", action="store_true", help="only say what would be done")
+        if run in (_sft, _rl):
+            verb.add_argument("--ranks", type=int, help="of a --dry-run; by default torchrun's")
     _add_verb(verbs, _torchrun, takes_overrides=True, add_help=False)
     _add_verb(verbs, _config).add_argument("verb", choices=list_references())
     regrade = _add_verb(verbs, _regrade, takes_overrides=True)
@@ -162,6 +168,11 @@ def _sft(arguments: argparse.Namespace) -> None:
     from klear_megatron.sft.config import SFTConfig
 
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from klear_megatron.sft.dry_run import describe_sft
+
+        _dry_run(describe_sft, config, arguments.ranks)
+        return
     from klear_megatron.sft.loop import train_sft
 
     train_sft(config)
@@ -172,9 +183,21 @@ def _rl(arguments: argparse.Namespace) -> None:
     from klear_megatron.rl.config import RLConfig
 
     config = load_config(RLConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from klear_megatron.rl.dry_run import describe_rl
+
+        _dry_run(describe_rl, config, arguments.ranks)
+        return
     from klear_megatron.rl.loop import train_rl
 
     train_rl(config)
+
+
+def _dry_run(describe: Callable[[C, int], Iterable[str]], config: C, ranks: int | None) -> None:
+    """Prints what a run would do on so many ranks, by default those that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in describe(config, ranks or int(os.environ.get("WORLD_SIZE", "1"))):
+            print(line, flush=True)
 
 
 def _torchrun(arguments: argparse.Namespace) -> None:
@@ -187,8 +210,12 @@ def _eval(arguments: argparse.Namespace) -> None:
     from klear_megatron.evaluation import EvalConfig
 
     config = load_config(EvalConfig, arguments.config, arguments.overrides)
-    from klear_megatron.evaluation.evaluate import evaluate
+    from klear_megatron.evaluation.evaluate import describe, evaluate
 
+    if arguments.dry_run:
+        for line in describe(config):
+            print(line, flush=True)
+        return
     _print_scores(evaluate(config), config.run_dir)
 
 

@@ -50,6 +50,7 @@ def _sections() -> Iterator[_Section]:
         "loss of your own adds its metrics under `train/`.",
         (*(one._replace(name=f"train/{one.name}") for one in trained), *of("train")),
     )
+    yield _Section("Validation", "In SFT with `validation`, at the steps it says.", of("val"))
     yield _Section("Rewards", "In RL.", of("reward"))
     yield _Section("Responses", "In RL.", of("response"))
     yield _Section("Groups", "In RL; a group is the responses to one prompt.", of("groups"))

@@ -60,10 +60,14 @@ def validate(
         raise UserError("\n".join([title, *problems])) from error
 
 
+def as_yaml(config: Section) -> str:
+    """Every value, defaults included, as YAML that loads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
 def write_config(config: Section, path: Path) -> None:
-    """Writes every value, defaults included, as YAML that loads back to an equal config."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    """Writes the config as YAML."""
+    path.write_text(as_yaml(config), encoding="utf-8")
 
 
 def _describe(cls: type[Section], problem: Any, lines: Mapping[Key, int]) -> str:

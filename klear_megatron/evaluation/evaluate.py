@@ -1,13 +1,13 @@
 """Measures a model's accuracy on benchmarks through real SGLang servers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.checkpoints.model_folder import ModelFolder
-from klear_megatron.config import write_config
+from klear_megatron.config import as_yaml, write_config
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation.benchmark import (
     Asked,
@@ -74,6 +74,35 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
     if asked:
         _draw(config, model, benchmarks, asked, stored)
     return _grade(config)
+
+
+def describe(config: EvalConfig) -> Iterator[str]:
+    """Lines on what `evaluate` would do: all settings, and the problems and responses.
+
+    Raises:
+        UserError: what `evaluate` would refuse before its servers start.
+    """
+    config = config.model_copy(update={"model": local_model(config.model)})
+    model = ModelFolder(config.model)
+    yield as_yaml(config)
+    benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
+    check_thinking(model.tokenizer, config.rewards)
+    rollout = config.rollout.model_copy(update={"urls": ()})  # servers are not asked now
+    if config.yarn is not None:
+        rollout = extend_context(rollout, model.config, config.yarn)
+    check_benchmarks(benchmarks, model.config, rollout, config.sampling, config.rewards)
+    for benchmark in benchmarks:
+        yield from benchmark.loaded.notes(config.benchmarks[benchmark.name], benchmark.name)
+        problems, samples = len(benchmark.loaded.prompts), benchmark.samples_per_problem
+        stored = sum(map(len, read_drawn(config.run_dir, benchmark.name).values()))
+        yield (
+            f"{benchmark.name}: {problems} problems x {samples} samples = {problems * samples} "
+            f"responses, of which {stored} are stored already"
+        )
+    if config.rollout.urls:
+        yield f"servers: {len(config.rollout.urls)} that run already"
+    else:
+        yield f"servers: {rollout.num_servers}, each with TP {rollout.tensor_parallel_size}"
 
 
 def _draw(

@@ -54,6 +54,14 @@ class Evaluations:
             section="evaluation.sampling",
         )
 
+    def describe(self) -> list[str]:
+        """A line on each benchmark."""
+        return [
+            f"evaluation: {benchmark.name}: {len(benchmark.loaded.prompts)} problems x "
+            f"{benchmark.samples_per_problem} samples"
+            for benchmark in self._benchmarks
+        ]
+
     def are_missing(self, step: int) -> bool:
         """Collective. Whether an evaluation is due after `step` and was cut off or never begun."""
         return objects.broadcast(self._due(step) and not self._dump_dir(step).exists())

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
-from klear_megatron.data import note_on_repeats
+from klear_megatron.data import ConversationsConfig, note_on_repeats
 from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encode_part
 from klear_megatron.data.files import stamps
 from klear_megatron.errors import UserError
@@ -21,7 +21,7 @@ from klear_megatron.training import run
 
 
 def read_examples(config: SFTConfig, model: ModelFolder) -> EncodedConversations:
-    """Collective. Encodes the conversations and reports how many are too long and left out.
+    """Collective. Encodes the conversations to train on and says which are left out.
 
     The encoding is kept in `encoded/` under the run directory, and used again by a resumed run with
     the same data and tokenizer.
@@ -30,9 +30,36 @@ def read_examples(config: SFTConfig, model: ModelFolder) -> EncodedConversations
         UserError: on all ranks: a malformed row, no conversation short enough, or a length limit
             beyond the model's positions.
     """
-    _check_length(config, model)
-    folder = config.run_dir / "encoded"
-    settings = _what_decides(config)
+    check_length(config, model)
+    examples, total = _read(config.data, model, config.run_dir / "encoded")
+    _say(training_notes(config, total))
+    return examples
+
+
+def read_validation(config: SFTConfig, model: ModelFolder) -> EncodedConversations | None:
+    """Collective. As `read_examples`, the held-out conversations; None if there are to be none."""
+    if config.validation_data is None:
+        return None
+    data = config.validation_data
+    examples, total = _read(data, model, config.run_dir / "encoded_validation")
+    _say(notes(data, total, "validation"))
+    return examples
+
+
+def check_length(config: SFTConfig, model: ModelFolder) -> None:
+    """Raises UserError if conversations may be longer than the model's positions."""
+    positions = model.config.max_position_embeddings
+    if config.data.max_length > positions:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} tokens, but the model takes {positions} "
+            "(max_position_embeddings of its config.json); lower it, or extend the model by YaRN"
+        )
+
+
+def _read(
+    data: ConversationsConfig, model: ModelFolder, folder: Path
+) -> tuple[EncodedConversations, EncodedPart]:
+    settings = _what_decides(data, model)
     record = folder / "complete.json"
     found: dict[str, Any] | None = None
     if run.is_main_rank():
@@ -43,41 +70,31 @@ def read_examples(config: SFTConfig, model: ModelFolder) -> EncodedConversations
             folder.mkdir()
     found = objects.broadcast(found)
     if found is None:
-        parts = _encode(config, model.tokenizer, folder)
+        parts = _encode(data, model.tokenizer, folder)
         if run.is_main_rank():
             record.write_text(json.dumps({"of": settings, "parts": [vars(part) for part in parts]}))
     else:
         parts = [EncodedPart(**part) for part in found["parts"]]
-    _report(config, parts)
-    return EncodedConversations(folder, len(parts))
+    total = EncodedPart(*map(sum, zip(*map(dataclasses.astuple, parts), strict=True)))
+    check_any_left(data, total)
+    return EncodedConversations(folder, len(parts)), total
 
 
-def _check_length(config: SFTConfig, model: ModelFolder) -> None:
-    positions = model.config.max_position_embeddings
-    if config.data.max_length > positions:
-        raise UserError(
-            f"data.max_length: {config.data.max_length} tokens, but the model takes {positions} "
-            "(max_position_embeddings of its config.json); lower it, or extend the model by YaRN"
-        )
-
-
-def _what_decides(config: SFTConfig) -> dict[str, Any]:
-    path = config.data.path
+def _what_decides(data: ConversationsConfig, model: ModelFolder) -> dict[str, Any]:
     files = []
-    for one in [path] if isinstance(path, Path) else path:
+    for one in [data.path] if isinstance(data.path, Path) else data.path:
         files += [one, *one.rglob("*")]
-    model = config.policy.hf_folder
-    tokenizer = [file for file in model.iterdir() if file.suffix != ".safetensors"]
-    return config.data.model_dump(mode="json") | {"files": stamps([*files, *tokenizer])}
+    tokenizer = [file for file in model.path.iterdir() if file.suffix != ".safetensors"]
+    return data.model_dump(mode="json") | {"files": stamps([*files, *tokenizer])}
 
 
 def _encode(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+    data: ConversationsConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[EncodedPart]:
     mine: EncodedPart | UserError
     try:
         mine = encode_part(
-            config.data, tokenizer, folder, part=dist.get_rank(), parts=dist.get_world_size()
+            data, tokenizer, folder, part=dist.get_rank(), parts=dist.get_world_size()
         )
     except UserError as error:
         mine = error
@@ -89,27 +106,57 @@ def _encode(
     return parts
 
 
-def _report(config: SFTConfig, parts: list[EncodedPart]) -> None:
-    total = EncodedPart(*map(sum, zip(*map(dataclasses.astuple, parts), strict=True)))
-    limit = f"more than {config.data.max_length} tokens (data.max_length)"
+def check_any_left(data: ConversationsConfig, total: EncodedPart) -> None:
+    """Raises UserError if no conversation is short enough."""
     if not total.kept:
-        raise UserError(f"data: no conversation is left: {total.too_long} have {limit}")
-    for note in notes(config, total) if run.is_main_rank() else ():
-        say(note)
+        raise UserError(
+            f"{data.path}: no conversation is left: {total.too_long} have more than "
+            f"{data.max_length} tokens (data.max_length)"
+        )
 
 
-def notes(config: SFTConfig, total: EncodedPart) -> list[str]:
-    """Lines for the user about conversations that are left out, or repeated in a step."""
+def _say(lines: list[str]) -> None:
+    for line in lines if run.is_main_rank() else ():
+        say(line)
+
+
+def notes(data: ConversationsConfig, total: EncodedPart, name: str) -> list[str]:
+    """Lines for the user about conversations that are left out.
+
+    Args:
+        name: the config's section.
+    """
     lines = []
     if total.bad_rows:
-        lines.append(f"data: {total.bad_rows} malformed rows skipped")
+        lines.append(f"{name}: {total.bad_rows} malformed rows skipped")
     if total.too_long:
-        limit = f"more than {config.data.max_length} tokens (data.max_length)"
+        limit = f"more than {data.max_length} tokens (data.max_length)"
         of = total.kept + total.too_long
-        lines.append(f"data: {total.too_long} of {of} conversations have {limit} and are left out")
+        lines.append(f"{name}: {total.too_long} of {of} conversations have {limit}: left out")
+    return lines
+
+
+def training_notes(config: SFTConfig, total: EncodedPart) -> list[str]:
+    """As `notes`, and about those that make no whole batch, or are repeated in a step."""
+    lines = notes(config.data, total, "data")
     if rest := total.kept * config.epochs % config.batch_size:
         lines.append(
             f"data: of {total.kept} conversations x {config.epochs} epochs, the last {rest} make "
             f"no whole batch of {config.batch_size} (batch_size) and are not trained"
         )
     return lines + note_on_repeats(total.kept, config.batch_size, "batch_size")
+
+
+def count_steps(config: SFTConfig, conversations: int) -> int:
+    """Optimizer steps of the whole run.
+
+    Raises:
+        UserError: the conversations make no whole batch.
+    """
+    steps = config.steps or conversations * config.epochs // config.batch_size
+    if steps == 0:
+        raise UserError(
+            f"batch_size: {config.batch_size} conversations a step, but data.path has "
+            f"{conversations} x {config.epochs} epochs"
+        )
+    return steps

@@ -4,14 +4,14 @@ import contextlib
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import PromptSampler
-from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
 from klear_megatron.observability import Phases, Progress, Recorder, say
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.learner import Learner
 from klear_megatron.sft.config import SFTConfig
-from klear_megatron.sft.data import read_examples
+from klear_megatron.sft.data import count_steps, read_examples
+from klear_megatron.sft.validation import Validation
 from klear_megatron.training import run
 from klear_megatron.training.closing import what_next
 from klear_megatron.training.metrics import run_metrics, training_speed
@@ -36,12 +36,8 @@ def train_sft(config: SFTConfig) -> None:
 def _train(config: SFTConfig, folder: ModelFolder) -> None:
     planned = PlannedSteps(config)
     examples = read_examples(config, folder)
-    steps = config.steps or len(examples) * config.epochs // config.batch_size
-    if steps == 0:
-        raise UserError(
-            f"batch_size: {config.batch_size} conversations a step, but data.path has "
-            f"{len(examples)} x {config.epochs} epochs"
-        )
+    steps = count_steps(config, len(examples))
+    validation = Validation(config, folder, steps)
     if objects.broadcast(run.is_main_rank() and is_finished(config, steps)):
         return
     learner = Learner(config.policy, folder, total_steps=steps, seed=config.seed)
@@ -59,13 +55,17 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
             Progress("SFT", steps, start=first - 1, enabled=run.is_main_rank())
         )
         recorder = (
-            stack.enter_context(Recorder(config.run_dir, next_step=first))
+            stack.enter_context(Recorder(config.run_dir, next_step=first if state else 0))
             if run.is_main_rank()
             else None
         )
         saver = stack.enter_context(
             Saver(learner, config, steps, first - 1, lambda: {"sampler": sampler.state_dict()})
         )
+        if state is None:
+            metrics = validation.after(0, learner.model, phases)
+            if recorder is not None and metrics:
+                recorder.write(0, metrics | phases.take())
         for step in range(first, steps + 1):
             tokens, masks = zip(
                 *(examples[row] for row in sampler.next_batch(config.batch_size)), strict=True
@@ -74,8 +74,10 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
             with phases("train"):
                 trained = learner.train_step(batch, objective)
             taken = steps_taken(step, batch, trained)
+            metrics = {f"train/{name}": value for name, value in trained.items()}
+            metrics |= validation.after(step, learner.model, phases)
             seconds = phases.take()
-            metrics = {f"train/{name}": value for name, value in trained.items()} | seconds
+            metrics |= seconds
             metrics |= training_speed(planned, batch.lengths, seconds)
             metrics |= run_metrics(learner, sampler) | {"train/skipped": float(not taken)}
             planned.observe(

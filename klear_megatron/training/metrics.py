@@ -39,6 +39,12 @@ METRICS = (
         "in no other metric of the training",
         "not 0: `not_finite/` has the mini-batches",
     ),
+    Metric(
+        "val/loss",
+        "nats",
+        "negative log-likelihood of the held-out conversations, mean over their trained tokens",
+        "rises while `train/loss` falls: the model learns the conversations by heart",
+    ),
     Metric("seconds/total", "s", "the whole step; a checkpoint counts to the step after it"),
     Metric("seconds/train", "s", "all optimizer steps of the step"),
     Metric(

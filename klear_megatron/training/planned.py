@@ -16,6 +16,21 @@ _OBSERVED = (2, 3)
 """Steps whose measurements are said; the first one also warms up."""
 
 
+def plan_longest(config: RunConfig, model: PlannedModel, hardware: Hardware, ranks: int) -> Plan:
+    """The plan of an optimizer step whose sequences are as long as allowed."""
+    work = PlannedRun.of(config).work(model.positions)
+    return plan(config.policy, work, gpus=ranks, hardware=hardware, model=model)
+
+
+def describe_longest(planned: Plan) -> str:
+    """What `plan_longest` found, in a line."""
+    return (
+        f"planned: {short_layout(planned)}: {planned.memory.total / 2**30:.2f} GiB of "
+        f"{planned.available_bytes / 2**30:.2f} GiB, and {planned.seconds.total:.2f} s per "
+        "optimizer step, with sequences as long as allowed"
+    )
+
+
 class PlannedSteps:
     """A run's plan on the hardware that it runs on. Collective.
 
@@ -43,14 +58,9 @@ class PlannedSteps:
             say(f"no plan: {error}")
             return None
         self._model = PlannedModel.read(self.config.policy.hf_folder)
-        work = PlannedRun.of(self.config).work(self._model.positions)
-        planned = self._plan(work.lengths)
+        planned = plan_longest(self.config, self._model, self._hardware, dist.get_world_size())
         self._peak_flops = planned.peak_flops
-        say(
-            f"planned: {short_layout(planned)}: {planned.memory.total / 2**30:.2f} GiB of "
-            f"{planned.available_bytes / 2**30:.2f} GiB, and {planned.seconds.total:.2f} s per "
-            "optimizer step, with sequences as long as allowed"
-        )
+        say(describe_longest(planned))
         return None if planned.fits else refusal(planned)
 
     def _plan(self, lengths: Sequence[int]) -> Plan:

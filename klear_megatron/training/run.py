@@ -43,9 +43,7 @@ def running(config: RunConfig) -> Iterator[ModelFolder]:
 
 
 def _start(config: RunConfig, stack: contextlib.ExitStack) -> ModelFolder:
-    import_extensions(config.policy)
-    folder = ModelFolder(config.policy.hf_folder)
-    _ = folder.architecture  # an unknown one, such as that of images, may have no sizes to check
+    folder = model_folder(config)
     config.policy.parallel.check_model(folder)
     init_distributed()
     # Before one rank starts servers while the others wait, so that Ctrl-C ends those too.
@@ -64,6 +62,18 @@ def _start(config: RunConfig, stack: contextlib.ExitStack) -> ModelFolder:
     return folder
 
 
+def model_folder(config: RunConfig) -> ModelFolder:
+    """The folder of the model to train.
+
+    Raises:
+        UserError: it cannot be read, or its architecture is unknown.
+    """
+    import_extensions(config.policy)
+    folder = ModelFolder(config.policy.hf_folder)
+    _ = folder.architecture  # an unknown one, such as that of images, may have no sizes to check
+    return folder
+
+
 def with_model_here(config: C) -> C:
     """The config with a folder in place of a model's name on the Hugging Face hub.
 
@@ -77,8 +87,9 @@ def with_model_here(config: C) -> C:
 
 
 def is_main_rank() -> bool:
-    """The one rank that talks to the user, writes metrics and holds the full weights."""
-    return dist.get_rank() == 0
+    """The one rank that talks to the user, writes metrics and holds the full weights; also a
+    process that has joined no ranks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import pytest
 from klear_megatron.data import note_on_repeats
 from klear_megatron.data.encoded import EncodedPart
 from klear_megatron.sft.config import SFTConfig
-from klear_megatron.sft.data import notes
+from klear_megatron.sft.data import training_notes
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_conversations_without_a_whole_batch_and_repeated_ones_are_said(
             "batch_size": batch_size,
         }
     )
-    lines = notes(config, EncodedPart(kept=kept))
+    lines = training_notes(config, EncodedPart(kept=kept))
     assert len(lines) == len(said)
     assert all(what in line for what, line in zip(said, lines, strict=True))
 

@@ -7,12 +7,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from klear_megatron.cli import main
 from klear_megatron.platform.locks import locked
 from klear_megatron.policy.learner import Learner
 from tests.distributed.ranks import run_ranks
+from tests.documented import undocumented
 from tests.files import read_rows
 
 
@@ -71,3 +73,20 @@ def test_sft_that_is_told_to_stop_saves_its_step_and_goes_on_exactly(
     assert code == 0
     assert "finished: step 8 of 8 is done; nothing to do" in said
     assert (stopped / "metrics.jsonl").stat().st_mtime_ns == begin
+
+
+def test_the_loss_of_held_out_conversations(make_config, quickstart, tmp_path):
+    """Of the same conversations, it is the loss of the next step, which is computed before it."""
+    data = tmp_path / "sft.jsonl"
+    rows = (quickstart / "sft.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(rows[:16]))
+    arguments = ["sft", str(make_config("sft")), "--data.path", str(data), "--batch_size", "16"]
+    arguments += ["--steps", "3", "--run_dir", str(tmp_path / "run")]
+    arguments += ["--validation.path", str(data), "--validation.every", "2"]
+    assert [code for code, _ in run_ranks(2, command, arguments)] == [0, 0]
+    metrics = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "val/loss" in row] == [0, 2, 3]
+    trained = {row["step"]: row["train/loss"] for row in metrics if "train/loss" in row}
+    for row in metrics[:3:2]:
+        assert row["val/loss"] == pytest.approx(trained[row["step"] + 1], rel=1e-5)
+    assert undocumented(metrics) == []
