@@ -39,10 +39,9 @@ if ! compgen -G "$folder/*.whl" >/dev/null; then
     # Headers and libraries of the CUDA packages that torch came with. FORCE_BUILD: otherwise it would
     # first look for a ready wheel elsewhere.
     nvidia=$packages/nvidia
-    parts=(cu"$major" cudnn nccl)
     CUDNN_PATH=$nvidia/cudnn \
-        CPLUS_INCLUDE_PATH=$(IFS=:; echo "${parts[*]/#/$nvidia/}" | sed 's|\(:\|$\)|/include\1|g') \
-        LIBRARY_PATH=$(IFS=:; echo "${parts[*]/#/$nvidia/}" | sed 's|\(:\|$\)|/lib\1|g') \
+        CPLUS_INCLUDE_PATH=$nvidia/cu$major/include:$nvidia/cudnn/include:$nvidia/nccl/include \
+        LIBRARY_PATH=$nvidia/cu$major/lib:$nvidia/cudnn/lib:$nvidia/nccl/lib \
         NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE PATH=$venv/bin:$PATH \
         "$venv/bin/pip" wheel --quiet --no-deps --no-build-isolation --wheel-dir "$folder.partial" \
         "transformer-engine-torch==$release"

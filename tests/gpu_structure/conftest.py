@@ -29,6 +29,8 @@ def proven() -> Callable[[str, str], None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _proven:
+        return
     terminalreporter.section("proven without a GPU")
     for what, cases in _proven.items():
         terminalreporter.line(f"+ {what}: {', '.join(cases)}")
