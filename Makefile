@@ -3,10 +3,10 @@
 #   make test         sets up and passes the tests
 SHELL := /bin/bash
 PLATFORM := $(shell command -v nvidia-smi >/dev/null && echo gpu || echo cpu)
-PYTHON ?= $(shell [ $(PLATFORM) = gpu ] && command -v python3.12 || echo python3.11)
-# The Python of GPU hosts, for `make test-gpu-structure`; pyenv keeps it off the PATH.
+# pyenv keeps it off the PATH.
 PYTHON_OF_GPUS ?= $(shell for python in python3.12 ~/.pyenv/versions/3.12*/bin/python3.12; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
+PYTHON ?= $(or $(if $(filter gpu,$(PLATFORM)),$(PYTHON_OF_GPUS)),python3.11)
 CUDA_HOME ?= /usr/local/cuda
 # Transformer Engine's compiled wheels are kept here, outside the clone.
 WHEELS ?= $(HOME)/.cache/klear_megatron/wheels

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,8 +84,8 @@ def run_apart(check: Check, folder: Path, seconds: float) -> Outcome:
         return Outcome("no time")
     name = re.sub(r"\W+", "_", check.name)
     result = folder / name / "outcome.json"
-    result.parent.mkdir(exist_ok=True)
-    result.unlink(missing_ok=True)
+    shutil.rmtree(result.parent, ignore_errors=True)
+    result.parent.mkdir()
     module = ["-m", "tools.gpu_check", "--folder", str(result.parent), "--one", check.name]
     if check.ranks > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--no-python"]
@@ -108,12 +109,16 @@ def run_apart(check: Check, folder: Path, seconds: float) -> Outcome:
     took = time.monotonic() - start
     if not result.is_file():
         return Outcome("failed", reason=died, seconds=took)
-    return Outcome(**{**json.loads(result.read_text()), "seconds": took})
+    outcome = Outcome(**{**json.loads(result.read_text()), "seconds": took})
+    if outcome.status == "passed":
+        shutil.rmtree(result.parent)  # models of gigabytes
+    return outcome
 
 
 def run_here(check: Check, folder: Path) -> None:
     """Runs a check in this process; the first rank leaves the outcome in the folder."""
     logging.disable_progress_bar()
+    first = os.environ.get("RANK", "0") == "0"
     try:
         outcome = Outcome("passed", check.run(folder))
     except NotHereError as error:
@@ -121,9 +126,11 @@ def run_here(check: Check, folder: Path) -> None:
     except FailedError as error:
         outcome = Outcome("failed", error.numbers, str(error))
     except Exception as error:
+        if not first:
+            raise  # torchrun ends the first rank too, which might wait for this one
         traceback.print_exc()
         outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}"[:300])
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         (folder / "outcome.json").write_text(json.dumps(asdict(outcome)))
 
 
