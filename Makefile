@@ -23,8 +23,8 @@ test: setup setup-launch lint
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 # What can be proven of the GPU path without a GPU. It downloads 3 GB, and compiles Transformer Engine
-# once, for some ten minutes.
-test-gpu-structure: .venv-rollout/ready .venv-gpu-structure/ready
+# once, for some minutes.
+test-gpu-structure: .venv-gpu-structure/ready .venv-rollout/ready
 	@echo "==> structure tests, and tests of the CPU path with the GPUs' Megatron-Core"
 	.venv-gpu-structure/bin/python -m pytest tests/gpu_structure tests/models tests/policy
 
@@ -46,8 +46,8 @@ setup: .venv/ready .venv-rollout/ready
 	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Transformer Engine's PyTorch half is compiled without optimisation here, which takes a third of the
-# time: no kernel is in it, and nothing is measured.
+# Transformer Engine's PyTorch half is compiled without optimisation here: no kernel is in it, and
+# nothing is measured.
 .venv-gpu-structure/ready: requirements/gpu.txt requirements/cpu.txt setup.py
 	@[ -n "$(PYTHON_OF_GPUS)" ] || { echo "Python 3.12 is not here: install it, or set PYTHON_OF_GPUS"; exit 1; }
 	@[ -x "$(CUDA_HOME)/bin/nvcc" ] || { echo "no CUDA 13 toolkit in $(CUDA_HOME): install one (nvcc and the" \
