@@ -126,13 +126,14 @@ class Job:
             return None
         if not (policy.hf_folder / "config.json").is_file():
             return None
-        model = PlannedModel.read(policy.hf_folder)
+        model, run = PlannedModel.read(policy.hf_folder), PlannedRun.of(self.config)
         return plan(
             policy,
-            PlannedRun.of(self.config).work(model.positions),
+            run.work(model.positions),
             gpus=launch.nodes * launch.ranks_per_node,
             hardware=read_hardware(_HARDWARE[launch.gpu]),
             model=model,
+            reference=run.has_reference,
         )
 
     @property

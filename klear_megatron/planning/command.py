@@ -65,15 +65,19 @@ def run(
     import_extensions(config.policy)
     model = PlannedModel.read(config.policy.hf_folder)
     work = config.work(model.positions, arguments.sequence_length, arguments.sequences_per_step)
-    gpus = arguments.gpus
+    gpus, reference = arguments.gpus, config.has_reference
     if arguments.search:
-        found = search(config.policy, work, gpus=gpus, hardware=hardware, model=model)
+        found = search(
+            config.policy, work, gpus=gpus, hardware=hardware, model=model, reference=reference
+        )
         if arguments.json:
             print(json.dumps([planned.as_json() for planned in found.fitting], indent=1))
         else:
             print("\n".join(describe_search(found)))
         return
-    planned = plan(config.policy, work, gpus=gpus, hardware=hardware, model=model)
+    planned = plan(
+        config.policy, work, gpus=gpus, hardware=hardware, model=model, reference=reference
+    )
     if arguments.json:
         print(json.dumps(planned.as_json(), indent=1))
         return

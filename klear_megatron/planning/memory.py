@@ -26,6 +26,8 @@ class Memory:
     """Tokens on their way between tensor-, context-, expert- and pipeline-parallel ranks."""
     overhead: int
     """The hardware's constant, and the gradients of one layer's activations."""
+    reference: int = 0
+    """Weights of the model that a KL penalty compares with."""
 
     @property
     def total(self) -> int:

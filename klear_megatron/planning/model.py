@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -131,14 +131,20 @@ class PlannedModel:
         experts = sum(p.numel for p in layer if p.matrix and p.expert is not None)
         return dense, experts * self.experts_per_token // max(self.num_experts, 1)
 
-    def model_flops(self, lengths: tuple[int, ...]) -> float:
+    def model_flops(self, lengths: Sequence[int]) -> float:
         """FLOPs of one step's forward and backward: six per parameter that works on a token, and
         attention's, in which each token attends to those before it only (half the square)."""
-        tokens = sum(lengths)
+        return 3 * self.forward_flops(sum(lengths), sum(length * length for length in lengths))
+
+    def forward_flops(self, tokens: int, squares: int) -> float:
+        """A third of `model_flops`, of sequences of so many tokens in all.
+
+        Args:
+            squares: the sum of their squared lengths.
+        """
         dense, experts = self.layer_matrices
         linear = self.layers * (dense + experts) + self.vocabulary * self.hidden
-        squares = sum(length * length for length in lengths)
-        return 6 * tokens * linear + 6 * squares * self.layers * self.heads * self.head_dim
+        return 2 * tokens * linear + 2 * squares * self.layers * self.heads * self.head_dim
 
 
 def _place(row: Weight) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -49,7 +49,11 @@ class Plan:
 
     @property
     def memory_bytes(self) -> dict[str, int]:
-        return {**asdict(self.memory), "total": self.memory.total}
+        """By kind, and `total`; `reference` only if there is one."""
+        kinds: dict[str, int] = asdict(self.memory)
+        if not kinds["reference"]:
+            del kinds["reference"]
+        return {**kinds, "total": self.memory.total}
 
     @property
     def step_seconds(self) -> dict[str, float]:
@@ -89,6 +93,7 @@ def plan(
     gpus: int,
     hardware: Hardware,
     model: PlannedModel | None = None,
+    reference: bool = False,
     fused: bool = False,
     roughly: bool = False,
 ) -> Plan:
@@ -96,6 +101,7 @@ def plan(
 
     Args:
         model: the policy's, if it has been read already.
+        reference: whether there is a second model for a KL penalty, which is not trained.
         fused: plan for a loss in one kernel and for dispatch that sends a token to a node once, as
             published pre-training runs have. Ours computes log-probabilities in chunks, and sends a
             token once to each of its experts.
@@ -112,7 +118,7 @@ def plan(
     packs = packed(work.lengths, policy, layout, kernels)
     activations = Activations.of(policy, model, layout, kernels)
     worst, memory, state = _worst_rank(
-        policy, model, layout, kernels, activations, packs, hardware, roughly
+        policy, model, layout, kernels, activations, packs, hardware, reference, roughly
     )
     fp8 = kernels.transformer["fp8"] is not None
     time = StepTime(model, layout, activations, hardware, fp8=fp8, fused=fused)
@@ -194,6 +200,7 @@ def _worst_rank(
     activations: Activations,
     packs: list[list[tuple[int, ...]]],
     hardware: Hardware,
+    reference: bool,
     roughly: bool,
 ) -> tuple[int, Memory, StateBytes]:
     """The first rank of the pipeline stage that needs the most, with the data-parallel rank that
@@ -206,13 +213,13 @@ def _worst_rank(
     for stage in {0, layout.pp - 1} if roughly else range(layout.pp):
         rank = (stage * layout.dp + largest) * layout.cp * layout.tp
         place = layout.place(rank)
-        if roughly:
-            state = state_of_stage(model, layout, stage, kept)
-        else:
-            state = state_bytes(model, layout, place, kept, bucket)
+        unpadded = state_of_stage(model, layout, stage, kept)
+        state = unpadded if roughly else state_bytes(model, layout, place, kept, bucket)
         memory = rank_memory(
             model, layout, place, state, activations, packs[largest], hardware.overhead_bytes
         )
+        if reference:
+            memory = replace(memory, reference=unpadded.weights)
         found.append((rank, memory, state))
     return max(found, key=lambda of_one: of_one[1].total)
 

@@ -1,6 +1,7 @@
 """Plans as text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from klear_megatron.planning.plan import Plan
 from klear_megatron.planning.run import PlannedRun
@@ -13,7 +14,7 @@ _SHOWN = 10
 def describe_plan(planned: Plan) -> Iterator[str]:
     """Lines: the layout, memory and time by kind."""
     work = f"{planned.tokens} tokens per optimizer step on {planned.gpus} GPUs"
-    yield f"layout            {short_layout(planned)}; {work}"
+    yield f"layout            {short_layout(planned.layout)}; {work}"
     yield f"memory            of rank {planned.worst_rank}, which needs the most"
     for kind, size in planned.memory_bytes.items():
         yield f"  {kind:15} {_gib(size)}"
@@ -70,7 +71,8 @@ def rl_step_seconds(run: PlannedRun, planned: Plan, servers: ServerPlan) -> dict
     steps = run.optimizer_steps
     return {
         "generation": servers.generation_seconds,
-        "old log-probs": planned.forward_seconds * steps,
+        "old log-probs": planned.forward_seconds * steps * (run.old_log_probs == "trainer"),
+        "reference": planned.forward_seconds * steps * run.has_reference,
         "training": planned.seconds.total * steps,
         "push": servers.push_seconds,
     }
@@ -93,7 +95,7 @@ def describe_search(found: Found) -> Iterator[str]:
     yield f"{len(found.fitting)} of {tried} layouts fit; the fastest:"
     for planned in found.fitting[:_SHOWN]:
         yield (
-            f"  {short_layout(planned):64} {planned.memory.total / 2**30:6.1f} GiB "
+            f"  {short_layout(planned.layout):64} {planned.memory.total / 2**30:6.1f} GiB "
             f"{planned.seconds.total:9.2f} s  {planned.tokens_per_second_per_gpu:8.0f} tokens/s/GPU"
             f"  MFU {planned.mfu:.0%}"
         )
@@ -103,14 +105,13 @@ def describe_search(found: Found) -> Iterator[str]:
     for planned in found.nearest[:3]:
         lacking = (planned.memory.total - planned.available_bytes) / 2**30
         yield (
-            f"  {short_layout(planned):64} {lacking:6.1f} GiB too much, "
+            f"  {short_layout(planned.layout):64} {lacking:6.1f} GiB too much, "
             f"{largest_kind(planned)} {planned.memory_bytes[largest_kind(planned)] / 2**30:.1f} GiB"
         )
 
 
-def short_layout(planned: Plan) -> str:
-    """Such as `TP 2, CP 4, DP 8, recompute selective: mlp`."""
-    layout = planned.layout
+def short_layout(layout: Mapping[str, Any]) -> str:
+    """A plan's layout, such as `TP 2, CP 4, DP 8, recompute selective: mlp`."""
     names = {
         "TP": "tensor_parallel",
         "CP": "context_parallel",

@@ -1,7 +1,7 @@
 """What planning reads of a run's config. The run itself reads all of it; see `sft` and `rl`."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -9,6 +9,8 @@ from klear_megatron.config import Section
 from klear_megatron.planning.work import Work
 from klear_megatron.policy.config import PolicyConfig
 
+PLAN = "plan.json"
+"""A file in `run_dir`: the plan of the newest start, and what its first steps measured."""
 READ_ELSEWHERE = frozenset(
     {
         "run_dir",
@@ -20,8 +22,8 @@ READ_ELSEWHERE = frozenset(
         "max_generation_batches",
         "mask_truncated",
         "rewards",
-        "loss",
         "evaluation",
+        "trackers",
     }
 )
 """Usual keys of a run's config that planning has no use for. Others are left to the whole config,
@@ -63,6 +65,12 @@ class PlannedRollout(_Part):
         return len(self.urls) or self.num_servers
 
 
+class PlannedLoss(_Part):
+    """What `loss` computes with beside the policy."""
+
+    kl: dict[str, Any] | None = None
+
+
 class PlannedRun(Section):
     """An SFT config, which has a `batch_size`, or an RL config."""
 
@@ -75,6 +83,8 @@ class PlannedRun(Section):
     prompts_per_step: int = 128
     responses_per_prompt: int = 8
     prompts_per_mini_batch: int = 16
+    old_log_probs: Literal["trainer", "server"] = "trainer"
+    loss: PlannedLoss = PlannedLoss()
     sampling: PlannedSampling = PlannedSampling()
     rollout: PlannedRollout = PlannedRollout()
 
@@ -92,6 +102,11 @@ class PlannedRun(Section):
     def rl(self) -> bool:
         """Whether it is an RL config."""
         return self.batch_size is None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a KL penalty needs a second model."""
+        return self.loss.kl is not None
 
     @property
     def longest(self) -> int:

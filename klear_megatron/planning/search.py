@@ -45,11 +45,15 @@ def search(
     gpus: int,
     hardware: Hardware,
     model: PlannedModel | None = None,
+    reference: bool = False,
 ) -> Found:
     """Tries every layout that the model can be cut into, with the least recomputation that fits.
 
     A micro-batch is one of the longest sequences, cut over context-parallel ranks. Every
     data-parallel rank has a sequence. The other settings of the policy stay.
+
+    Args:
+        model, reference: as `plan` takes them.
 
     Raises:
         UserError: an unknown model, or sequences beyond its positions.
@@ -64,7 +68,13 @@ def search(
             candidate = policy.model_copy(update=settings)
             try:
                 planned = plan(
-                    candidate, work, gpus=gpus, hardware=hardware, model=model, roughly=True
+                    candidate,
+                    work,
+                    gpus=gpus,
+                    hardware=hardware,
+                    model=model,
+                    reference=reference,
+                    roughly=True,
                 )
             except UserError:
                 break  # cannot be cut so

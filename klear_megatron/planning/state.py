@@ -76,14 +76,15 @@ def state_bytes(
 
 
 def roughly(model: PlannedModel, layout: Layout, stage: int, formats: Formats) -> StateBytes:
-    """What every rank of a pipeline stage holds, without padding: fast, for searches."""
+    """What every rank of a pipeline stage holds, without padding: fast, for searches. Its weights
+    are exactly those of a model that is not trained, such as a reference."""
     dense = experts = matrices = 0
     for chunk in layout.chunks(stage, model.layers):
         sums = model.layer_sums[chunk.layers.start : chunk.layers.stop]
         cut = sum(of_one[0] for of_one in sums) // layout.tp
         apart = sum(of_one[2] for of_one in sums) // layout.ep // layout.etp
         embeddings = chunk.first + (chunk.last and not (model.tied and chunk.first))
-        dense += cut + sum(of_one[1] for of_one in sums)
+        dense += cut + sum(of_one[1] for of_one in sums) + chunk.last * model.final_norm.numel
         dense += embeddings * model.embedding(layout.tp).numel // layout.tp
         experts, matrices = experts + apart, matrices + cut + apart
     per_element = _MOMENTS + (_MASTER if formats.weight_bytes < _MASTER else 0)

@@ -121,6 +121,40 @@ def test_more_context_parallelism_needs_less_memory(config, capsys):
     assert needs[0] / needs[-1] == pytest.approx(8, rel=0.2)
 
 
+def test_a_reference_takes_its_weights_and_a_forward_pass(config, capsys, tmp_path):
+    run = yaml.safe_load(config.read_text())
+    del run["batch_size"]
+    (tmp_path / "rl.yaml").write_text(yaml.safe_dump(run | {"steps": 1}))
+    arguments = [
+        str(tmp_path / "rl.yaml"),
+        "--gpus",
+        "64",
+        "--sampling.max_response_length",
+        "9000",
+    ]
+    tp = ["--policy.parallel.tensor_model_parallel_size", "4"]
+    penalty = ["--loss", '{"kl": {"coeff": 0.1}}']
+    without, with_it = (
+        plan(capsys, tmp_path / "rl.yaml", *arguments[1:], *tp, *more)["memory_bytes"]
+        for more in ([], penalty)
+    )
+    vectors = 36 * (2 * 4096 + 2 * 128) + 4096  # on every rank
+    matrices = 36 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 12288)
+    parameters = (matrices + 2 * 151936 * 4096) / 4 + vectors
+    assert with_it.pop("reference") == 2 * parameters
+    assert with_it.pop("total") - without.pop("total") == 2 * parameters
+    assert with_it == without
+
+    def seconds(*more: str) -> dict[str, float]:
+        assert main(["plan", *arguments, *tp, *more]) == 0
+        lines = capsys.readouterr().out.split("\nstep\n")[1].splitlines()
+        return {line[:17].strip(): float(line.split()[-2]) for line in lines if line[0] == " "}
+
+    assert seconds()["reference"] == 0
+    assert seconds(*penalty)["reference"] == seconds()["old log-probs"] > 0
+    assert seconds("--old_log_probs", "server")["old log-probs"] == 0
+
+
 def test_the_search_says_why_the_others_do_not_fit(config, capsys):
     arguments = ["--sequence-length", "524288", "--sequences-per-step", "16"]
     assert main(["plan", str(config), "--gpus", "8", "--search", *arguments]) == 0

@@ -6,6 +6,9 @@ import torch
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.losses import GPPOConfig, PolicyObjective, kl_to_reference
+from klear_megatron.planning import PlannedModel
+from klear_megatron.planning.layout import Layout
+from klear_megatron.planning.state import Formats, roughly
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.learner import Learner
 from klear_megatron.rl.config import RLConfig
@@ -31,6 +34,9 @@ def _train_and_compare(base: Path, other: Path) -> None:
     in_loss = _config(base, {"coeff": 0.5})
     learner = Learner(in_loss.policy, ModelFolder(base), total_steps=1)
     of_base = make_reference(in_loss, ModelFolder(base))
+    held = sum(p.nbytes for module in of_base._model.modules for p in module.parameters())
+    layout = Layout(in_loss.policy.parallel, 2)
+    assert held == roughly(PlannedModel.read(base), layout, 0, Formats(4, 4)).weights
     in_reward = _config(
         base, {"coeff": 0.5, "estimator": "k1", "within": "reward", "reference": other}
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ def _said(path: Path, cls: type[Section], name: str, memory: float, *settings: s
     """What a run on GPUs of so many bytes says about two steps of training."""
     init_distributed()
     overrides = ["--policy.path", str(path), "--policy.dtype", "bfloat16", *settings]
+    overrides += ["--run_dir", str(path)]
     config: Any = load_config(cls, QUICKSTART / name, overrides)
     gpu = read_hardware("h100").model_copy(update={"memory": memory})
     out = io.StringIO()
@@ -49,6 +51,11 @@ def test_a_run_is_refused_with_the_arithmetic_unless_told_otherwise(cls, name, t
     assert "planned: recompute none" in fits
     assert "step 2: planned" in fits
     assert "measured 1.50 s" in fits
+    record = json.loads((path / "plan.json").read_text())
+    assert record["plan"]["fits"]
+    (step,) = record["steps"]
+    assert step["measured"] == {"seconds": 1.5, "gib": 0.25}
+    assert f"planned {step['planned']['seconds']:.2f} s of training and" in fits
     (refused,) = run_ranks(1, _said, path, cls, name, 4e9)
     assert refused.startswith("refused: policy: it does not fit: weights 0.00 + gradients 0.00")
     assert "GiB, of 3.73 GiB:" in refused
