@@ -13,33 +13,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from klear_megatron.losses import (
-    CEGPPOConfig,
-    CISPOConfig,
-    DPPOConfig,
-    GMPOConfig,
-    GPPOConfig,
-    GSPOConfig,
-    LossConfig,
-    LossInputs,
-    PPOClipConfig,
-    REINFORCEConfig,
-    SAPOConfig,
-    Sequences,
-)
-from klear_megatron.losses.registry import resolve_loss
+from klear_megatron.losses import LossConfig, LossInputs, Sequences
+from klear_megatron.losses.registry import default_losses, resolve_loss
 
-CONFIGS: list[LossConfig] = [
-    GPPOConfig(),
-    CEGPPOConfig(),
-    PPOClipConfig(),
-    CISPOConfig(),
-    SAPOConfig(),
-    DPPOConfig(),
-    GSPOConfig(),
-    GMPOConfig(),
-    REINFORCEConfig(),
-]
 RATIOS = torch.linspace(0.01, 2.5, 500, dtype=torch.float64)
 OLD_LOG_PROB = math.log(0.3)
 SIGNS = {1.0: ("#0072B2", "A = +1"), -1.0: ("#D55E00", "A = −1")}
@@ -67,7 +43,7 @@ def main() -> None:
     out = parser.parse_args().out
     plt.rcParams |= {"svg.hashsalt": "losses", "svg.fonttype": "none", "font.size": 9}
     figure, rows = plt.subplots(3, 6, figsize=(13, 7), sharex=True, layout="constrained")
-    for config, pair in zip(CONFIGS, rows.reshape(-1, 2), strict=True):
+    for config, pair in zip(default_losses(), rows.reshape(-1, 2), strict=True):
         for advantage, (colour, label) in SIGNS.items():
             for axes, values in zip(pair, value_and_gradient(config, advantage), strict=True):
                 axes.plot(RATIOS, values, color=colour, label=label, linewidth=1.8)

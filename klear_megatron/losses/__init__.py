@@ -7,6 +7,7 @@ from klear_megatron.losses.advantages import (
     whitened,
 )
 from klear_megatron.losses.cispo import CISPOConfig, cispo
+from klear_megatron.losses.clipped import clipped_tokens, clipping_metrics
 from klear_megatron.losses.config import PolicyLossConfig
 from klear_megatron.losses.corrections import drawn_tokens, trained_tokens
 from klear_megatron.losses.dppo import DPPOConfig, dppo
@@ -23,9 +24,11 @@ from klear_megatron.losses.objective import (
     SFTObjective,
 )
 from klear_megatron.losses.ppo_clip import PPOClipConfig, ppo_clip
+from klear_megatron.losses.ratio import ratio_of
 from klear_megatron.losses.registry import CustomLossConfig, LossConfig
 from klear_megatron.losses.reinforce import REINFORCEConfig, reinforce
 from klear_megatron.losses.sapo import SAPOConfig, sapo
+from klear_megatron.losses.surrogate import surrogate
 
 __all__ = [
     "AdvantageConfig",
@@ -52,14 +55,18 @@ __all__ = [
     "TokenLoss",
     "advantages_of",
     "cispo",
+    "clipped_tokens",
+    "clipping_metrics",
     "dppo",
     "drawn_tokens",
     "gppo",
     "group_advantages",
     "kl_to_reference",
     "ppo_clip",
+    "ratio_of",
     "reinforce",
     "sapo",
+    "surrogate",
     "trained_tokens",
     "whitened",
 ]

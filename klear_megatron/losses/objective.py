@@ -94,6 +94,9 @@ class Result:
     """Metrics that add up over the parts, as scalars without gradient."""
     extremes: dict[str, Tensor] = field(default_factory=dict)
     """Values [T] whose smallest and largest over the mini-batch become NAME_min, NAME_max."""
+    clipped: Tensor | None = None
+    """[T] int8: 1 where the token is trained and clipped below, 2 where above, else 0; None for a
+    loss that does not say."""
 
 
 class Objective(Protocol):
@@ -211,7 +214,7 @@ class PolicyObjective:
             "sft_loss": sft_loss.detach(),
             **{name: (values * weight).sum() for name, values in metrics.items()},
         }
-        return Result(loss, sums, {"ratio": ratio})
+        return Result(loss, sums, {"ratio": ratio}, _clipped(token_loss.metrics, mask))
 
     @staticmethod
     def _kl(inputs: LossInputs, penalty: KLConfig) -> Tensor:
@@ -230,6 +233,13 @@ class PolicyObjective:
                 return mask / (lengths * denominators["sequences"])
             case "sequence_sum":
                 return mask / (self._config.sum_divisor * denominators["sequences"])
+
+
+def _clipped(metrics: Mapping[str, Tensor], mask: Tensor) -> Tensor | None:
+    if "clipped_low" not in metrics or "clipped_high" not in metrics:
+        return None
+    sides = metrics["clipped_low"].to(torch.int8) + 2 * metrics["clipped_high"].to(torch.int8)
+    return sides * (mask > 0)
 
 
 def _loss_inputs(

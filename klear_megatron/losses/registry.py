@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, field_validator
 
 from klear_megatron.config import Section, validate
 from klear_megatron.config.imports import import_object
@@ -26,10 +26,10 @@ _LOSSES: dict[str, Callable[..., TokenLoss]] = {
     "ce_gppo": gppo_loss,
     "ppo_clip": ppo_clip_loss,
     "cispo": cispo_loss,
-    "gspo": gspo_loss,
-    "gmpo": gmpo_loss,
     "sapo": sapo_loss,
     "dppo": dppo_loss,
+    "gspo": gspo_loss,
+    "gmpo": gmpo_loss,
     "reinforce": reinforce_loss,
 }
 
@@ -78,6 +78,12 @@ LossConfig = Annotated[
     Field(discriminator=Discriminator(_tag)),
 ]
 """The options of the loss that `name` names, gppo by default."""
+
+
+def default_losses() -> list[LossConfig]:
+    """Every loss of the package, with its default options."""
+    loss: TypeAdapter[LossConfig] = TypeAdapter(LossConfig)
+    return [loss.validate_python({"name": name}) for name in _LOSSES]
 
 
 def resolve_loss(config: LossConfig) -> Callable[[LossInputs], TokenLoss]:

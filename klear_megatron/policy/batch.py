@@ -61,10 +61,7 @@ class Batch:
 
     def select(self, sequences: Sequence[int]) -> "Batch":
         """A batch of the given sequences, in the given order."""
-        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
-        rows = _concatenate(
-            [torch.arange(starts[i], starts[i + 1]) for i in sequences], torch.int64
-        )
+        rows = self.token_places(sequences)
         return Batch(
             self.tokens[rows],
             [self.lengths[i] for i in sequences],
@@ -72,6 +69,12 @@ class Batch:
             {name: values[list(sequences)] for name, values in self.per_response.items()},
             [self.prompt_lengths[i] for i in sequences] if self.prompt_lengths else [],
         )
+
+    def token_places(self, sequences: Sequence[int]) -> Tensor:
+        """Where the tokens of the given sequences are in the flat row, in the given order."""
+        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        places = [torch.arange(starts[i], starts[i + 1]) for i in sequences]
+        return _concatenate(places, torch.int64)
 
     def with_fields(self, **fields: Tensor) -> "Batch":
         """The same sequences, with these fields, [N] each, added or replaced."""

@@ -1,7 +1,7 @@
 """A model and what trains it: Megatron's optimizer, schedule and checkpoints."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from torch import Tensor
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
-from klear_megatron.losses import Objective, Sequences
+from klear_megatron.losses import Objective, Result, Sequences
+from klear_megatron.losses.inputs import Fields
 from klear_megatron.observability import Metric
 from klear_megatron.platform import objects
 from klear_megatron.platform.device import this_device
@@ -86,9 +87,15 @@ class Learner:
         """Taken so far, those before a checkpoint was loaded included."""
         return int(self._scheduler.num_steps)
 
-    def train_step(self, batch: Batch, objective: Objective) -> dict[str, float]:
+    def train_step(
+        self, batch: Batch, objective: Objective, clipped: Tensor | None = None
+    ) -> dict[str, float]:
         """One optimizer step on the whole mini-batch. If `grad_norm` is not finite, none is taken:
         weights, optimizer and schedule stay as they are.
+
+        Args:
+            clipped: [N] int8 zeros on this rank's device. Gets `Result.clipped` of the tokens that
+                this rank has computed the loss of.
 
         Returns:
             the objective's metrics, `grad_norm` before clipping, and `lr`; with
@@ -98,7 +105,7 @@ class Learner:
         self._writer.finish(wait=False)
         lr = self._optimizer.param_groups[0]["lr"]
         self._begin_step(len(batch.tokens), objective)
-        metrics = self._forward_backward(batch, objective)
+        metrics = self._forward_backward(batch, objective, clipped)
         grad_norm = self._update()
         if math.isfinite(grad_norm):
             self._scheduler.step(increment=1)
@@ -116,7 +123,9 @@ class Learner:
             module.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-    def _forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
+    def _forward_backward(
+        self, batch: Batch, objective: Objective, clipped: Tensor | None
+    ) -> dict[str, float]:
         """Adds up gradients; returns the mini-batch's metrics."""
         denominators = objective.denominators(batch.fields, Sequences.whole(batch.lengths))
         fields = {name: values.to(this_device()) for name, values in batch.fields.items()}
@@ -124,13 +133,11 @@ class Learner:
         extremes: dict[str, Tensor] = {}
 
         def contribution(micro: MicroBatch, output: Tensor) -> Tensor:
-            rows = micro.targets >= 0
-            log_probs, entropy = output[:, rows]
-            mine = {name: values[micro.targets[rows]] for name, values in fields.items()}
-            sequences = Sequences(
-                micro.sequences[rows], len(micro.cu_seqlens) - 1, sum_over_context_parallel_ranks
+            result = evaluate_objective(
+                objective, micro, output, fields, denominators, sum_over_context_parallel_ranks
             )
-            result = objective(log_probs, entropy, mine, sequences, denominators)
+            if clipped is not None and result.clipped is not None:
+                clipped[micro.targets[micro.targets >= 0]] = result.clipped
             for name, value in result.sums.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             for name, values in result.extremes.items():
@@ -211,6 +218,28 @@ class Learner:
             group["eps"] = config.adam_eps
         self._scheduler.step(increment=0)  # computes lr and weight decay from these
         return state
+
+
+def evaluate_objective(
+    objective: Objective,
+    micro: MicroBatch,
+    output: Tensor,
+    fields: Fields,
+    denominators: Mapping[str, float],
+    over_ranks: Callable[[Tensor], Tensor],
+) -> Result:
+    """What the tokens of a micro-batch contribute to the objective of the whole mini-batch.
+
+    Args:
+        output: [2, T] log-probabilities and entropies of the micro-batch's labels.
+        fields: [N] each, of the mini-batch.
+        over_ranks: sums a tensor over the context-parallel ranks.
+    """
+    rows = micro.targets >= 0
+    log_probs, entropy = output[:, rows]
+    mine = {name: values[micro.targets[rows]] for name, values in fields.items()}
+    sequences = Sequences(micro.sequences[rows], len(micro.cu_seqlens) - 1, over_ranks)
+    return objective(log_probs, entropy, mine, sequences, denominators)
 
 
 def _reduce_metrics(sums: dict[str, Tensor], extremes: dict[str, Tensor]) -> dict[str, float]:

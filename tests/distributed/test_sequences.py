@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from klear_megatron.losses import (
@@ -105,6 +106,14 @@ def expected(checkpoint: Path) -> dict[str, tuple[float, dict[str, Tensor]]]:
 
 
 def _step(path: Path, parallel: dict[str, Any], tokens: int) -> Any:
+    clipped = torch.zeros(sum(LENGTHS), dtype=torch.int8)
+    learner = laboratory.make_learner(path, parallel=parallel, tokens_per_micro_batch=tokens)
+    of_all = learner.train_step(make_batch(), PolicyObjective(CONFIGS["gspo"]), clipped)
+    dist.all_reduce(clipped, dist.ReduceOp.MAX)
+    shares = [(clipped == side).sum().item() for side in (1, 2)]
+    trained = make_batch().fields["loss_mask"].sum()
+    for name, share in zip(("clipped_low", "clipped_high"), shares, strict=True):
+        assert share / trained == pytest.approx(of_all[name])
     return {
         loss: laboratory.train(
             laboratory.make_learner(path, parallel=parallel, tokens_per_micro_batch=tokens),

@@ -1,4 +1,7 @@
-"""Every loss with every aggregation: its definition, and the same whatever the packs."""
+"""Every loss with every aggregation is its definition.
+
+That it is the same in every layout: tests/policy/test_loss_layouts.py.
+"""
 
 from collections.abc import Callable
 
@@ -6,35 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from klear_megatron.losses import (
-    CEGPPOConfig,
-    CISPOConfig,
-    DPPOConfig,
-    GMPOConfig,
-    GPPOConfig,
-    GSPOConfig,
-    LossConfig,
-    LossInputs,
-    PolicyObjective,
-    PPOClipConfig,
-    REINFORCEConfig,
-    SAPOConfig,
-    Sequences,
-)
-from klear_megatron.losses.registry import _LOSSES, resolve_loss
+from klear_megatron.losses import DPPOConfig, LossConfig, LossInputs, PolicyObjective
+from klear_megatron.losses.registry import default_losses, resolve_loss
 from tests.losses.mini_batch import LENGTHS, SEQUENCES, make_fields, whole
 
+OPTIONS: dict[str, dict[str, object]] = {
+    "gppo": {"entropy_ratio": (0.5, 2.0)},
+    "ppo_clip": {"entropy_ratio": (0.5, 2.0)},
+    "gspo": {"clip_low": 0.1, "clip_high": 0.1},
+    "dppo": {"bound_low": 0.02, "bound_high": 0.02},
+}
+"""So that some tokens of the mini-batch are clipped, and others are not."""
 CONFIGS: list[LossConfig] = [
-    GPPOConfig(entropy_ratio=(0.5, 2.0)),
-    CEGPPOConfig(),
-    PPOClipConfig(entropy_ratio=(0.5, 2.0)),
-    CISPOConfig(),
-    GSPOConfig(clip_low=0.1, clip_high=0.1),
-    GMPOConfig(),
-    SAPOConfig(),
-    DPPOConfig(bound_low=0.02, bound_high=0.02),
+    *(config.model_copy(update=OPTIONS.get(config.name, {})) for config in default_losses()),
     DPPOConfig(divergence="kl", bound_low=0.01, bound_high=0.01),
-    REINFORCEConfig(),
 ]
 AGGREGATIONS: dict[str, tuple[dict[str, object], Callable[[list[Tensor]], Tensor]]] = {
     "token_mean": ({}, lambda rows: torch.cat(rows).mean()),
@@ -62,10 +50,6 @@ def configured(loss: LossConfig, aggregation: str) -> LossConfig:
     return type(loss).model_validate(loss.model_dump() | settings | {"sft_alpha": 0})
 
 
-def test_no_loss_is_left_out():
-    assert {config.name for config in CONFIGS} == _LOSSES.keys()
-
-
 @every_aggregation
 @every_loss
 def test_the_aggregation_is_its_definition(loss, aggregation):
@@ -88,27 +72,3 @@ def test_the_aggregation_is_its_definition(loss, aggregation):
     gradients = [torch.autograd.grad(x, log_probs)[0] for x in (result.loss, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
     assert gradients[0].any()
-
-
-@every_aggregation
-@every_loss
-def test_packs_of_a_mini_batch_add_up_to_the_whole(loss, aggregation):
-    """Sequences in other packs and another order, one of which is alone."""
-    log_probs, entropy, fields = mini_batch()
-    config = configured(loss, aggregation)
-    objective = PolicyObjective(config.model_copy(update={"sft_alpha": 0.1}))
-    together = whole(objective, log_probs, entropy, fields)
-    denominators = objective.denominators(fields, SEQUENCES)
-    results = []
-    for pack in ([3, 0], [1], [2]):
-        rows = torch.cat([(SEQUENCES.ids == i).nonzero()[:, 0] for i in pack])
-        mine = {name: values[rows] for name, values in fields.items()}
-        sequences = Sequences.whole([LENGTHS[i] for i in pack])
-        results.append(objective(log_probs[rows], entropy[rows], mine, sequences, denominators))
-    loss = sum(result.loss for result in results)
-    torch.testing.assert_close(loss, together.loss, rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(x, log_probs)[0] for x in (loss, together.loss)]
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
-    for name, value in together.sums.items():
-        total = sum(result.sums[name] for result in results)
-        torch.testing.assert_close(total, value, rtol=1e-12, atol=1e-15, msg=name)

@@ -16,15 +16,19 @@ from klear_megatron.losses import (
     GSPOConfig,
     LossConfig,
     LossInputs,
+    PolicyObjective,
     PPOClipConfig,
     Sequences,
 )
 from klear_megatron.losses.registry import resolve_loss
+from tests.losses.mini_batch import make_fields, whole
 
 OWN = """
 from pydantic import Field
 from klear_megatron.config import Section
-from klear_megatron.losses import TokenLoss
+from klear_megatron.losses import (
+    TokenLoss, clipped_tokens, clipping_metrics, ratio_of, surrogate
+)
 
 class Options(Section):
     scale: float = Field(1.0, gt=0)
@@ -40,6 +44,19 @@ def mean(inputs):
 
 def tensor(inputs, options: Options):
     return -inputs.log_probs
+
+class Clip(Section):
+    low: float = Field(0.2, ge=0, lt=1)
+    high: float = Field(0.28, ge=0)
+
+def my_gppo(inputs, options: Clip):
+    ratio = ratio_of(inputs.log_probs, inputs.old_log_probs)
+    low, high = clipped_tokens(ratio, inputs.advantages, options.low, options.high)
+    factor = ratio.masked_fill(low, 1 - options.low).masked_fill(high, 1 + options.high)
+    return TokenLoss(
+        surrogate(inputs.log_probs, factor, inputs.advantages),
+        clipping_metrics(low, high, kept=low | high),
+    )
 
 def untyped(inputs, options):
     pass
@@ -127,6 +144,27 @@ def test_a_loss_of_the_users_own_has_the_options_it_declares(tmp_path, own_losse
     assert torch.equal(result.values, -scale * advantages * log_probs)
     expected = {"long": [False, True]} if config.name == "own_losses:reinforce" else {}
     assert {name: values.tolist() for name, values in result.metrics.items()} == expected
+
+
+def test_a_loss_of_the_users_own_can_do_all_that_gppo_does(tmp_path):
+    """Built of the same pieces, under the same aggregation, corrections, masks, SFT term, entropy
+    bonus and penalty: the same bits."""
+    shared = (
+        "aggregation: sequence_mean, sft_alpha: 0.1, entropy_coeff: 0.01, kl: {coeff: 0.1}, "
+        "tis_clip: 1.2, token_mask: [0.3, 3.0], sequence_mask: [0.8, 1.3]}"
+    )
+    log_probs, entropy, fields = make_fields()
+    fields["ref_log_probs"] = log_probs.detach().roll(1)
+    found = []
+    for loss in (
+        f"{{name: gppo, clip_low: 0.1, dual_clip: null, {shared}",
+        f"{{name: own_losses:my_gppo, low: 0.1, {shared}",
+    ):
+        result = whole(PolicyObjective(load(tmp_path, loss)), log_probs, entropy, fields)
+        (gradient,) = torch.autograd.grad(result.loss, log_probs)
+        found.append((result.loss, gradient, result.sums))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert found[0][2]["clipped_gradient_kept"] > 0
 
 
 @pytest.mark.parametrize(
