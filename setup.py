@@ -42,6 +42,8 @@ setup(
     ],
     extras_require={
         "launch": ["nemo-run==0.11.1", "leptonai<0.47"],
+        "wandb": ["wandb>=0.21"],
+        "mlflow": ["mlflow>=3.1"],
         "test": [
             "pytest",
             "pytest-timeout",

@@ -62,6 +62,7 @@ def _sections() -> Iterator[_Section]:
     )
     yield _Section("Time", "Seconds of the step by what the trainer did.", of("seconds"))
     yield _Section("Speed", "", of("throughput"))
+    yield _Section("Work", "Model FLOPs of the step, of all ranks.", of("flops"))
 
 
 def page() -> str:

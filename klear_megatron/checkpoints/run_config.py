@@ -1,9 +1,11 @@
-"""The config of the run that wrote a checkpoint, which lies in the checkpoint's folder."""
+"""The config of a run, which lies in its folder and in those of its checkpoints."""
 
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from klear_megatron.config.reading import read_values
 
 RUN_CONFIG = "config.yaml"
 
@@ -15,3 +17,13 @@ def read_run_config(checkpoint: Path) -> dict[str, Any] | None:
         return None
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return values
+
+
+def tokenizer_folder(run_dir: Path) -> Path:
+    """The folder with the tokenizer of a training run's model.
+
+    Raises:
+        UserError: `run_dir` has no config that can be read.
+    """
+    policy = read_values(run_dir / RUN_CONFIG)["policy"]
+    return Path(policy.get("hf") or policy["path"])

@@ -32,6 +32,7 @@ from klear_megatron.evaluation.stored import (
     stored_config,
     write_problems,
 )
+from klear_megatron.evaluation.usage import DrawingUsage
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
@@ -122,11 +123,13 @@ def _draw(
     logs = config.run_dir / "logs"
     with (
         generating(model, rollout, logs, seed=config.seed, drawn_before=stored) as generator,
+        DrawingUsage(config.run_dir, benchmarks, generator.urls) as used,
         Progress("generate", stored + len(asked), start=stored) as progress,
     ):
 
         def store(benchmark: Benchmark, row: Row) -> None:
             append_row(folder_of(config.run_dir, benchmark.name), row)
+            used.add(benchmark, row)
             progress.advance()
 
         draw(asked, generator, model.tokenizer, config.sampling, store)

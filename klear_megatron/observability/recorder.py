@@ -3,10 +3,14 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
+from klear_megatron.errors import Stopped
 from klear_megatron.observability.metric import Metric
+from klear_megatron.observability.progress import say
+from klear_megatron.platform.files import complete_lines
 
 METRICS = (
     Metric(
@@ -18,24 +22,42 @@ METRICS = (
 )
 
 
+class Tracker(Protocol):
+    """A place for metrics outside the run directory."""
+
+    name: str
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a step, all finite. A step may come again after a checkpoint."""
+
+    def close(self, *, failed: bool) -> None:
+        """The run has ended, or its process has."""
+
+
 class Recorder:
     """Writes a run's metrics, and `progress/wall_time`; a context manager, for one rank only.
 
+    A tracker that fails costs its numbers and not the run: it is left out from then on.
+
     Args:
         next_step: first step to be written; rows of a resumed run from there on are dropped.
+        trackers: get the same metrics.
     """
 
-    def __init__(self, run_dir: Path, *, next_step: int = 1) -> None:
+    def __init__(
+        self, run_dir: Path, *, next_step: int = 1, trackers: Sequence[Tracker] = ()
+    ) -> None:
         # It is slow to import, and everything imports this package.
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(self._path) if json.loads(line)["step"] < next_step]
+        kept = [line for line in complete_lines(self._path) if json.loads(line)["step"] < next_step]
         self._path.write_text("".join(kept))
         self._spent = json.loads(kept[-1]).get("progress/wall_time", 0.0) if kept else 0.0
         self._start = time.monotonic()
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=next_step)
+        self._trackers = list(trackers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one row of metrics and flushes it. A number that is not finite becomes null."""
@@ -47,17 +69,22 @@ class Recorder:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        for tracker in self._trackers.copy():
+            try:
+                tracker.write(step, finite)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                say(
+                    f"step {step}: {tracker.name} does not take metrics and gets no more until the "
+                    f"run is started again; {self._path} has them: {error}"
+                )
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._file.close()
         self._tensorboard.close()
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    # A run that was killed may have left half a line.
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None and not issubclass(kind, Stopped))

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ _COMPRESSION = 1
 
 class RolloutFiles:
     """The files under `rollouts/` of a run: one with the texts of each step and leader, and for the
-    newest steps one with the tokens. Line by line, both are about the same responses."""
+    newest steps one with the tokens. Line by line, both are about the same responses.
+
+    Which steps there are is looked up once, and again after writing or forgetting some."""
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "rollouts"
@@ -26,6 +29,7 @@ class RolloutFiles:
     def write_texts(self, step: int, leader: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """A row is one graded response; see `response_row`."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.__dict__.pop("_texts", None)
         with write_atomically(self._path(step, leader, _TEXT)) as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -41,7 +45,7 @@ class RolloutFiles:
 
     def steps(self) -> list[int]:
         """The steps that have texts."""
-        return sorted({step for step, _, end, _ in self._all() if end == _TEXT})
+        return list(self._texts)
 
     def read_texts(self, step: int) -> Iterator[dict[str, Any]]:
         """The responses of a step, leader by leader, without their tokens.
@@ -49,7 +53,7 @@ class RolloutFiles:
         Raises:
             UserError: the step has no rollouts.
         """
-        for path in self._text_paths(step):
+        for path in self._texts_of(step):
             with path.open(encoding="utf-8", newline="\n") as texts:
                 yield from map(json.loads, texts)
 
@@ -60,7 +64,7 @@ class RolloutFiles:
         Raises:
             UserError: the step has no rollouts.
         """
-        for path in self._text_paths(step):
+        for path in self._texts_of(step):
             tokens = path.with_name(path.name.removesuffix(_TEXT) + _TOKENS)
             with path.open(encoding="utf-8", newline="\n") as texts:
                 rows = map(json.loads, texts)
@@ -71,15 +75,24 @@ class RolloutFiles:
                     for row, more in zip(rows, map(json.loads, packed), strict=True):
                         yield row | more
 
-    def _text_paths(self, step: int) -> list[Path]:
-        paths = [path for of, _, end, path in self._all() if of == step and end == _TEXT]
-        if not paths:
+    def _texts_of(self, step: int) -> list[Path]:
+        if step not in self._texts:
             raise UserError(f"{self.folder}: no rollouts of step {step}; there are {self._range()}")
-        return paths
+        return self._texts[step]
+
+    @cached_property
+    def _texts(self) -> dict[int, list[Path]]:
+        """The files with texts of each step, leader by leader."""
+        texts: dict[int, list[Path]] = {}
+        for step, _, end, path in self._all():
+            if end == _TEXT:
+                texts.setdefault(step, []).append(path)
+        return texts
 
     def forget(self, from_step: int) -> None:
         """Removes what a run wrote from this step on, before it was resumed: another number of
         leaders would not replace it all."""
+        self.__dict__.pop("_texts", None)
         for step, _, _, path in self._all():
             if step >= from_step:
                 path.unlink()

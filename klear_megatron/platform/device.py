@@ -25,6 +25,16 @@ def this_device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name() -> str:
+    """What this rank computes on: its GPU's name, or CPU."""
+    return torch.cuda.get_device_name() if HAS_GPU else "CPU"
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def ranks_on_this_host() -> int:
     """Ranks of the trainer on this host; without torchrun, the one of this process."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

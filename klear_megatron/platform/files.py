@@ -27,6 +27,15 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file; none if there is no file. Half a line that a killed process left
+    at the end is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[TextIO]:
     """Opens a UTF-8 text file that replaces `path`, as `replace_atomically` does."""

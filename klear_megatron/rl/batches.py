@@ -60,10 +60,11 @@ def with_whitened_advantages(batch: Batch) -> Batch:
     return replace(batch, per_response={**values, "advantages": advantages})
 
 
-def mini_batches(config: RLConfig, batch: Batch, groups: int, step: int) -> Iterator[Batch]:
-    """The step's groups in random order, `prompts_per_mini_batch` at a time."""
+def mini_batches(config: RLConfig, groups: int, step: int) -> Iterator[list[int]]:
+    """The sequences of each mini-batch: the step's groups in random order, `prompts_per_mini_batch`
+    at a time."""
     size = config.responses_per_prompt
     order = np.random.default_rng([config.seed, step]).permutation(groups)
     for start in range(0, groups, config.prompts_per_mini_batch):
         chosen = order[start : start + config.prompts_per_mini_batch]
-        yield batch.select([int(group) * size + i for group in chosen for i in range(size)])
+        yield [int(group) * size + i for group in chosen for i in range(size)]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,12 @@ class Dumps:
             self._files.write_texts(step, self._leader, _text_rows(made))
 
     def write_tokens(self, step: int, made: Sequence[Group], batch: Batch, own: slice) -> None:
-        """The same groups with the trainer's log-probabilities, before the first update, and
-        removes what is too old.
+        """The same groups with the trainer's log-probabilities before the first update, and with
+        what was clipped in training; removes what is too old.
 
         Args:
-            batch: what is trained on; has `old_log_probs` unless it is empty.
+            batch: what is trained on; has `old_log_probs` unless it is empty, and `clipped` once it
+                has been trained on.
             own: the place of these groups' responses in it.
         """
         if self._leader is None or not (kept := self._config.token_dumps):
@@ -55,22 +56,32 @@ class Dumps:
         for group in made:
             start = len(group.prompt_ids)
             for response in group.responses:
-                pair = next(trained, None) if group.informative else None
+                row = next(trained, None) if group.informative else None
                 yield {
                     "prompt_ids": group.prompt_ids,
                     "token_ids": response.token_ids,
                     "rollout_log_probs": _rounded(torch.tensor(response.log_probs)),
-                    "old_log_probs": None if pair is None else _rounded(pair[0][start:]),
-                    "mask": None if pair is None else pair[1][start:].int().tolist(),
+                    "old_log_probs": None if row is None else _rounded(row.old[start:]),
+                    "mask": None if row is None else row.mask[start:].int().tolist(),
+                    "clipped": None if row is None else row.clipped[start:].int().tolist(),
                 }
 
-    def _trained(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """The old log-probabilities and the mask of each sequence, prompts included."""
+    def _trained(self, batch: Batch) -> Iterator["_Row"]:
         if not batch.lengths:
-            return []
-        mask = trained_tokens(batch.fields, Sequences.whole(batch.lengths), self._config.loss)
-        old = batch.fields["old_log_probs"]
-        return list(zip(old.split(batch.lengths), mask.split(batch.lengths), strict=True))
+            return iter(())
+        fields = batch.fields
+        mask = trained_tokens(fields, Sequences.whole(batch.lengths), self._config.loss)
+        clipped = fields["clipped"] if "clipped" in fields else torch.zeros_like(mask)
+        columns = (fields["old_log_probs"], mask, clipped)
+        return map(_Row, *(column.split(batch.lengths) for column in columns))
+
+
+class _Row(NamedTuple):
+    """What is known of a sequence that is trained on; of each token, the prompt's included."""
+
+    old: Tensor
+    mask: Tensor
+    clipped: Tensor
 
 
 def _text_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:

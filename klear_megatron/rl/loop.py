@@ -2,28 +2,24 @@
 
 import contextlib
 import socket
-from dataclasses import replace
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts, note_on_repeats
 from klear_megatron.evaluation.preflight import check_prompts, check_thinking
-from klear_megatron.losses import PolicyObjective
-from klear_megatron.observability import Phases, Progress, Recorder, RolloutFiles, say
+from klear_megatron.observability import Phases, Progress, RolloutFiles, say
 from klear_megatron.platform import objects
 from klear_megatron.policy.checkpoint import checkpoint_path
-from klear_megatron.policy.learner import Learner
 from klear_megatron.policy.parallel import leader_rank
 from klear_megatron.rewards import RewardConfig, RewardPool
 from klear_megatron.rl.ahead import AheadCollector
-from klear_megatron.rl.batches import mini_batches
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.dropped import DroppedSteps
 from klear_megatron.rl.evaluation import Evaluations
 from klear_megatron.rl.groups import GroupMaker
-from klear_megatron.rl.metrics import idle_times, log_prob_metrics, train_metrics
-from klear_megatron.rl.reference import Reference, make_reference
+from klear_megatron.rl.metrics import idle_times
 from klear_megatron.rl.rollouts import Collector, Rollouts
 from klear_megatron.rl.servers import PolicyServers
+from klear_megatron.rl.updates import Updates
 from klear_megatron.rollout import Share
 from klear_megatron.training import run
 from klear_megatron.training.closing import what_next
@@ -31,7 +27,8 @@ from klear_megatron.training.metrics import run_metrics, training_speed
 from klear_megatron.training.planned import PlannedSteps
 from klear_megatron.training.resume import record_config, resume
 from klear_megatron.training.saver import Saver, is_finished
-from klear_megatron.training.steps_taken import StepsTaken
+from klear_megatron.training.trackers import make_recorder
+from klear_megatron.training.usage import record_start
 
 
 def train_rl(config: RLConfig) -> None:
@@ -51,58 +48,43 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
     planned = PlannedSteps(config)
     prompts = read_training_prompts(config, folder)
     evaluations = Evaluations(config, folder)
-    objective = PolicyObjective(config.loss)
-    steps_taken = StepsTaken(config.run_dir)
-    learner = Learner(
-        config.policy,
-        folder,
-        total_steps=config.optimizer_steps,
-        temperature=config.sampling.temperature,
-        seed=config.seed,
-    )
-    reference = make_reference(config, folder)
+    updates = Updates(config, folder)
     sampler = make_sampler(config, prompts)
     first = 1
-    if state := resume(learner, config, config.steps):
+    if state := resume(updates.learner, config, config.steps):
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
 
     with contextlib.ExitStack() as stack:
-        leads = leader_rank()[0] is not None
-        servers = PolicyServers(learner.model, config, folder, stack, leads=leads)
+        leads, main = leader_rank()[0] is not None, run.is_main_rank()
+        servers = PolicyServers(updates.learner.model, config, folder, stack, leads=leads)
         maker = make_group_maker(config, folder, stack)
         collector = make_collector(config, prompts, sampler, servers, maker, stack, first - 1)
         if state is not None:
             collector.load(state, checkpoint_path(config.run_dir, state["step"]))
-        recorder = None
-        if main := run.is_main_rank():
-            next_step = first if state else 0
-            recorder = stack.enter_context(Recorder(config.run_dir, next_step=next_step))
+        recorder = make_recorder(config, first if state else 0, stack)
+        saving = collector.state_dict, collector.save
         saver = stack.enter_context(
-            Saver(learner, config, config.steps, first - 1, collector.state_dict, collector.save)
+            Saver(updates.learner, config, config.steps, first - 1, *saving)
         )
         progress = stack.enter_context(Progress("RL", config.steps, start=first - 1, enabled=main))
         servers.sync(version=first - 1)
-        record_config(config, first)
-        files = RolloutFiles(config.run_dir)
-        # Before any leader writes the first step.
-        objects.together(lambda: files.forget(from_step=first) if main else None)
+        begin(config, first, servers)
         phases, dropped = Phases(), DroppedSteps(config.run_dir, main=main)
         if state is None or evaluations.are_missing(first - 1):
             metrics = evaluations.after(first - 1, servers, maker, phases)
             if recorder is not None and metrics:
                 recorder.write(first - 1, metrics)
         for step in range(first, config.steps + 1):
-            rollouts = collector.collect(step, phases)
-            rollouts = score(learner, reference, config, rollouts, phases)
+            rollouts = updates.score(collector.collect(step, phases), phases)
             dropped.observe(step, rollouts)
-            with phases("share"):
-                collector.dump_tokens(step, rollouts)
-            with phases("train"):
-                metrics = rollouts.metrics | train(
-                    learner, objective, config, rollouts, step, steps_taken
-                )
-            metrics |= run_metrics(learner, sampler)
+            try:
+                with phases("train"):
+                    rollouts = updates.train(rollouts, step)
+            finally:
+                with phases("share"):
+                    collector.dump_tokens(step, rollouts)
+            metrics = rollouts.metrics | run_metrics(updates.learner, sampler)
             try:
                 # Before the servers are asked for anything: they are told to end, too.
                 saver.trained(step)
@@ -119,57 +101,13 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
         say(what_next(config.run_dir))
 
 
-def score(
-    learner: Learner,
-    reference: Reference | None,
-    config: RLConfig,
-    rollouts: Rollouts,
-    phases: Phases,
-) -> Rollouts:
-    """Collective. The same rollouts with what the loss compares with: `old_log_probs`, and what it
-    asks for beside them; and with metrics of these."""
-    if not rollouts.groups:
-        return rollouts
-    batch = rollouts.batch
-    if config.old_log_probs == "server":
-        old_log_probs = batch.fields["rollout_log_probs"].nan_to_num(0, 0, 0)  # not trained there
-    else:
-        with phases("log_probs"):
-            old_log_probs, old_entropy = learner.model.log_probs(batch)
-        if config.loss.uses_old_entropy:
-            batch = batch.with_fields(old_entropy=old_entropy)
-    batch = batch.with_fields(old_log_probs=old_log_probs)
-    metrics = rollouts.metrics | log_prob_metrics(batch, config.loss)
-    if reference is not None:
-        with phases("reference"):
-            batch, distance = reference.compare(batch)
-        metrics |= distance
-    return replace(rollouts, batch=batch, metrics=metrics)
-
-
-def train(
-    learner: Learner,
-    objective: PolicyObjective,
-    config: RLConfig,
-    rollouts: Rollouts,
-    step: int,
-    steps_taken: StepsTaken,
-) -> dict[str, float]:
-    """Collective. Takes the optimizer steps on one step's scored rollouts, if there are any groups.
-
-    Returns:
-        Metrics of the steps, by name.
-
-    Raises:
-        UserError: several mini-batches in a row had gradients that are not finite.
-    """
-    if not rollouts.groups:
-        return {}
-    trained = []
-    for mini_batch in mini_batches(config, rollouts.batch, rollouts.groups, step):
-        trained.append(learner.train_step(mini_batch, objective))
-        steps_taken(step, mini_batch, trained[-1])
-    return train_metrics(trained)
+def begin(config: RLConfig, first: int, servers: PolicyServers) -> None:
+    """Collective. Writes down what goes on from here, in place of what a run that was ended had
+    written of these steps; before any leader writes the first one."""
+    record_config(config, first)
+    record_start(config.run_dir, first, servers.devices)
+    files = RolloutFiles(config.run_dir)
+    objects.together(lambda: files.forget(from_step=first) if run.is_main_rank() else None)
 
 
 def times(
@@ -178,8 +116,11 @@ def times(
     """What the step's seconds went into, and how fast it was; says what was planned for it."""
     seconds = phases.take()
     metrics = seconds | idle_times(rollouts.metrics, seconds)
+    metrics["flops/generate"] = planned.flops(rollouts.drawn, passes=1)
     if rollouts.groups:
         lengths = rollouts.batch.lengths
+        forwards = (config.old_log_probs == "trainer") + (config.loss.kl is not None)
+        metrics["flops/log_probs"] = planned.flops(lengths, passes=forwards)
         metrics |= training_speed(planned, lengths, seconds)
         at_a_time = config.prompts_per_mini_batch * config.responses_per_prompt
         planned.observe(lengths, at_a_time, seconds["seconds/train"], peak_gib)

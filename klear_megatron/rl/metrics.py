@@ -151,6 +151,17 @@ METRICS = (
         "most of the step: fewer servers, or `max_staleness`",
     ),
     Metric(
+        "flops/log_probs",
+        "FLOPs",
+        "of the forward passes for `seconds/log_probs` and `seconds/reference`",
+    ),
+    Metric(
+        "flops/generate",
+        "FLOPs",
+        "of one forward pass over all sequences that were drawn for the step, prompts included; "
+        "what servers keep of a prompt or compute again is not considered",
+    ),
+    Metric(
         "throughput/generated_per_second",
         "tokens/s",
         "`rollout/tokens` over `seconds/generate`, all servers together",

@@ -38,6 +38,8 @@ class Rollouts:
     """This rank's groups, trained on or not."""
     own: slice
     """Where in the batch those of its responses are that are trained on."""
+    drawn: Sequence[int]
+    """Tokens of each sequence that any leader has drawn, trained on or not."""
 
 
 class Collector:
@@ -89,7 +91,8 @@ class Collector:
         return rollouts
 
     def dump_tokens(self, step: int, rollouts: Rollouts) -> None:
-        """Keeps the rollouts that `collect` returned token by token, once they are scored."""
+        """Keeps the rollouts that `collect` returned token by token, once they are trained on, or
+        training has failed."""
         self._dumps.write_tokens(step, rollouts.made, rollouts.batch, rollouts.own)
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,4 +150,13 @@ class Collector:
             metrics = group_metrics(made, crashes - self._crashes) | {"groups/trained": groups}
             metrics |= request_metrics(self._servers.take_answered())
             self._crashes = crashes
-            return Rollouts(batch, groups, metrics, made, own)
+            drawn = [length for lengths in objects.all_gather(_lengths(made)) for length in lengths]
+            return Rollouts(batch, groups, metrics, made, own, drawn)
+
+
+def _lengths(made: Sequence[Group]) -> list[int]:
+    return [
+        len(group.prompt_ids) + len(response.token_ids)
+        for group in made
+        for response in group.responses
+    ]

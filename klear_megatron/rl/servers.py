@@ -11,6 +11,7 @@ from klear_megatron.platform import objects, stop
 from klear_megatron.policy.model import Model
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rollout import Generator, ServersLostError, serving
+from klear_megatron.rollout.servers import count_devices
 from klear_megatron.rollout.weight_sender import WeightSyncError
 from klear_megatron.rollout.weight_sync import WeightSync
 from klear_megatron.training import run
@@ -89,6 +90,14 @@ class PolicyServers:
             self.generator.lost.clear()
             self.generator.held = False
         self.version = version
+
+    def devices(self) -> dict[str, int]:
+        """What the servers run on; see `count_devices`. Nothing on ranks other than the first.
+
+        Raises:
+            UserError: one does not answer.
+        """
+        return count_devices(self._urls) if self._main else {}
 
     def take_answered(self) -> dict[str, int]:
         """Prompts of this rank that each server has answered since the last call."""

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from klear_megatron.checkpoints.run_config import tokenizer_folder
 from klear_megatron.errors import UserError
 from klear_megatron.observability import RolloutFiles
 
@@ -43,7 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.run_dir}: the tokens of step {arguments.step} were not kept, only the "
             "texts; token_dumps in the run's config says for how many steps they are"
         )
-    tokenizer = _tokenizer(arguments.run_dir)
+    from klear_megatron.models.tokenizer import read_tokenizer
+
+    tokenizer: Any = read_tokenizer(tokenizer_folder(arguments.run_dir))
     if arguments.token is not None:
         token = tokenizer.get_vocab().get(arguments.token)
         if token is None:
@@ -114,10 +115,3 @@ def _differences(row: Row) -> list[float]:
 
 def _number(value: float | None) -> str:
     return _NONE if value is None else f"{value:.4f}"
-
-
-def _tokenizer(run_dir: Path) -> Any:
-    from klear_megatron.models.tokenizer import read_tokenizer
-
-    policy = yaml.safe_load((run_dir / "config.yaml").read_text())["policy"]
-    return read_tokenizer(Path(policy.get("hf") or policy["path"]))

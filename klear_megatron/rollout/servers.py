@@ -1,5 +1,6 @@
 """Starts SGLang servers, waits until they answer, and makes sure that they stop."""
 
+import collections
 import contextlib
 import itertools
 import os
@@ -89,6 +90,26 @@ def serving(
         servers = Servers(config, list(processes), processes)
         servers.restore()
         yield servers
+
+
+def count_devices(urls: Collection[str]) -> dict[str, int]:
+    """What servers that answer run on: GPU or CPU -> their ranks.
+
+    Raises:
+        UserError: one does not answer.
+    """
+    devices: collections.Counter[str] = collections.Counter()
+    for url in urls:
+        try:
+            answer = httpx.get(f"{url}/server_info", timeout=30).raise_for_status()
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"the SGLang server at {url} does not answer /server_info: "
+                f"{str(error) or type(error).__name__}"
+            ) from error
+        info = answer.json()
+        devices["CPU" if info["device"] == "cpu" else "GPU"] += info["tp_size"]
+    return dict(devices)
 
 
 class Servers:

@@ -5,7 +5,7 @@ import contextlib
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import PromptSampler
 from klear_megatron.losses import SFTObjective
-from klear_megatron.observability import Phases, Progress, Recorder, say
+from klear_megatron.observability import Phases, Progress, say
 from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.learner import Learner
@@ -19,6 +19,8 @@ from klear_megatron.training.planned import PlannedSteps
 from klear_megatron.training.resume import record_config, resume
 from klear_megatron.training.saver import Saver, is_finished
 from klear_megatron.training.steps_taken import StepsTaken
+from klear_megatron.training.trackers import make_recorder
+from klear_megatron.training.usage import record_start
 
 
 def train_sft(config: SFTConfig) -> None:
@@ -49,16 +51,13 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
     record_config(config, first)
+    record_start(config.run_dir, first)
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(
             Progress("SFT", steps, start=first - 1, enabled=run.is_main_rank())
         )
-        recorder = (
-            stack.enter_context(Recorder(config.run_dir, next_step=first if state else 0))
-            if run.is_main_rank()
-            else None
-        )
+        recorder = make_recorder(config, first if state else 0, stack)
         saver = stack.enter_context(
             Saver(learner, config, steps, first - 1, lambda: {"sampler": sampler.state_dict()})
         )

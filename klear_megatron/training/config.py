@@ -1,12 +1,63 @@
 """Settings that every training run has."""
 
+import importlib.util
 from abc import abstractmethod
 from pathlib import Path
+from typing import Literal
 
 from pydantic import PositiveInt
 
 from klear_megatron.config import Section
+from klear_megatron.errors import UserError
 from klear_megatron.policy.config import PolicyConfig
+
+
+class WandbConfig(Section):
+    """A run of Weights & Biases, whose key is in WANDB_API_KEY or ~/.netrc."""
+
+    project: str = "klear_megatron"
+    """The project that gets the run; it is made if it does not exist."""
+    entity: str | None = None
+    """User or team; by default the key's."""
+    name: str | None = None
+    """The run's name; by default that of `run_dir`."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    mode: Literal["online", "offline"] = "online"
+    """Offline writes to `run_dir`, for `wandb sync` to send later."""
+
+
+class MLflowConfig(Section):
+    """A run of MLflow, whose credentials are in MLFLOW_TRACKING_USERNAME and the like."""
+
+    tracking_uri: str
+    """Where MLflow keeps runs, such as `http://host:5000` or `sqlite:///mlflow.db`."""
+    experiment: str = "klear_megatron"
+    """The experiment that gets the run; it is made if it does not exist."""
+    name: str | None = None
+    """The run's name; by default that of `run_dir`."""
+
+
+class TrackersConfig(Section):
+    """Where metrics go beside the run directory."""
+
+    wandb: WandbConfig | None = None
+    """Weights & Biases; needs `pip install 'klear-megatron[wandb]'`."""
+    mlflow: MLflowConfig | None = None
+    """MLflow; needs `pip install 'klear-megatron[mlflow]'`."""
+
+    def check_installed(self) -> None:
+        """Checks that each tracker's package is here.
+
+        Raises:
+            UserError: it is not.
+        """
+        for package, settings in (("wandb", self.wandb), ("mlflow", self.mlflow)):
+            if settings is not None and importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"trackers.{package}: the package {package} is not installed; install it with "
+                    f"`pip install 'klear-megatron[{package}]'`, or remove trackers.{package}"
+                )
 
 
 class RunConfig(Section):
@@ -27,6 +78,7 @@ class RunConfig(Section):
     waits. Longer than the longest save. Null waits for ever."""
     start_without_room: bool = False
     """Start even if the plan says that the memory does not suffice for the longest sequences."""
+    trackers: TrackersConfig | None = None
     policy: PolicyConfig
 
     @abstractmethod

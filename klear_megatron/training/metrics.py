@@ -60,10 +60,16 @@ METRICS = (
         "falls while lengths stay: see which of `seconds/` grew",
     ),
     Metric(
+        "flops/train",
+        "FLOPs",
+        "of the optimizer steps: forward and backward, as `plan` counts model FLOPs, without what "
+        "is computed again",
+    ),
+    Metric(
         "throughput/mfu",
         "share",
-        "model FLOPs of the optimizer steps, as `plan` counts them, over `seconds/train` and what "
-        "all ranks could do; missing where the hardware is not known",
+        "`flops/train` over `seconds/train` and over what all ranks could do; missing where the "
+        "hardware is not known",
         "far below what `plan` says",
     ),
 )
@@ -81,7 +87,7 @@ def run_metrics(learner: Learner, sampler: PromptSampler) -> dict[str, float]:
 def training_speed(
     planned: PlannedSteps, lengths: Sequence[int], seconds: Mapping[str, float]
 ) -> dict[str, float]:
-    """How fast sequences of these lengths were trained.
+    """How fast sequences of these lengths were trained, and the work that it was.
 
     Args:
         seconds: from `Phases.take`, of a step that has trained.
@@ -89,6 +95,7 @@ def training_speed(
     tokens, training = sum(lengths), seconds["seconds/train"]
     step = seconds["seconds/total"] - seconds.get("seconds/evaluate", 0.0)
     speed = {
+        "flops/train": planned.flops(lengths),
         "throughput/trained_per_second": tokens / training,
         "throughput/tokens_per_second_per_gpu": tokens / step / dist.get_world_size(),
     }

@@ -43,6 +43,8 @@ def running(config: RunConfig) -> Iterator[ModelFolder]:
 
 
 def _start(config: RunConfig, stack: contextlib.ExitStack) -> ModelFolder:
+    if config.trackers is not None:
+        config.trackers.check_installed()
     folder = model_folder(config)
     config.policy.parallel.check_model(folder)
     init_distributed()

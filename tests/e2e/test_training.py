@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from klear_megatron.config import load_config
-from klear_megatron.observability import RolloutFiles
+from klear_megatron.observability import RolloutFiles, read_usage
 from klear_megatron.rl import show
 from klear_megatron.rl.config import RLConfig
 from tests.commands import ROOT, command_line, environment, run_command
@@ -142,6 +142,14 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
     assert [row["progress/optimizer_steps"] for row in rows[1:]] == list(accumulate(steps_taken))
     assert [row["progress/epoch"] * 4096 for row in rows[1:]] == [4, 8, 12]
     assert all(0 < row["throughput/mfu"] < 1 for row in rows[1:])
+    used = [(one["first_step"], one["ranks"], one["servers"]) for one in read_usage(run_dir)]
+    assert used[0] == (1, {"CPU": 2}, {"CPU": 1})
+    assert used[1][0] > 1
+    assert used[1][1:] == used[0][1:]
+    for row in rows[1:]:
+        # Forward is a third of training, and what was trained is among what was drawn.
+        assert row["flops/log_probs"] == pytest.approx(row["flops/train"] / 3)
+        assert row["flops/generate"] >= row["flops/log_probs"] * (1 - 1e-9)
     # Before the first step, after every second and after the last, with the weights of that step.
     lengths = {row["step"]: row["eval/sums/length_mean"] for row in rows if "eval/sums/avg" in row}
     assert lengths.keys() == {0, 2, 3}
@@ -164,6 +172,11 @@ def test_rl_trains_syncs_dumps_evaluates_and_goes_on_after_it_is_killed(
         tokens = list(RolloutFiles(run_dir).read(step))
         trained = [row for row in tokens if row["mask"] is not None]
         assert len(trained) == 8 * rows[step]["groups/trained"]
+        counts = [sum(row["clipped"].count(side) for row in trained) for side in (1, 2)]
+        shares = [count / sum(sum(row["mask"]) for row in trained) for count in counts]
+        # The metric is the mean over mini-batches of other numbers of tokens.
+        names = ("train/clipped_low", "train/clipped_high")
+        assert [share > 0 for share in shares] == [rows[step][name] > 0 for name in names]
         differences = [
             abs(server - trainer)
             for row in trained

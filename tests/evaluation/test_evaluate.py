@@ -22,6 +22,7 @@ from klear_megatron.evaluation.evaluate import evaluate, regrade
 from klear_megatron.evaluation.scores import Scores
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.models.tokenizer import read_tokenizer
+from klear_megatron.observability import read_usage
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rl.evaluation import evaluate_policy
 from klear_megatron.rollout import Generator, serving
@@ -96,6 +97,14 @@ def killed_and_resumed(config: EvalConfig) -> tuple[list[str], dict[str, Scores]
 
 def test_a_killed_evaluation_goes_on_where_it_was(config, killed_and_resumed):
     left, scores = killed_and_resumed
+    (used,) = read_usage(config.run_dir)  # of the start that was not killed
+    everything = sum(
+        row["tokens"] for name in (MATH, CODE) for row in rows_of(config.run_dir, name)
+    )
+    assert used["tokens"] == everything - sum(json.loads(line)["tokens"] for line in left)
+    assert used["sequence_tokens"] > used["tokens"]
+    assert used["seconds"] > 0
+    assert used["servers"] == {"CPU": 1}
     for name in (MATH, CODE):
         rows = rows_of(config.run_dir, name)
         expected = dict.fromkeys(range(PROBLEMS[name]), SAMPLES[name])

@@ -52,3 +52,19 @@ def test_only_the_newest_steps_keep_their_tokens(tmp_path):
     files.forget_tokens(before=3)
     kept = {step: "token_ids" in next(files.read(step)) for step in files.steps()}
     assert kept == {1: False, 2: False, 3: True}
+
+
+def test_the_folder_is_listed_once_for_all_steps(tmp_path, monkeypatch):
+    files = RolloutFiles(tmp_path)
+    for step in range(1, 6):
+        write(files, step, 0)
+    listings = []
+    monkeypatch.setattr(RolloutFiles, "_all", _counted(RolloutFiles._all, listings))
+    assert [row["index"] for step in files.steps() for row in files.read(step)] == [0, 1] * 5
+    assert len(listings) == 1
+    write(files, 6, 0)
+    assert files.steps()[-1] == 6
+
+
+def _counted(function, calls):
+    return lambda self: calls.append(1) or function(self)

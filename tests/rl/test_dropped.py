@@ -13,7 +13,7 @@ from klear_megatron.rl.rollouts import Rollouts
 
 def rollouts(groups: int, accuracy: float = 0.0, truncated: float = 0.0) -> Rollouts:
     metrics = {"reward/accuracy": accuracy, "response/truncated": truncated}
-    return Rollouts(cast(Batch, None), groups, metrics, [], slice(0, 0))
+    return Rollouts(cast(Batch, None), groups, metrics, [], slice(0, 0), [])
 
 
 def test_the_first_such_step_is_a_warning_and_the_fifth_in_a_row_the_end(capsys: Any) -> None:

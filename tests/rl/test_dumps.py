@@ -36,7 +36,8 @@ def rows(tmp_path):
     ]
     trained = batch_of(made[:1], config)
     old = torch.tensor([0.0, 0.0, -0.5000004, 0.0, 0.0, -1.0, -2.0, -3.0])
-    batch = trained.with_fields(old_log_probs=old)
+    clipped = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 2.0])
+    batch = trained.with_fields(old_log_probs=old, clipped=clipped)
     dumps = Dumps(config, 0)
     dumps.write_texts(4, made)
     dumps.write_tokens(4, made, batch, slice(0, 2))
@@ -52,6 +53,7 @@ def test_each_token_has_its_id_both_log_probs_and_the_mask(rows):
     # A token whose server's log-probability is not finite is not trained.
     assert rows[1]["mask"] == [1, 0, 1]
     assert [row["mask"] for row in rows[2:]] == [None] * 4
+    assert [row["clipped"] for row in rows] == [[1], [0, 0, 2], *[None] * 4]
 
 
 def test_a_response_is_printed_token_by_token(rows):
