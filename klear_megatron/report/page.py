@@ -15,18 +15,22 @@ from klear_megatron.observability import RolloutFiles
 from klear_megatron.platform.files import write_atomically
 from klear_megatron.report.account import account
 from klear_megatron.report.evaluations import read_evaluations
+from klear_megatron.report.plans import read_plans
 from klear_megatron.report.rollouts import distributions, sample
 from klear_megatron.report.runs import Run, differences, find_runs
 
-_SCRIPTS = ("page.js", "sections.js", "evaluations.js", "rollouts.js", "start.js")
+_SCRIPTS = ("page.js", "sections.js", "plans.js", "evaluations.js", "rollouts.js", "start.js")
 
 
-def write_report(paths: Sequence[Path], out: Path, *, rollouts: int = 2000) -> None:
+def write_report(
+    paths: Sequence[Path], out: Path, *, rollouts: int = 2000, price: float | None = None
+) -> None:
     """Writes the page of some runs, which replaces `out` once it is complete.
 
     Args:
         paths: folders of runs, or folders whose runs are meant.
         rollouts: as many responses can be looked through, spread evenly over runs and steps.
+        price: of a GPU hour.
 
     Raises:
         UserError: a path holds no run, or a run's files cannot be read.
@@ -46,8 +50,9 @@ def write_report(paths: Sequence[Path], out: Path, *, rollouts: int = 2000) -> N
             for run, files_of_run in zip(runs, dumps, strict=True)
         ],
         "differences": differences(runs),
-        "account": account(runs),
+        "account": account(runs, price),
         "evaluations": evaluations,
+        "plans": read_plans(runs),
         "rollout_note": (
             "The first responses of each step. Choose one to read it; "
             "the arrow keys go to the next one."

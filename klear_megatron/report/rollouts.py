@@ -2,11 +2,11 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from klear_megatron.checkpoints.run_config import tokenizer_folder
 from klear_megatron.errors import UserError
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.observability import RolloutFiles
@@ -59,7 +59,7 @@ def sample(files: RolloutFiles, run: Run, number: int, limit: int) -> Iterator[d
 def _decoder(run: Run) -> Callable[[int], str] | None:
     """Gives a token's text; None where the model's tokenizer is not there any more."""
     try:
-        tokenizer = read_tokenizer(Path(run.settings.get("policy.hf") or run.model))
+        tokenizer = read_tokenizer(tokenizer_folder(run.folder))
     except UserError:
         return None
     texts: dict[int, str] = {}
@@ -92,7 +92,7 @@ def _row(row: dict[str, Any], run: int, step: int) -> dict[str, Any]:
 
 def _tokens(row: dict[str, Any], decode: Callable[[int], str] | None) -> dict[str, Any]:
     """The response token by token, where that was kept: each token's text, the trainer's
-    log-probability minus the server's, and whether it is trained on."""
+    log-probability minus the server's, whether it is trained on, and how training clipped it."""
     if decode is None or row.get("mask") is None:
         return {}
     pairs = zip(row["old_log_probs"], row["rollout_log_probs"], strict=True)
@@ -100,6 +100,7 @@ def _tokens(row: dict[str, Any], decode: Callable[[int], str] | None) -> dict[st
         "pieces": [decode(token) for token in row["token_ids"]],
         "differences": [None if None in pair else round(pair[0] - pair[1], 4) for pair in pairs],
         "trained": row["mask"],
+        "clipped": row.get("clipped"),
     }
 
 

@@ -20,19 +20,21 @@ _PICTURES = {"scaling": ("scaling.png", "ranks.png"), "probe": ("probe.png",)}
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, evaluation, scaling experiment or probe."""
+    """One training run, evaluation, scaling experiment or probe, or a file of plans."""
 
     folder: Path
     name: str
     """The end of its path that tells it from the other runs."""
     kind: str
-    """`sft`, `rl`, `evaluation`, `scaling` or `probe`."""
+    """`sft`, `rl`, `evaluation`, `scaling`, `probe` or `plan`."""
     settings: dict[str, Any]
     """Its config, with dotted names."""
     curves: dict[str, Curve]
     """Metrics by name; those of a training run."""
     pictures: tuple[Path, ...] = ()
     """Those of a scaling experiment or a probe."""
+    plans: tuple[dict[str, Any], ...] = ()
+    """Those of a file that `klear-megatron plan --json` wrote."""
 
     @property
     def steps(self) -> int | None:
@@ -58,13 +60,13 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _run_folders(path: Path) -> list[Path]:
-    if _is_run(path):
+    if _is_run(path) or path.suffix == ".json":
         return [path]
     inside = [folder for folder in path.glob("*") if _is_run(folder)]
     if not inside:
         raise UserError(
-            f"{path}: no run there; give the run_dir of sft, rl, eval, scaling or probe, or a "
-            "folder of them"
+            f"{path}: no run there; give the run_dir of sft, rl, eval, scaling or probe, a folder "
+            "of them, or a .json file that `plan --json` has printed"
         )
     return sorted(inside, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
 
@@ -93,6 +95,8 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        return Run(folder, name, "plan", {}, {}, plans=_plans(folder))
     settings = dict(_flat(read_values(folder / "config.yaml")))
     if (folder / "benchmarks").is_dir():
         return Run(folder, name, "evaluation", settings, {})
@@ -101,6 +105,18 @@ def _read(folder: Path, name: str) -> Run:
         return Run(folder, name, kind, settings, {}, tuple(p for p in pictures if p.is_file()))
     kind = "rl" if "prompts_per_step" in settings else "sft"
     return Run(folder, name, kind, settings, _curves(folder / "metrics.jsonl"))
+
+
+def _plans(path: Path) -> tuple[dict[str, Any], ...]:
+    """The plan of a file, or those of a search."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    plans = found if isinstance(found, list) else [found]
+    if not all(isinstance(plan, dict) and "memory_bytes" in plan for plan in plans):
+        raise UserError(f"{path}: has no plans; `klear-megatron plan --json` prints them")
+    return tuple(plans)
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

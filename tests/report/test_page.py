@@ -17,7 +17,9 @@ from klear_megatron.errors import UserError
 from klear_megatron.evaluation.config import BenchmarkConfig, EvalConfig
 from klear_megatron.evaluation.responses import response_row
 from klear_megatron.evaluation.stored import append_row, claim, folder_of
-from klear_megatron.observability import Recorder, RolloutFiles
+from klear_megatron.observability import Recorder, RolloutFiles, append_usage
+from klear_megatron.planning import PlannedModel, Work, plan, read_hardware
+from klear_megatron.policy.config import PolicyConfig
 from klear_megatron.probing.plots import draw
 from klear_megatron.report.page import write_report
 from klear_megatron.report.runs import find_runs
@@ -36,12 +38,32 @@ def write_rl_run(folder: Path, lr: float) -> None:
             {"prompts_per_step": 4, "policy": {"path": str(folder.parent / "base"), "lr": lr}}
         )
     )
+    gpus = {"NVIDIA H100": 2}
+    append_usage(folder, first_step=1, ranks=gpus, cores=9, servers={"GPU": 4})
+    append_usage(folder, first_step=15, ranks={"NVIDIA H100": 8}, cores=9, servers={"GPU": 4})
+    # Again from the same checkpoint, with fewer GPUs: the last one to take a step counts.
+    append_usage(folder, first_step=11, ranks=gpus, cores=9, servers={"GPU": 2})
     with Recorder(folder) as recorder:
         for step in range(1, STEPS + 1):
             metrics = {"reward/mean": step / 10, "train/loss": float("nan"), "rollout/tokens": 50.0}
             metrics |= {"seconds/generate": 3.0, "seconds/train": 2.0, "seconds/total": 6.0}
             metrics |= {"throughput/mfu": 0.4, "throughput/trained_per_second": 10.0}
+            metrics |= {"flops/train": 1e15, "flops/generate": 5e14}
             recorder.write(step, metrics | {"memory/peak_gib": float(step)})
+
+
+def write_plans(folder: Path) -> None:
+    """A search of two layouts, and what the run `fast` planned and measured."""
+    planned = plan(
+        PolicyConfig.model_validate({"path": folder / "base", "optimizer": {"lr": 1e-6}}),
+        Work((16, 16)),
+        gpus=2,
+        hardware=read_hardware("h100"),
+    ).as_json()
+    (folder / "search.json").write_text(json.dumps([planned, planned]))
+    step = {"step_of_start": 2, "planned": {"seconds": 1.5, "gib": 2.5}}
+    step["measured"] = {"seconds": 1.25, "gib": 3.5}
+    (folder / "fast" / "plan.json").write_text(json.dumps({"plan": planned, "steps": [step]}))
 
 
 def write_rollouts(folder: Path) -> None:
@@ -68,6 +90,7 @@ def token_row(number: int) -> dict[str, Any]:
         "rollout_log_probs": [-1.0, -1.0, None],
         "old_log_probs": [-1.5, -1.0, -1.0] if number else None,
         "mask": [1, 0, 1] if number else None,
+        "clipped": [1, 0, 2] if number else None,
     }
 
 
@@ -75,10 +98,12 @@ def write_evaluation(folder: Path, right: set[int]) -> None:
     """Four problems with two samples each; those in `right` are answered."""
     folder.mkdir()
     benchmarks = {"arithmetic": BenchmarkConfig(path=Path("x.jsonl"), samples_per_problem=2)}
-    config = EvalConfig(model=Path("m"), run_dir=folder, benchmarks=benchmarks)
+    config = EvalConfig(model=folder.parent / "base", run_dir=folder, benchmarks=benchmarks)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     place = folder_of(folder, "arithmetic")
     claim(place, {"problems": 4, "samples_per_problem": 2})
+    drawn = {"tokens": 100, "sequence_tokens": 150, "sequence_squares": 3000}
+    append_usage(folder, ranks={}, cores=4, servers={"CPU": 1}, seconds=1800.0, **drawn)
     for index in range(8):
         problem = index // 2
         prompt = Prompt("math", [{"role": "user", "content": f"problem {problem}"}], "1", problem)
@@ -105,11 +130,14 @@ class Opened:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "base").mkdir()
+    config = tiny.qwen3()
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(folder / "base")
     tiny.write_tokenizer(folder / "base")
     write_rl_run(folder / "slow", 1e-6)
     write_rl_run(folder / "fast", 1e-5)
     write_rollouts(folder / "fast")
+    write_plans(folder)
     write_evaluation(folder / "eval-a", {0})
     write_evaluation(folder / "eval-b", {0, 1, 2})
     write_probe(folder / "probe")
@@ -119,8 +147,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def opened(runs: Path) -> Iterator[Opened]:
     out = runs / "report.html"
-    names = ("slow", "fast", "eval-a", "eval-b", "probe")
-    write_report([runs / name for name in names], out, rollouts=STEPS * RESPONSES)
+    names = ("slow", "fast", "eval-a", "eval-b", "probe", "search.json")
+    write_report([runs / name for name in names], out, rollouts=STEPS * RESPONSES, price=2.0)
     complaints: list[str] = []
     requests: list[str] = []
     with sync_playwright() as playwright:
@@ -145,8 +173,8 @@ def count_shown(page: Page) -> int:
 
 def test_the_page_draws_every_section_and_asks_for_nothing_else(opened: Opened, runs: Path):
     page = opened.page
-    for section in page.locator("main > section").all():
-        section.scroll_into_view_if_needed()
+    for plot in page.locator(".plot").all():
+        plot.scroll_into_view_if_needed()
     page.wait_for_function("charts.every((plot) => plot.drawn)")
     # Reward and loss of both runs, their seconds, and two distributions of one.
     assert page.locator(".plot .main-svg").count() >= 2 + 2 + 2
@@ -169,10 +197,47 @@ def test_runs_are_overlaid_and_smoothed(opened: Opened):
     assert smoothed[:3] == pytest.approx([0.1, 0.25 / 1.5, 0.425 / 1.75])
 
 
-def test_the_account_sums_up_the_steps(opened: Opened):
-    cells = opened.page.locator("#account tbody tr").first.locator("td").all_inner_texts()
+def test_the_account_sums_up_the_steps(opened: Opened, runs: Path):
+    rows = opened.page.locator("#account tbody tr").all()
+    slow, fast, evaluation, _, together = [row.locator("td").all_inner_texts() for row in rows]
     hours, generated, trained = 6 * STEPS / 3600, 50 * STEPS, 10 * 2 * STEPS
-    assert cells == ["slow", f"{hours:.4g}", f"{generated:,}", str(trained), "0.4", str(STEPS)]
+    gpu_hours = (10 * 6 + 10 * 4) * 6 / 3600
+    assert slow == [
+        "slow",
+        "2 × NVIDIA H100, servers 4 × GPU / 2 × NVIDIA H100, servers 2 × GPU",
+        f"{60 * hours:.1f} min",
+        f"{gpu_hours:.4g} GPU h",
+        f"{2 * gpu_hours:.2f}",
+        f"{generated:,}",
+        str(trained),
+        "3.00e+16",
+        "40.0 %",
+        str(STEPS),
+    ]
+    assert fast[1:] == slow[1:]
+    flops = PlannedModel.read(runs / "base").forward_flops(150, 3000)
+    on_cpu = ["servers 1 × CPU, 4 cores", "30.0 min", "2 core h", "–", "100", "–", f"{flops:.2e}"]
+    assert evaluation[1:-2] == on_cpu
+    # Device hours of GPUs and of cores are not added up.
+    both = [f"{2 * hours + 1:.2f} h", "–", "–", f"{2 * generated + 200:,}", str(2 * trained)]
+    assert together[2:-3] == both
+
+
+def test_plans_are_shown_beside_what_was_measured(opened: Opened):
+    planned, measured = opened.page.locator("#plans table").all()
+    rows = planned.locator("tbody tr").all()
+    assert [row.locator("td").first.inner_text() for row in rows] == ["fast", *2 * ["search.json"]]
+    assert rows[0].locator("td").nth(1).inner_text() == "1: DP 2, recompute none"
+    cells = measured.locator("tbody td").all_inner_texts()
+    assert cells == ["fast", "2", "1.5", "1.25", "2.5", "3.5"]
+    memory = "charts.find((c) => c.parentElement.textContent.startsWith('memory by kind'))"
+    opened.page.locator("#plans").scroll_into_view_if_needed()
+    opened.page.wait_for_function(f"{memory}.data !== undefined")
+    by_kind = opened.page.evaluate(
+        f"Object.fromEntries({memory}.data.map((t) => [t.name, t.x[0]]))"
+    )
+    assert by_kind["overhead"] > 4  # GiB, of which the hardware has 4
+    assert "reference" not in by_kind
 
 
 def test_settings_that_differ_are_shown(opened: Opened):
@@ -222,15 +287,18 @@ def test_tokens_are_coloured_by_the_difference_of_the_log_probabilities(opened: 
     page.locator("#filter-step-from").fill(str(STEPS))
     rows = page.locator("#rollouts .row:not(.head)")
     rows.nth(0).click()  # not trained on: the trainer has no log-probabilities of it
-    assert page.locator(".detail .token").count() == 0
+    assert page.locator(".detail .response .token").count() == 0
     rows.nth(1).click()
-    tokens = page.locator(".detail .token")
+    tokens = page.locator(".detail .response .token")
     titles = [token.get_attribute("title") for token in tokens.all()]
     assert titles == [
-        "trainer − server: -0.5000",
+        "trainer − server: -0.5000; clipped below",
         "trainer − server: 0.0000; not trained on",
-        "trainer − server: unknown",
+        "trainer − server: unknown; clipped above",
     ]
+    line = "getComputedStyle(token).borderBottomColor"
+    sides = [token.evaluate(f"(token) => {line}") for token in tokens.all()]
+    assert (sides[0], sides[2]) == ("rgb(194, 65, 12)", "rgb(21, 128, 61)")
     color = "getComputedStyle(token).backgroundColor"
     assert tokens.nth(0).evaluate(f"(token) => {color}") == "rgb(220, 38, 38)"
     page.locator("#filter-step-from").fill("")
@@ -286,6 +354,9 @@ def test_half_a_line_of_a_killed_run_is_left_out(runs: Path, tmp_path: Path):
 def test_what_is_no_run_is_named(runs: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no run there"):
         find_runs([tmp_path])
+    (tmp_path / "plan.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"plan.json: has no plans; `klear-megatron plan --json`"):
+        find_runs([tmp_path / "plan.json"])
     shutil.copytree(runs / "slow", tmp_path / "slow")
     (tmp_path / "slow" / "metrics.jsonl").write_text("{}\nnonsense\n")
     with pytest.raises(UserError, match=r"metrics.jsonl:1: has no step"):

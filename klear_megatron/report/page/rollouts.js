@@ -1,6 +1,8 @@
 // A browser of rollouts. Only the rows that can be seen exist, so 10,000 of them stay smooth.
 
 const ROW_HEIGHT = 30;
+// As rollouts/ has it: 1 is clipped below, 2 above.
+const CLIPPED = ["", ["low", "below"], ["high", "above"]];
 
 async function readRollouts() {
   const packed = document.getElementById("rollout-data").textContent;
@@ -88,21 +90,28 @@ function showDetail(row, detail) {
   detail.replaceChildren(
     el("div", { class: "parts" }, ...parts.map(([name, value]) => el("span", {}, `${name} ${number(value)}`))),
     ...row.prompt.flatMap(([role, content]) => [el("div", { class: "role" }, role), el("pre", {}, content)]),
-    el("div", { class: "role" }, row.pieces ? "response (colour: trainer's minus server's log-probability)" : "response"),
+    el("div", { class: "role" }, "response"), ...(row.pieces ? [legend(row)] : []),
     responseElement(row));
   detail.scrollTop = 0;
 }
 
-// Red where the trainer finds a token less likely than the server did, blue where more; grey is
-// not trained on. The colour is full at a difference of 0.5.
+function legend(row) {
+  const sample = (more, text) => el("span", { class: `token ${more}` }, text);
+  const clipping = row.clipped ? ["; underlined: clipped in training ", sample("clipped low", "below"), " or ", sample("clipped high", "above")] : [];
+  return el("p", { class: "note" }, "background: the trainer finds the token ", sample("less", "less"), " or ", sample("more", "more"),
+    " likely than the server did; ", sample("untrained", "grey"), ": not trained on", ...clipping);
+}
+
+// The background is full at a difference of 0.5.
 function responseElement(row) {
   if (!row.pieces) return el("pre", { class: "response" }, row.response);
   const pieces = row.pieces.map((text, i) => {
     const difference = row.differences[i], trained = row.trained[i];
     const strength = Math.min(1, Math.abs(difference ?? 0) / 0.5);
     const color = difference < 0 ? "220,38,38" : "37,99,235";
-    return el("span", { class: trained ? "token" : "token untrained", style: `background:rgba(${color},${strength.toFixed(2)})`,
-      title: `trainer − server: ${difference === null ? "unknown" : difference.toFixed(4)}${trained ? "" : "; not trained on"}` }, text);
+    const clipped = CLIPPED[row.clipped?.[i] ?? 0];
+    return el("span", { class: `token ${trained ? "" : "untrained"} ${clipped && `clipped ${clipped[0]}`}`, style: `background:rgba(${color},${strength.toFixed(2)})`,
+      title: `trainer − server: ${difference === null ? "unknown" : difference.toFixed(4)}${trained ? "" : "; not trained on"}${clipped && `; clipped ${clipped[1]}`}` }, text);
   });
   return el("pre", { class: "response" }, ...pieces);
 }

@@ -8,7 +8,7 @@ let smoothing = 0;
 
 function showRuns() {
   const rows = DATA.runs.map((run, i) => [runName(i), run.kind, number(run.steps), run.model, run.folder]);
-  section("runs").append(table(["run", "kind", "steps", "model", "folder"], rows, [3, 4]));
+  section("runs").append(table(["run", "kind", "steps", "model", "folder"], rows, [1, 3, 4], "runs"));
   for (const text of DATA.notes) section("runs").append(note(text));
   if (DATA.differences.length) {
     const different = DATA.differences.map(({ key, values }) => [key, ...values]);
@@ -19,8 +19,8 @@ function showRuns() {
 
 function showAccount() {
   if (!DATA.account.rows.length) return section("account").remove();
-  section("account").append(note(DATA.account.note),
-    table(DATA.account.head, DATA.account.rows.map(([i, ...values]) => [runName(i), ...values.map(number)])));
+  section("account").append(table(DATA.account.head, DATA.account.rows.map(([i, ...values]) => [i === null ? "together" : runName(i), ...values.map(number)]), [1]),
+    el("details", {}, el("summary", {}, "What is counted"), note(DATA.account.note)));
 }
 
 // The exponential mean of TensorBoard, without its pull towards the first value.
@@ -116,5 +116,5 @@ function showPictures() {
   const drawn = DATA.runs.filter((run) => run.pictures.length);
   if (!drawn.length) return section("pictures").remove();
   for (const run of drawn) section("pictures").append(el("h3", {}, run.name),
-    ...run.pictures.map((src) => el("img", { src, alt: `${run.kind} of ${run.name}` })));
+    ...run.pictures.map((src) => el("div", { class: "scroll" }, el("img", { src, alt: `${run.kind} of ${run.name}` }))));
 }

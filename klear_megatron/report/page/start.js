@@ -1,5 +1,6 @@
 showRuns();
 showAccount();
+showPlans();
 showEvaluations();
 showCurves();
 showTime();
