@@ -75,15 +75,16 @@ def main() -> int:
     parent = _Parent(role, task, folder)
     with contextlib.ExitStack() as stack:
         attempt = json.loads((folder / "attempt.json").read_text())
+        start = _Start(job, task, folder, attempt, stack)
         if role == "server":
-            command = _server_command(job, task, folder, attempt, stack)
+            command = start.server_command()
             environment = dict(job["servers"]["environment"])
         else:
             command = list(job["main"]["command"])
             if attempt["urls"]:
                 command += ["--rollout.urls", json.dumps(attempt["urls"])]
             environment = dict(job["main"]["environment"])
-            environment |= _rank_environment(job, task, folder, attempt, stack)
+            environment |= start.rank_environment()
         return parent.run(command, {**os.environ, **environment})
 
 
@@ -104,82 +105,84 @@ def _unfit(job: dict[str, Any]) -> str:
     return ""
 
 
-def _rank_environment(
-    job: dict[str, Any],
-    task: Task,
-    folder: Path,
-    attempt: dict[str, Any],
-    stack: contextlib.ExitStack,
-) -> dict[str, str]:
-    """What torchrun would set. The first rank chooses the port at which the ranks meet."""
-    address = next(iter(attempt["addresses"].values()))
-    file = folder / "master_port"
-    if task.rank == 0:
-        port = _take_ports(address, job["ports"], 1, stack)
-        write_json(file, port)
-    deadline = time.monotonic() + _MASTER_S
-    while not file.exists():
-        if time.monotonic() > deadline:
-            sys.exit(f"error: the first rank did not write {file} within {_MASTER_S:.0f} s")
-        time.sleep(0.1)
-    return {
-        "RANK": str(task.rank),
-        "WORLD_SIZE": str(task.tasks),
-        "LOCAL_RANK": str(task.local_rank),
-        "LOCAL_WORLD_SIZE": str(task.local_tasks),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": file.read_text(),
-    }
+@dataclass(frozen=True)
+class _Start:
+    """What decides how a task's command is started.
 
+    Args:
+        attempt: what the conductor has written for the tasks.
+        stack: other jobs of this user on this host leave the ports that are taken alone until this
+            ends.
+    """
 
-def _server_command(
-    job: dict[str, Any],
-    task: Task,
-    folder: Path,
-    attempt: dict[str, Any],
-    stack: contextlib.ExitStack,
-) -> list[str]:
-    """`klear-megatron serve` for this node's servers."""
-    servers = job["servers"]
-    count, address = servers["per_node"], attempt["addresses"][task.node]
-    overrides = {
-        "rollout.host": address,
-        "rollout.port": _take_ports(address, job["ports"], count, stack),
-        "rollout.num_servers": count,
-        "announce": str(folder / "servers" / f"{task.node}.json"),
-        "run_dir": str(folder / f"server-{task.node}"),
-        # Servers with one seed would draw the same responses.
-        "seed": servers["seed"] + task.rank * count,
-    }
-    if "first_gpu" in servers:  # all on one host
-        gpus = count * servers["gpus_per_server"]
-        overrides["rollout.base_gpu_id"] = servers["first_gpu"] + task.rank * gpus
-    flags = [f"--{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return [*servers["command"], *flags]
+    job: dict[str, Any]
+    task: Task
+    folder: Path
+    attempt: dict[str, Any]
+    stack: contextlib.ExitStack
 
+    def rank_environment(self) -> dict[str, str]:
+        """What torchrun would set. The first rank chooses the port at which the ranks meet."""
+        task, address = self.task, next(iter(self.attempt["addresses"].values()))
+        file = self.folder / "master_port"
+        if task.rank == 0:
+            write_json(file, self._take_ports(address, 1))
+        deadline = time.monotonic() + _MASTER_S
+        while not file.exists():
+            if time.monotonic() > deadline:
+                sys.exit(f"error: the first rank did not write {file} within {_MASTER_S:.0f} s")
+            time.sleep(0.1)
+        return {
+            "RANK": str(task.rank),
+            "WORLD_SIZE": str(task.tasks),
+            "LOCAL_RANK": str(task.local_rank),
+            "LOCAL_WORLD_SIZE": str(task.local_tasks),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": file.read_text(),
+        }
 
-def _take_ports(address: str, between: list[int], count: int, stack: contextlib.ExitStack) -> int:
-    """The first of `count` free ports in a row. Other jobs of this user on this host leave them
-    alone until `stack` ends."""
-    locks = Path(tempfile.gettempdir()) / f"klear-megatron-ports-{os.getuid()}"
-    locks.mkdir(exist_ok=True, mode=0o700)
-    first, last = between
-    starts = list(range(first, last - count + 2))
-    random.SystemRandom().shuffle(starts)
-    for start in starts:
-        with contextlib.ExitStack() as held:
-            try:
-                for port in range(start, start + count):
-                    lock = held.enter_context((locks / str(port)).open("w"))
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    with socket.socket() as probe:
-                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                        probe.bind((address, port))
-            except OSError:
-                continue
-            stack.enter_context(held.pop_all())
-            return start
-    sys.exit(f"error: no {count} free ports at {address} between {first} and {last} (launch.ports)")
+    def server_command(self) -> list[str]:
+        """`klear-megatron serve` for this node's servers."""
+        servers, task = self.job["servers"], self.task
+        count, address = servers["per_node"], self.attempt["addresses"][task.node]
+        overrides = {
+            "rollout.host": address,
+            "rollout.port": self._take_ports(address, count),
+            "rollout.num_servers": count,
+            "announce": str(self.folder / "servers" / f"{task.node}.json"),
+            "run_dir": str(self.folder / f"server-{task.node}"),
+            # Servers with one seed would draw the same responses.
+            "seed": servers["seed"] + task.rank * count,
+        }
+        if "first_gpu" in servers:  # all on one host
+            gpus = count * servers["gpus_per_server"]
+            overrides["rollout.base_gpu_id"] = servers["first_gpu"] + task.rank * gpus
+        flags = [f"--{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return [*servers["command"], *flags]
+
+    def _take_ports(self, address: str, count: int) -> int:
+        """The first of `count` free ports in a row."""
+        locks = Path(tempfile.gettempdir()) / f"klear-megatron-ports-{os.getuid()}"
+        locks.mkdir(exist_ok=True, mode=0o700)
+        first, last = self.job["ports"]
+        starts = list(range(first, last - count + 2))
+        random.SystemRandom().shuffle(starts)
+        for start in starts:
+            with contextlib.ExitStack() as held:
+                try:
+                    for port in range(start, start + count):
+                        lock = held.enter_context((locks / str(port)).open("w"))
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        with socket.socket() as probe:
+                            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                            probe.bind((address, port))
+                except OSError:
+                    continue
+                self.stack.enter_context(held.pop_all())
+                return start
+        sys.exit(
+            f"error: no {count} free ports at {address} between {first} and {last} (launch.ports)"
+        )
 
 
 class _Parent:
@@ -231,6 +234,7 @@ class _Parent:
         self._told = True
         if self._process is not None:
             self._process.send_signal(number)
+            self._process.send_signal(signal.SIGCONT)  # a stopped process would never see it
 
     def _copy(self, source: IO[bytes], target: IO[bytes]) -> None:
         label = f"{self._task.rank}: ".encode() if self._task.local_tasks > 1 else b""

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 
 from klear_megatron.errors import UserError
@@ -24,7 +25,8 @@ _ENDED = (
 
 
 def status(run_dir: Path) -> str:
-    """The jobs of a run, its newest attempt, the first error of all ranks, and the newest lines.
+    """The jobs of a run, its newest attempt, what the trainer does, the first error of all ranks,
+    and the newest lines.
 
     Raises:
         UserError: nothing was launched with this run directory.
@@ -43,6 +45,13 @@ def status(run_dir: Path) -> str:
             told["code"], "failed"
         )
         lines.append(f"it ended: {kind}")
+    heartbeat = run_dir / "heartbeat.json"
+    if heartbeat.exists():
+        last = json.loads(heartbeat.read_text())
+        ago = max(0.0, time.time() - last["time"])
+        lines.append(
+            f"last progress: {ago:.0f} s ago, phase {last['phase']} after step {last['step']}"
+        )
     if first := first_failure(read_reports(attempt)):
         lines.append(f"first error: {first}")
     newest = max(attempt.glob("*.log"), key=lambda log: log.stat().st_mtime, default=None)

@@ -46,7 +46,8 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._timeout_s is not None:
             self._report.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._report.open("w")
+            # What an earlier start of the run has left there is kept.
+            self._file = self._report.open("a")
         self._thread.start()
         return self
 
@@ -55,7 +56,8 @@ class Watchdog:
         self._thread.join(self._every_s)
         if self._timeout_s is not None:
             faulthandler.cancel_dump_traceback_later()
-            self._report.unlink(missing_ok=True)
+            if not self._report.stat().st_size:
+                self._report.unlink()
 
     def _watch(self) -> None:
         # The store ends with the rank or torchrun that keeps it; the timer is left then.
@@ -82,10 +84,12 @@ class Watchdog:
             with write_atomically(self._heartbeat) as file:
                 json.dump(now, file)
         if self._timeout_s is not None:
-            later = self._timeout_s + 5 * self._every_s
+            # When the others have written theirs, and before their end has this rank killed.
+            later = self._timeout_s + 2 * self._every_s
             faulthandler.dump_traceback_later(later, exit=True, file=self._file)
 
     def _end(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
         message = (
             f"no rank has made progress for {self._timeout_s:.0f} s (watchdog_s), after step "
             f"{heartbeat.step}; the stacks of all ranks are in {self._report.parent}"
