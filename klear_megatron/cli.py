@@ -320,6 +320,7 @@ def _launch(arguments: argparse.Namespace) -> None:
     from klear_megatron.evaluation import EvalConfig
     from klear_megatron.rl.config import RLConfig
     from klear_megatron.rollout import ServeConfig
+    from klear_megatron.scaling.config import ScalingConfig
     from klear_megatron.sft.config import SFTConfig
 
     configs: dict[str, type[Section]] = {
@@ -328,6 +329,7 @@ def _launch(arguments: argparse.Namespace) -> None:
         "serve": ServeConfig,
         "eval": EvalConfig,
         "curate": CurateConfig,
+        "scaling": ScalingConfig,
     }
     launching.launch(arguments, configs)
 

@@ -11,8 +11,8 @@ FLOORS = [
     ["checkpoints", "data", "losses", "rewards"],
     ["policy", "rollout"],
     ["conversion", "evaluation", "planning"],
-    ["curation", "doctor", "release", "training"],
-    ["launch", "probing", "report", "rl", "scaling", "sft"],
+    ["curation", "doctor", "release", "scaling", "training"],
+    ["launch", "probing", "report", "rl", "sft"],
     ["cli"],
     ["__main__"],
 ]

@@ -17,14 +17,14 @@ def array_header(jobs: Sequence[Job]) -> Flags:
     """The flags of sbatch that all tasks of the array have.
 
     Raises:
-        UserError: the runs ask for different jobs, heterogeneous ones, or for continuations.
+        UserError: the runs ask for different jobs, or for what an array cannot have.
     """
     for job in jobs:
-        if job.launch.heterogeneous or job.launch.continuations:
-            raise UserError(
-                f"--array: {job.name} asks for a heterogeneous job or for continuations, which an "
-                "array cannot have; leave out launch.heterogeneous and launch.continuations"
-            )
+        for setting in ("heterogeneous", "continuations", "singleton"):
+            if getattr(job.launch, setting):
+                raise UserError(
+                    f"--array: {job.name}: an array cannot have launch.{setting}; leave it out"
+                )
         for flag in sorted({*jobs[0].header()[0], *job.header()[0]} - {*_OWN}):
             first, other = (one.header()[0].get(flag, "not set") for one in (jobs[0], job))
             if first != other:

@@ -60,29 +60,35 @@ def launch(arguments: argparse.Namespace, configs: Mapping[str, type[Section]]) 
     from klear_megatron.launch.layout import describe_layout
     from klear_megatron.launch.snapshot import write_snapshot
 
-    jobs = [read_job(arguments, path, configs) for path in arguments.configs]
+    jobs = [job for path in arguments.configs for job in read_jobs(arguments, path, configs)]
+    arrays = _arrays(jobs, arguments)
     _check(jobs, arguments)
     if arguments.dry_run:
         own = [line for job in jobs for line in [job.script(), *describe_layout(job)]]
-        print("\n".join([*([array_script(jobs)] if arguments.array else []), *own]))
+        print("\n".join([*map(array_script, arrays), *own]))
         return
     for job in jobs:
         write_snapshot(job)
-    folders = [write_array(jobs)] if arguments.array else [job.snapshot for job in jobs]
+    folders = [write_array(array) for array in arrays] or [job.snapshot for job in jobs]
     if arguments.prepare:
         print("\n".join(map(str, folders)))
         return
-    _submit(jobs[0].launch.nemo_run_python, folders, arguments.executor)
+    # Jobs start one after the other, and arrays at once.
+    for together in [[folder] for folder in folders] if arrays else [folders]:
+        _submit(jobs[0].launch.nemo_run_python, together, arguments.executor)
     for job in jobs:
         print(f"`klear-megatron status {job.run_dir}` shows what it does")
 
 
-def read_job(
+def read_jobs(
     arguments: argparse.Namespace, path: Path, configs: Mapping[str, type[Section]]
-) -> "Job":
-    """The job that a file, the site file and the command line describe."""
+) -> Sequence["Job"]:
+    """The job that a file, the site file and the command line describe; or those of the points of a
+    scaling experiment."""
     from klear_megatron.launch.job import Job, run_dir_of
+    from klear_megatron.launch.points import point_jobs
     from klear_megatron.launch.snapshot import snapshot_path
+    from klear_megatron.scaling.config import ScalingConfig
 
     values = apply_overrides(read_values(path), arguments.overrides)
     section = values.pop(LAUNCH, None)
@@ -100,35 +106,44 @@ def read_job(
     launch_config = validate(LaunchConfig, both, f"launch: of {path}:")
     config_class = configs.get(launch_config.verb, Section)
     config = validate(config_class, values, f"{path} with the command line's values:")
-    return Job(
-        launch_config,
-        config,
-        snapshot_path(run_dir_of(launch_config, config)),
-        Path.cwd(),
-        local=arguments.executor == "local",
-    )
+    if isinstance(config, ScalingConfig):
+        return point_jobs(launch_config, config)
+    snapshot = snapshot_path(run_dir_of(launch_config, config))
+    return [Job(launch_config, config, snapshot, Path.cwd(), arguments.executor == "local")]
+
+
+def _arrays(jobs: Sequence["Job"], arguments: argparse.Namespace) -> Sequence[Sequence["Job"]]:
+    """The jobs by the array that they are tasks of; empty if they are no tasks."""
+    from klear_megatron.launch.array import array_header
+    from klear_megatron.launch.points import by_size
+
+    scaling = any(job.launch.verb == "scaling" for job in jobs)
+    if scaling and len(arguments.configs) > 1:
+        raise UserError("scaling: an experiment is an array by itself; launch the files apart")
+    arrays = by_size(jobs) if scaling else [jobs] if arguments.array else []
+    for array in arrays:
+        array_header(array)
+    if arrays and arguments.executor == "local":
+        raise UserError(
+            "--executor local: only Slurm has arrays; leave out --array to run one after the "
+            "other, or use `klear-megatron scaling`"
+        )
+    return arrays
 
 
 def _check(jobs: Sequence["Job"], arguments: argparse.Namespace) -> None:
     """Checks every job, so that none is submitted before all are found good."""
-    from klear_megatron.launch.array import array_header
-
-    if arguments.array and arguments.executor == "local":
-        raise UserError("--array: only Slurm has arrays; leave it out to run one after the other")
-    config_of: dict[Path, Path] = {}
-    for job, path in zip(jobs, arguments.configs, strict=True):
+    run_dirs: set[Path] = set()
+    for job in jobs:
         job.check()
         for name in job.launch.secrets:
             if name not in os.environ and not arguments.dry_run:
                 raise UserError(f"launch.secrets: {name} is not set in your shell; export it first")
-        if job.run_dir in config_of:
+        if job.run_dir in run_dirs:
             raise UserError(
-                f"{config_of[job.run_dir]} and {path} have the same run directory, {job.run_dir}; "
-                "give each one of its own"
+                f"two files have the same run directory, {job.run_dir}; give each one of its own"
             )
-        config_of[job.run_dir] = path
-    if arguments.array:
-        array_header(jobs)
+        run_dirs.add(job.run_dir)
 
 
 def _submit(python: Path, folders: Sequence[Path], executor: str) -> None:

@@ -36,7 +36,7 @@ _BEGIN = time.monotonic()
 
 
 class JobError(Exception):
-    """The job cannot go on. `code` is the exit code of the process that ended first, if any."""
+    """The job cannot go on, because of a failure or because it was told to end (CONTINUE)."""
 
     def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
@@ -66,16 +66,18 @@ def main() -> int:
             (snapshot / "finished").touch()
             say(f"{job['name']}: finished")
             return FINISHED
+        again = job["requeue"] and not cluster.told_to_end
         if code == CONTINUE:
-            again = not cluster.told_to_end
             how = "goes on" if again else "run it again to go on"
-            say(f"{job['name']}: told to end; {how} from the newest checkpoint")
+            say(f"{job['name']}: told to end{message}; {how} from the newest checkpoint")
         else:
-            again = _may_fail_again(job, code, message, first_step)
+            may = _may_fail_again(job, code, message, first_step)
+            again = again and may
             # The last line of the log says what failed.
-            say(f"{'trying again' if again else 'giving up'} after this error:")
+            what = "trying again after" if again else "ended by" if may else "giving up after"
+            say(f"{what} this error:")
             print(f"error: {message}", flush=True)
-        if not again or not job["requeue"]:
+        if not again:
             return code
         cluster.requeue()
 
@@ -197,7 +199,8 @@ class Attempt:
         """Checks every node before any of them holds GPUs for long.
 
         Raises:
-            JobError: a node cannot write to the run directory, or lacks what the job needs.
+            JobError: a node cannot write to the run directory, or lacks what the job needs. Or the
+                job was told to end.
         """
         main, servers = self._job["main"], self._job["servers"]
         parts = {"preflight": (main, nodes[: main["nodes"]])}
@@ -210,6 +213,8 @@ class Attempt:
         deadline = time.monotonic() + _PREFLIGHT_S
         while any(step.poll() is None for step in steps) and time.monotonic() < deadline:
             time.sleep(_POLL_S / 3)
+            if self._cluster.told_to_end:
+                raise JobError(" while its nodes were checked", CONTINUE)
         ended = {one.node: one for one in read_reports(self._folder, "preflight")}
         problems = [f"{node}: {one.error}" for node, one in ended.items() if one.code]
         problems += [
@@ -231,7 +236,8 @@ class Attempt:
             look: says which answer by now.
 
         Raises:
-            JobError: a server ended, or did not answer in time; names who is missing.
+            JobError: a server ended, or did not answer in time; names who is missing. Or the job
+                was told to end.
         """
         say(f"waiting for the servers, at most {deadline_s} s")
         deadline = time.monotonic() + deadline_s
@@ -244,7 +250,11 @@ class Attempt:
             if not missing:
                 self._urls = [url for urls in answering.values() for url in urls]
                 return
+            # Servers that end well while they are waited for were told to, as before a time limit.
+            told = any(step.poll() is not None for step in self._steps.values())
             self._check()
+            if told or self._cluster.told_to_end:
+                raise JobError(" while it waited for the servers", CONTINUE)
             if time.monotonic() > deadline:
                 raise JobError(
                     f"the servers of {', '.join(missing)} did not answer within {deadline_s} s "

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from klear_megatron.config import Section
 
-Verb = Literal["sft", "rl", "serve", "eval", "curate", "convert", "verify", "release"]
+Verb = Literal["sft", "rl", "serve", "eval", "curate", "convert", "verify", "release", "scaling"]
 TRAINING_VERBS = ("sft", "rl")
 ARGUMENT_VERBS = ("convert", "verify", "release")
 """Verbs that take arguments instead of a YAML file."""
@@ -178,12 +178,16 @@ class LaunchConfig(SiteConfig):
     heterogeneous: bool = False
     """Request the servers' nodes as the second component of a heterogeneous job."""
     requeue: bool = True
-    """Put the job back into the queue after its time limit and after a failure."""
+    """Put the job back into the queue after its time limit and after a failure. If false, Slurm may
+    still do so when a node is lost or the job is preempted: nemo-run submits with --requeue."""
     failures_in_a_row: PositiveInt = 3
     """Give up after this many failures without a new step. Bad input is never tried again."""
     continuations: int = Field(0, ge=0)
     """More jobs that wait for this one and go on where it ended. They do nothing once the run is
     finished. Use them where jobs may not be requeued."""
+    singleton: bool = False
+    """Jobs also wait for every earlier job of yours of their name (`singleton`), so launching a run
+    again while it runs adds more continuations."""
 
     @model_validator(mode="after")
     def _fits_the_verb(self) -> "LaunchConfig":
@@ -191,9 +195,15 @@ class LaunchConfig(SiteConfig):
             raise ValueError(f"servers: {self.verb} does not use any; leave it out")
         if self.heterogeneous and not (self.servers and self.servers.nodes):
             raise ValueError("heterogeneous: needs servers.nodes; set them, or leave it out")
+        if self.heterogeneous and self.singleton:
+            raise ValueError("singleton: the parts of a heterogeneous job have names of their own")
+        if self.verb == "scaling" and self.nodes > 1:
+            raise ValueError(
+                "nodes: each layout says its ranks; set ranks_per_node, and leave it out"
+            )
         if self.verb not in (*TRAINING_VERBS, "serve") and self.nodes > 1:
             raise ValueError(f"nodes: {self.verb} is one process; leave it out")
-        if self.verb not in (*TRAINING_VERBS, "serve") and self.ranks_per_node > 1:
+        if self.verb not in (*TRAINING_VERBS, "serve", "scaling") and self.ranks_per_node > 1:
             raise ValueError(f"ranks_per_node: {self.verb} is one process; leave it out")
         if self.verb in ARGUMENT_VERBS and not self.arguments:
             raise ValueError(f"arguments: missing; give those of `klear-megatron {self.verb}`")

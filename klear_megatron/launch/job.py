@@ -165,6 +165,7 @@ class Job:
             "signal": f"TERM@{launch.grace_s}",
             # A job whose dependency failed would wait for ever.
             "kill-on-invalid-dep": "yes",
+            "dependency": "singleton" if launch.singleton else None,
         }
         flags = {name: value for name, value in flags.items() if value is not None}
         flags["requeue" if launch.requeue else "no-requeue"] = None
@@ -250,11 +251,15 @@ class Job:
     def _command(self, verb: str, *arguments: str) -> list[str]:
         return [str(self.launch.python), "-m", "klear_megatron", verb, *arguments]
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What follows `klear-megatron VERB`."""
+        if self.launch.verb in ARGUMENT_VERBS:
+            return self.launch.arguments
+        return (str(self.snapshot / "config.yaml"),)
+
     def _main_step(self) -> dict[str, Any]:
         launch = self.launch
-        arguments = launch.arguments
-        if launch.verb not in ARGUMENT_VERBS:
-            arguments = (str(self.snapshot / "config.yaml"),)
         trains = launch.verb in TRAINING_VERBS
         environment = other_environment(launch)
         if self.policy is not None:
@@ -263,7 +268,7 @@ class Job:
             "role": "trainer" if trains else launch.verb,
             "nodes": launch.nodes,
             "tasks_per_node": launch.ranks_per_node,
-            "command": self._command(launch.verb, *arguments),
+            "command": self._command(launch.verb, *self.arguments),
             "environment": environment,
             "het_group": 0 if launch.heterogeneous else None,
         }

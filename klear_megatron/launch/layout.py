@@ -27,7 +27,7 @@ def describe_layout(job: Job) -> list[str]:
     elif launch.server_nodes:
         total = launch.server_nodes * data["servers"]["per_node"]
         lines.append(f"every data-parallel leader sends prompts to all {total} servers")
-    if isinstance(job.config, RunConfig) and job.policy is not None:
+    if job.policy is not None:
         parallel, world_size = job.policy.parallel, launch.nodes * launch.ranks_per_node
         data_parallel = parallel.data_parallel_size(world_size)
         lines.append(
@@ -36,7 +36,8 @@ def describe_layout(job: Job) -> list[str]:
             f"{data_parallel}"
         )
         tokens = job.policy.tokens_per_micro_batch * parallel.context_parallel_size
-        lines += job.config.describe_step(data_parallel)
+        if isinstance(job.config, RunConfig):
+            lines += job.config.describe_step(data_parallel)
         lines.append(
             f"micro-batches are packed up to {tokens} tokens ({job.policy.tokens_per_micro_batch} "
             f"per context-parallel rank); a longer sequence is one by itself"

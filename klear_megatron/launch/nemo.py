@@ -31,7 +31,7 @@ def prepare(
         python: interpreter of the package's environment on this host.
 
     Returns:
-        the snapshot's folder of each.
+        the snapshot's folder of each; of a scaling experiment, those of its arrays.
 
     Raises:
         SystemExit: a config or the site file is refused; the reason is on standard error.
@@ -51,7 +51,7 @@ def prepare(
         )
     if answer.returncode:
         raise SystemExit(answer.returncode)
-    return [Path(line) for line in answer.stdout.splitlines()[-len(files) :]]
+    return [Path(line) for line in answer.stdout.splitlines()]
 
 
 def slurm_executor(snapshot: Path, *, dependency_type: str = "afterok") -> Any:
@@ -113,8 +113,10 @@ def add(experiment: Any, snapshot: Path, *, after: str | None = None) -> str:
     """
     job = _read(snapshot)
     last, kind = after, "afterok"
+    # What nemo-run writes takes the place of the header's own.
+    also = "singleton," if "dependency" in job["header"][0] else ""
     for index in range(1 + job["continuations"]):
-        executor = slurm_executor(snapshot, dependency_type=kind)
+        executor = slurm_executor(snapshot, dependency_type=also + kind)
         tasks = [task(snapshot)] * len(executor) if isinstance(executor, list) else task(snapshot)
         name = f"{job['name']}-{index}" if index else job["name"]
         last = experiment.add(

@@ -42,7 +42,7 @@ class ScalingConfig(Section):
     steps: PositiveInt = 3
     """Steps to time, after a first one that is left out."""
     time_limit_s: PositiveFloat = 600
-    """A point that takes longer, its start included, is ended, and has run out of time."""
+    """A point that takes longer is ended, and has run out of time."""
     memory_limit_gib: PositiveFloat | None = None
     """A rank whose tensors need more has run out of memory; by default, it gets what is there."""
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,11 +19,20 @@ from klear_megatron.losses import SFTObjective
 from klear_megatron.planning import Hardware, Plan, Work, hardware_here, plan
 from klear_megatron.platform.allocations import Allocations
 from klear_megatron.platform.device import HAS_GPU, init_distributed, this_device
+from klear_megatron.platform.exit_codes import BAD_INPUT
+from klear_megatron.platform.torchrun import LastWords
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import import_extensions
 from klear_megatron.policy.learner import Learner
 from klear_megatron.scaling.config import Point, ScalingConfig
-from klear_megatron.scaling.results import MEASURED, OUT_OF_MEMORY, Row, read_kept, record
+from klear_megatron.scaling.results import (
+    MEASURED,
+    OUT_OF_MEMORY,
+    OUT_OF_TIME,
+    Row,
+    read_kept,
+    record,
+)
 
 _NO_HOST_MEMORY = "can't allocate memory"
 """How torch's allocator says it on a CPU."""
@@ -31,13 +41,37 @@ _NO_HOST_MEMORY = "can't allocate memory"
 def measure_point(config: ScalingConfig, point: Point) -> None:
     """Collective. Measures a point and records it, unless it has a result already.
 
-    A rank that runs out of memory records that, and ends with an error, which ends the others.
+    A rank that runs out of memory or time records that, and ends with an error, which ends the
+    others.
 
     Raises:
         UserError: a rank has run out of memory, or the number of ranks is not the point's.
     """
-    if read_kept(config, point) is not None:
-        return
+    if read_kept(config, point) is None:
+        with _in_time(config, point):
+            _measure_and_record(config, point)
+
+
+@contextlib.contextmanager
+def _in_time(config: ScalingConfig, point: Point) -> Iterator[None]:
+    """Ends this process with code 2 when the point takes too long."""
+
+    def end() -> None:
+        reason = f"not finished after {config.time_limit_s:g} s"
+        record(config, point, OUT_OF_TIME, reason, _environment())
+        LastWords(f"{point.name}: out of time: {reason}", BAD_INPUT).leave()
+        os._exit(BAD_INPUT)
+
+    timer = threading.Timer(config.time_limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _measure_and_record(config: ScalingConfig, point: Point) -> None:
     import_extensions(point.policy)
     init_distributed()
     if dist.get_world_size() != point.ranks:

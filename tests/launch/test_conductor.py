@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,9 +80,18 @@ def submit(script: Path) -> str:
 
 def run_to_end(script: Path) -> tuple[int, list[str]]:
     """The job's exit code, and the lines of its log."""
-    answer = subprocess.run(["sbatch", "--wait", str(script)], timeout=120, check=False)
-    log = max(script.parents[2].glob("*.log"), key=lambda log: int(log.stem))
-    return answer.returncode, log.read_text().splitlines()
+    # Not sbatch --wait, which looks only after 2, 6 and 14 seconds.
+    job = submit(script)
+    show = ["scontrol", "--oneliner", "show", "job", job]
+
+    def ended() -> re.Match[str] | None:
+        said = subprocess.check_output(show, text=True)
+        return re.search(r"JobState=(?:COMPLETED|FAILED) .* ExitCode=(\d+):", said)
+
+    wait_for(ended, 120)
+    found = ended()
+    assert found is not None
+    return int(found[1]), (script.parents[2] / f"{job}.log").read_text().splitlines()
 
 
 def test_values_reach_every_rank_as_they_are_written(make_job, run_dir, tmp_path):
@@ -115,6 +125,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(make_job):
     assert lines[-1].startswith("error: trainer on node2, rank 1, ended with code -9")
     assert "killed by SIGKILL" in lines[-1]
     assert "last words" in lines[-1]
+    assert lines[-2].endswith("ended by this error:")
 
 
 def test_the_first_error_is_ours_and_bad_input_is_not_tried_again(make_job):
@@ -152,33 +163,39 @@ def test_a_killed_srun_ends_the_job_and_is_named(make_job, run_dir):
     assert "killed by SIGKILL" in message
 
 
-def test_a_job_that_was_told_to_end_goes_on_after_a_requeue(make_job, run_dir, tmp_path):
-    code = (
-        "import signal, sys, time; from pathlib import Path\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        "if Path(sys.argv[1]).exists(): sys.exit(0)\n"
-        "time.sleep(300)"
-    )
-    again = tmp_path / "again"
-    script = make_job(code, str(again))
-    job = submit(script)
-    wait_for(lambda: len(list(run_dir.glob(f"launch/{job}-0/trainer-*.log"))) == 2)
-    time.sleep(1)  # until the ranks have their handlers
-    assert "RUNNING" in status(run_dir)
-    again.touch()
+@pytest.fixture
+def waiting_job(run_dir: Path) -> Job:
+    """A job whose server never answers."""
+    paper = ROOT / "examples" / "klear_reasoner_8b" / "math_rl.yaml"
+    config = load_config(RLConfig, paper, [f"--run_dir={run_dir}"])
+    job = write_job(run_dir, "pass", config=config, verb="rl", nodes=1, servers={"nodes": 1})
+    edit_job(job, "servers", "import time; time.sleep(300)")
+    return job
+
+
+def test_a_job_whose_servers_are_told_to_end_before_they_answer_goes_on_later(
+    no_job_is_left, waiting_job, run_dir
+):
+    job = submit(waiting_job.snapshot / "job.sh")
+    wait_for(lambda: list(run_dir.glob("launch/*/server-*.log")))
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
-    log = run_dir / "launch" / f"{job}.log"
-    wait_for(lambda: "told to end; goes on" in log.read_text())
-    wait_for(lambda: "PENDING" in status(run_dir))
+    wait_for(lambda: outcomes(run_dir), 20)
+    (outcome,) = outcomes(run_dir)
+    assert outcome["code"] == 75
+    log = (run_dir / "launch" / f"{job}.log").read_text()
+    assert "told to end while it waited for the servers; goes on" in log
 
-    def finished_without_the_wait() -> bool:
-        # Slurm lets a requeued job wait for two minutes; it sets that time after the state.
-        command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-        subprocess.run(command, capture_output=True, check=False)
-        return (script.parent / "finished").exists()
 
-    wait_for(finished_without_the_wait, timeout=200)
-    assert (run_dir / "launch" / f"{job}-1" / "outcome.json").exists()
+def test_a_conductor_that_is_told_to_end_does_not_wait_for_servers(waiting_job, run_dir):
+    command = [sys.executable, "-m", "klear_megatron.launch.conductor"]
+    path = waiting_job.snapshot / "job.json"
+    with subprocess.Popen([*command, str(path)], cwd=ROOT) as conductor:
+        try:
+            wait_for(lambda: list(run_dir.glob("launch/*/server-*.log")))
+            conductor.terminate()
+            assert conductor.wait(30) == 75
+        finally:
+            conductor.kill()
 
 
 def test_a_cancelled_job_ends(make_job, run_dir):
@@ -218,19 +235,25 @@ def test_continuations_go_on_and_after_a_failure_nothing_follows(no_job_is_left,
         "one = Path(sys.argv[1])\n"
         "sys.exit(0) if one.exists() else one.touch(); sys.exit(75)"
     )
-    first = write_job(
-        tmp_path / "1", go_on, str(tmp_path / "one"), nodes=1, requeue=False, continuations=2
+    flags = {"nodes": 1, "requeue": False}
+    first = write_job(tmp_path / "1", go_on, str(tmp_path / "one"), **flags, continuations=2)
+    second = write_job(
+        tmp_path / "2", go_on, str(tmp_path / "two"), **flags, continuations=1, singleton=True
     )
-    second = write_job(tmp_path / "2", "raise ValueError('no')", nodes=1, requeue=False)
-    third = write_job(tmp_path / "3", "pass", nodes=1)
-    nemo_run(first.snapshot, second.snapshot, third.snapshot)
-    assert "Dependency" in status(tmp_path / "3")
-    wait_for(lambda: "no job is waiting or running" in status(tmp_path / "3"))
+    third = write_job(tmp_path / "3", "raise ValueError('no')", **flags)
+    fourth = write_job(tmp_path / "4", "pass", nodes=1)
+    nemo_run(*(job.snapshot for job in (first, second, third, fourth)))
+    queue = subprocess.check_output(["squeue", "--noheader", "--format=%j %E"], text=True)
+    # What is fulfilled is not shown, such as that the first job of a name is a singleton.
+    waits = [set(re.findall("after[a-z]+|singleton", line)) for line in queue.splitlines()]
+    assert waits.count({"afterany", "singleton"}) == 1
+    assert "Dependency" in status(tmp_path / "4")
+    wait_for(lambda: "no job is waiting or running" in status(tmp_path / "4"))
     codes = [
         [outcome["code"] for outcome in sorted(outcomes(run), key=lambda outcome: outcome["time"])]
-        for run in (tmp_path / "1", tmp_path / "2", tmp_path / "3")
+        for run in (tmp_path / name for name in "1234")
     ]
-    assert codes == [[75, 0], [1], []]
+    assert codes == [[75, 0], [75, 0], [1], []]
     (last,) = [
         log for log in (tmp_path / "1").glob("launch/*.log") if "nothing to do" in log.read_text()
     ]
