@@ -17,6 +17,7 @@ from klear_megatron.config.reference import (
     sections_in,
 )
 from klear_megatron.rl.config import RLConfig
+from klear_megatron.sft.config import SFTConfig
 from tools.write_reference import CONFIGS, PAGE, page, references
 
 AGAIN = "run: python -m tools.write_reference"
@@ -77,7 +78,8 @@ def test_the_settings_that_other_trainers_have_are_settings_of_ours():
     names = re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE)
     assert len(names) > 25
     for name in names:
-        section = [RLConfig]
+        section = [RLConfig, SFTConfig]
         for key in name.split("."):
-            field = next(cls.model_fields[key] for cls in section if key in cls.model_fields)
-            section = list(sections_in(field.annotation))
+            fields = [cls.model_fields[key] for cls in section if key in cls.model_fields]
+            assert fields, name
+            section = [inner for field in fields for inner in sections_in(field.annotation)]
