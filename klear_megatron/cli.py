@@ -241,14 +241,16 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Serve a Hugging Face checkpoint with SGLang until Ctrl-C."""
+    from klear_megatron.checkpoints.hub import local_model
     from klear_megatron.checkpoints.model_folder import ModelFolder
     from klear_megatron.rollout import ServeConfig, serving
     from klear_megatron.rollout.servers import reachable
 
     config = load_config(ServeConfig, arguments.config, arguments.overrides)
-    ModelFolder(config.model)  # SGLang takes long to report a mistake
+    model = local_model(config.model)
+    ModelFolder(model)  # SGLang takes long to report a mistake
     logs = config.run_dir / "logs"
-    with serving(config.rollout, config.model, logs, seed=config.seed) as servers:
+    with serving(config.rollout, model, logs, seed=config.seed) as servers:
         urls = [reachable(url) for url in servers.urls]
         print("\n".join(["serving; stop with Ctrl-C", *urls]), flush=True)
         if config.announce is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from klear_megatron.checkpoints.hf_reader import read_config
+from klear_megatron.checkpoints.hf_reader import copy_companions, read_config
 from klear_megatron.checkpoints.megatron_folder import model_settings
 from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.megatron_settings import check_settings, derived_config
@@ -23,13 +23,17 @@ class ModelFolder:
     The config is read at once. The tokenizer and the rest are read when first used: a checkpoint
     without a tokenizer can still be converted, and one of an unknown architecture still served.
 
+    Args:
+        chat_template: takes the place of the tokenizer's own.
+
     Raises:
         UserError: the folder does not exist or has no readable config.json. The properties raise
             it if what they read is missing or unknown.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, chat_template: str | None = None) -> None:
         self.path = path
+        self.chat_template = chat_template
         self.config = read_config(path)
         """The Hugging Face config."""
 
@@ -46,17 +50,28 @@ class ModelFolder:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer; all its token ids are below `config.vocab_size`."""
-        return read_tokenizer(self.path, getattr(self.config, "vocab_size", None))
+        tokenizer = read_tokenizer(self.path, getattr(self.config, "vocab_size", None))
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
 
     @cached_property
     def stop_token_ids(self) -> list[int]:
         """Token ids that end a response."""
         return read_stop_token_ids(self.path, self.tokenizer)
 
+    def copy_companions(self, target: Path) -> None:
+        """Copies what accompanies the weights: config, tokenizer, chat template."""
+        copy_companions(self.path, target)
+        if self.chat_template is not None:
+            # transformers prefers this file to what tokenizer_config.json says.
+            (target / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
     def table(self, padded_vocab_size: int | None = None) -> list[Weight]:
         """The table of all weights; by default the vocabulary is not padded."""
+        architecture = self.architecture  # an unknown one, as of images, may have no vocab_size
         size = self.config.vocab_size if padded_vocab_size is None else padded_vocab_size
-        return list(self.architecture.weights(self.config, size))
+        return list(architecture.weights(self.config, size))
 
 
 @contextlib.contextmanager

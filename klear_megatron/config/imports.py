@@ -1,5 +1,6 @@
 """The user's own code, which settings name by its path."""
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -9,6 +10,19 @@ from types import ModuleType
 from typing import Any
 
 from klear_megatron.errors import UserError
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """The option `--import`, of commands that read no `policy.imports`, or a run's."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="package.module or file.py to import first, such as one that registers an "
+        "architecture; those that the run's config names are imported anyway",
+    )
 
 
 def import_module(path: str, setting: str) -> ModuleType:
@@ -42,6 +56,16 @@ def import_object(path: str, setting: str) -> Any:
         return getattr(import_module(module, setting), name)
     except AttributeError as error:
         raise UserError(f"{setting}: cannot import {path!r}: {error}") from error
+
+
+def source_file(path: str) -> Path | None:
+    """The file of the module in `package.module:name`, `package.module` or `some/file.py`, which
+    has been imported before; None if it has none."""
+    module = path.rpartition(":")[0] or path
+    if module.endswith(".py"):
+        return Path(module)
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -5,13 +5,14 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
-    """Immutable; unknown keys are errors, and so are booleans in place of numbers and texts."""
+    """Immutable; unknown keys are errors, and so are booleans in place of numbers and texts. A list
+    of one text or section needs no brackets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -28,6 +29,13 @@ class Section(BaseModel):
                 "for this key; put it in quotes if it is a text"
             )
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_needs_no_brackets(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        several = get_origin(cls.model_fields[info.field_name].annotation) in (list, tuple)
+        return [value] if several and isinstance(value, (str, Path, dict)) else value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -7,26 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from klear_megatron.config.imports import import_module
+from klear_megatron.config.imports import add_imports, import_module
 from klear_megatron.errors import UserError
 
 _ANY = (
     "Hugging Face folder; Megatron checkpoint; or a run's folder or a root of Megatron-LM, Bridge "
     "or slime, for its latest checkpoint"
 )
-
-
-def add_imports(parser: argparse.ArgumentParser) -> None:
-    """The option for modules of the user's own."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="package.module or file.py to import first, such as one that registers an "
-        "architecture; those of the run that wrote a checkpoint are imported anyway",
-    )
 
 
 def checkpoint_in(path: Path, imports: Sequence[str] = ()) -> Path:

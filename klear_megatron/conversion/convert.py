@@ -82,7 +82,7 @@ def megatron_to_hf(
         if dry_run:
             _print_plan(files, processes, to_hf=True)
         else:
-            _write_hf(files, rows, checkpoint, folder.path, out, resume, processes)
+            _write_hf(files, rows, checkpoint, folder, out, resume, processes)
 
 
 def export_hf(model: "Model", out: Path) -> None:
@@ -107,7 +107,7 @@ def export_hf(model: "Model", out: Path) -> None:
         # No read-ahead: gathering is collective, so one thread must do all of it.
         return map(tensors, moves)
 
-    _write_hf(files, rows, source, source, out, resume=False, processes=Processes(0, 1))
+    _write_hf(files, rows, source, model.folder, out, resume=False, processes=Processes(0, 1))
     for _ in named_tensors:
         pass
 
@@ -194,6 +194,7 @@ def _table_for_ranks(hf_dir: Path, tensor_parallel_size: int) -> list[Weight]:
     if tensor_parallel_size < 1:
         raise UserError(f"{tensor_parallel_size} tensor-parallel ranks: at least 1 is needed")
     folder = ModelFolder(hf_dir)
+    _ = folder.architecture  # an unknown one, such as that of images, may have none of the fields
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(folder.config, field) % tensor_parallel_size:
             raise UserError(
@@ -212,7 +213,7 @@ def _write_hf(
     files: Mapping[str, Sequence[Move]],
     rows_of: Callable[[Sequence[Move]], Iterator[list[Tensor]]],
     source: Path,
-    companions: Path,
+    companions: ModelFolder,
     out: Path,
     resume: bool,
     processes: Processes,
@@ -226,7 +227,7 @@ def _write_hf(
         return write_shard(file, [spec for move in moves for spec in move.specs], tensors())
 
     def finish(folder: Path, sums: Mapping[str, str]) -> None:
-        copy_companions(companions, folder)
+        companions.copy_companions(folder)
         specs = [(file, spec) for file, moves in files.items() for m in moves for spec in m.specs]
         set_config_dtype(folder, (dtype for _, (_, dtype, _) in specs))
         if len(files) > 1:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from klear_megatron.config import Section
+from klear_megatron.data.config import PromptColumns
 from klear_megatron.rewards import RewardConfig
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
 
@@ -28,7 +29,8 @@ class TeacherConfig(Section):
     """A model that answers the prompts that pass the other filters."""
 
     model: Path
-    """Hugging Face checkpoint; with `rollout.urls`, the one that is served there."""
+    """Hugging Face checkpoint, or the name of one on the hub; with `rollout.urls`, the one that is
+    served there."""
 
     samples_per_prompt: PositiveInt = 16
     """Responses of the teacher per prompt."""
@@ -90,7 +92,7 @@ class SubsetConfig(Section):
     """Chooses the first prompt."""
 
 
-class CurateConfig(Section):
+class CurateConfig(PromptColumns):
     """Settings of `klear-megatron curate`, which selects prompts and writes them unchanged."""
 
     path: Path | tuple[Path, ...]

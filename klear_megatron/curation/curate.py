@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +18,7 @@ from klear_megatron.curation.filters import Candidate, count_tests, make_filters
 from klear_megatron.curation.k_center import k_center_greedy
 from klear_megatron.curation.pass_rate import why_dropped
 from klear_megatron.curation.text import DIMENSIONS, hashed_vector
+from klear_megatron.data import Prompt
 from klear_megatron.data.files import Row
 from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.errors import UserError
@@ -50,12 +52,16 @@ def curate(config: CurateConfig) -> CurationReport:
     make_folder(config.output.parent)
     report = CurationReport()
     spool = config.output.with_suffix(".partial.jsonl")
+
+    def spooled() -> Iterator[Prompt]:
+        return (prompt for _, prompt in parse_rows(spool, partial(parse_prompt, columns=config)))
+
     with _dropped_rows(config.output, report) as drop:
         survivors = _filter(config, spool, report, drop)
         kept = np.ones(len(survivors.rows), dtype=bool)
         if config.pass_rate is not None and survivors.rows:
             folder = config.output.with_suffix(".teacher")
-            for i, why in enumerate(why_dropped(config.pass_rate, spool, folder)):
+            for i, why in enumerate(why_dropped(config.pass_rate, spooled, folder)):
                 if why is not None:
                     kept[i] = False
                     drop(survivors.rows[i], "pass rate", why)
@@ -108,7 +114,7 @@ def _filter(config: CurateConfig, spool: Path, report: CurationReport, drop: Dro
             else:
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 survivors.rows.append(candidate.prompt.index)
-                source = str(row.get(source_field))
+                source = str(row.get(source_field, candidate.prompt.data_source))
                 survivors.sources.append(numbers.setdefault(source, len(numbers)))
                 if wants_vectors:
                     survivors.vectors += hashed_vector(candidate.words).tobytes()
@@ -120,7 +126,7 @@ def _candidates(
     config: CurateConfig, report: CurationReport, drop: Drop
 ) -> Iterator[tuple[Row, Candidate]]:
     def parse(row: Row, index: int) -> Candidate:
-        prompt = parse_prompt(row, index)
+        prompt = parse_prompt(row, index, config)
         return Candidate(prompt, count_tests(prompt))
 
     def skip(error: UserError) -> None:

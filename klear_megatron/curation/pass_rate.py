@@ -5,19 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from klear_megatron.curation.config import PassRateConfig
-from klear_megatron.curation.teacher import ask
+from klear_megatron.curation.teacher import Prompts, ask
 from klear_megatron.curation.text import digest, query_of
 from klear_megatron.data import Prompt
 from klear_megatron.data.files import read_rows
-from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.errors import UserError
 
 
-def why_dropped(config: PassRateConfig, prompts: Path, folder: Path) -> Iterator[str | None]:
-    """Returns the reason for dropping each prompt of a file, or None to keep it.
+def why_dropped(config: PassRateConfig, prompts: Prompts, folder: Path) -> Iterator[str | None]:
+    """Returns the reason for dropping each prompt, or None to keep it.
 
     Args:
-        prompts: JSON Lines.
         folder: receives the teacher's responses, if there is a teacher.
 
     Raises:
@@ -27,7 +25,7 @@ def why_dropped(config: PassRateConfig, prompts: Path, folder: Path) -> Iterator
     counts: dict[bytes, array[int]] = {}
     for path in (ask(teacher, prompts, folder),) if teacher else config.responses:
         _count_correct(path, counts)
-    for _, prompt in parse_rows(prompts, parse_prompt):
+    for prompt in prompts():
         correct, total = counts.get(digest(query_of(prompt)), (0, 0))
         if total == 0:
             yield "no responses"

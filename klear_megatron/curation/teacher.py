@@ -1,19 +1,19 @@
 """Draws a teacher's responses to the prompts of a file from SGLang servers, and grades them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.curation.config import TeacherConfig
 from klear_megatron.curation.text import digest, query_of
 from klear_megatron.data import Prompt
 from klear_megatron.data.encoding import encode_prompt
 from klear_megatron.data.files import stamps
-from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.evaluation.benchmark import add_rewards
 from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.evaluation.responses import ungraded_row, write_rows
@@ -27,14 +27,17 @@ from klear_megatron.rollout.generation import generating
 
 _GRADED_AT_ONCE = 1024
 
+Prompts = Callable[[], Iterator[Prompt]]
+"""Reads the prompts again from the first one on."""
 
-def ask(teacher: TeacherConfig, prompts: Path, folder: Path) -> Path:
+
+def ask(teacher: TeacherConfig, prompts: Prompts, folder: Path) -> Path:
     """Draws the responses still missing from `samples_per_prompt` per prompt, and grades them.
 
     Each response is stored as it arrives, so an interrupted run continues where it stopped.
 
     Args:
-        prompts: JSON Lines. Equal prompts share their responses.
+        prompts: equal ones share their responses.
         folder: receives the responses and the servers' logs.
 
     Returns:
@@ -44,6 +47,7 @@ def ask(teacher: TeacherConfig, prompts: Path, folder: Path) -> Path:
         UserError: a prompt cannot be graded, the model is bad, a server fails, or the folder holds
             another teacher's responses.
     """
+    teacher = teacher.model_copy(update={"model": local_model(teacher.model)})
     settings = teacher.model_dump(mode="json", include={"model", "sampling", "seed"})
     claim(folder, settings | {"weights": stamps(teacher.model.glob("*.safetensors"))})
     path = folder / RESPONSES
@@ -73,12 +77,12 @@ def _counted(folder: Path, drawn: Counter[bytes]) -> Iterator[Row]:
 def _missing(
     teacher: TeacherConfig,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Path,
+    prompts: Prompts,
     drawn: Counter[bytes],
 ) -> Counter[bytes]:
     """The number of responses still to draw for each prompt, keyed by the digest of its query."""
     missing: Counter[bytes] = Counter()
-    for _, prompt in parse_rows(prompts, parse_prompt):
+    for prompt in prompts():
         key = digest(query_of(prompt))
         if len(encode_prompt(tokenizer, prompt.messages)) <= teacher.max_prompt_length:
             missing[key] = teacher.samples_per_prompt - drawn[key]
@@ -88,15 +92,14 @@ def _missing(
 def _draw(
     teacher: TeacherConfig,
     model: ModelFolder,
-    prompts: Path,
+    prompts: Prompts,
     folder: Path,
     missing: Counter[bytes],
     stored: int,
 ) -> None:
     rollout = teacher.rollout
-    all_prompts = (prompt for _, prompt in parse_rows(prompts, parse_prompt))
     longest = teacher.max_prompt_length
-    check_prompts(all_prompts, longest, model.config, rollout, teacher.sampling, teacher.rewards)
+    check_prompts(prompts(), longest, model.config, rollout, teacher.sampling, teacher.rewards)
     asked: dict[int, Prompt] = {}
     logs = folder / "logs"
     with (
@@ -118,11 +121,11 @@ def _draw(
 
 
 def _wanted(
-    tokenizer: PreTrainedTokenizerBase, prompts: Path, missing: Counter[bytes]
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, missing: Counter[bytes]
 ) -> Iterator[tuple[Prompt, list[int]]]:
     """Yields each prompt and its token ids once per missing response."""
     left = dict(missing)
-    for _, prompt in parse_rows(prompts, parse_prompt):
+    for prompt in prompts():
         if count := left.pop(digest(query_of(prompt)), 0):
             yield from [(prompt, encode_prompt(tokenizer, prompt.messages))] * count
 

@@ -44,6 +44,8 @@ class EvalConfig(Section):
 
     model: Path
     """Hugging Face checkpoint, or the name of one on the hub."""
+    chat_template: str | None = None
+    """A chat template in place of the tokenizer's: a file, or the Jinja text itself."""
     run_dir: Path
     """Gets results.json, the responses and the server's log; an evaluation that was ended goes on
     from the responses there."""

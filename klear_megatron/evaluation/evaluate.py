@@ -34,6 +34,7 @@ from klear_megatron.evaluation.stored import (
 )
 from klear_megatron.evaluation.usage import DrawingUsage
 from klear_megatron.evaluation.yarn import extend_context
+from klear_megatron.models.tokenizer import read_template
 from klear_megatron.observability import Progress, say
 from klear_megatron.rewards import RewardPool
 from klear_megatron.rollout.generation import generating
@@ -52,8 +53,7 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
         UserError: the data or the model is bad, a server fails, or the run directory holds
             responses drawn with other settings.
     """
-    config = config.model_copy(update={"model": local_model(config.model)})
-    model = ModelFolder(config.model)
+    config, model = _with_model_here(config)
     benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
     check_thinking(model.tokenizer, config.rewards)
     asked: list[Asked] = []
@@ -77,14 +77,22 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
     return _grade(config)
 
 
+def _with_model_here(config: EvalConfig) -> tuple[EvalConfig, ModelFolder]:
+    """The config with the model's folder and the chat template's text, and that folder."""
+    template = config.chat_template
+    if template is not None:
+        template = read_template(template, "chat_template")
+    model = ModelFolder(local_model(config.model), template)
+    return config.model_copy(update={"model": model.path, "chat_template": template}), model
+
+
 def describe(config: EvalConfig) -> Iterator[str]:
     """Lines on what `evaluate` would do: all settings, and the problems and responses.
 
     Raises:
         UserError: what `evaluate` would refuse before its servers start.
     """
-    config = config.model_copy(update={"model": local_model(config.model)})
-    model = ModelFolder(config.model)
+    config, model = _with_model_here(config)
     yield as_yaml(config)
     benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
     check_thinking(model.tokenizer, config.rewards)

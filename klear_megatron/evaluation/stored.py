@@ -74,7 +74,9 @@ def claim(folder: Path, ours: dict[str, Any]) -> None:
 def settings_of(config: EvalConfig, benchmark: Benchmark) -> dict[str, Any]:
     """All settings that affect which responses are drawn."""
     return {
-        **config.model_dump(mode="json", include={"model", "sampling", "yarn", "seed"}),
+        **config.model_dump(
+            mode="json", include={"model", "chat_template", "sampling", "yarn", "seed"}
+        ),
         **config.benchmarks[benchmark.name].model_dump(mode="json"),
         "weights": stamps(config.model.glob("*.safetensors")),
         "problems": len(benchmark.loaded.prompts),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.config import Section
 from klear_megatron.errors import UserError
 from klear_megatron.launch.config import (
@@ -124,9 +125,13 @@ class Job:
         gpus = launch.gpus_per_node or launch.gres
         if not isinstance(self.config, RunConfig) or policy is None or not gpus:
             return None
-        if not (policy.hf_folder / "config.json").is_file():
+        try:
+            folder = local_model(policy.hf_folder, ["config.json"])
+        except UserError:  # no such name on the hub, or no network here
             return None
-        model, run = PlannedModel.read(policy.hf_folder), PlannedRun.of(self.config)
+        if not (folder / "config.json").is_file():
+            return None
+        model, run = PlannedModel.read(folder), PlannedRun.of(self.config)
         return plan(
             policy,
             run.work(model.positions),

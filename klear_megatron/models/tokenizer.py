@@ -10,6 +10,31 @@ from klear_megatron.errors import UserError
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+def is_template(given: str) -> bool:
+    """Whether it is a chat template itself, and not the name of a file."""
+    return "{{" in given or "{%" in given
+
+
+def read_template(given: str, setting: str) -> str:
+    """A chat template: the text of the file that `given` names, or `given` itself.
+
+    Args:
+        setting: the config key that holds it, for the message.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if is_template(given):
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{setting}: {given}: cannot be read: {error}; give a file with a Jinja template, or "
+            "the template itself"
+        ) from error
+
+
 def read_tokenizer(path: Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from klear_megatron.config import load_config
+from klear_megatron.config.imports import add_imports, import_module
 from klear_megatron.planning.hardware import Hardware, read_hardware
 from klear_megatron.planning.model import PlannedModel
 from klear_megatron.planning.plan import plan
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search", action="store_true", help="all layouts that fit, by time")
     parser.add_argument("--price", type=float, help="of a GPU hour")
     parser.add_argument("--json", action="store_true", help="for programs")
+    add_imports(parser)
     parser.epilog = "Any key of the config can be set with --section.key value."
 
 
@@ -62,6 +64,8 @@ def run(
     if config.needs_judging:
         judge(config.rl)
     hardware = read_hardware(arguments.gpu)
+    for module in arguments.imports:
+        import_module(module, "--import")
     import_extensions(config.policy)
     model = PlannedModel.read(config.policy.hf_folder)
     work = config.work(model.positions, arguments.sequence_length, arguments.sequences_per_step)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from klear_megatron.checkpoints.hf_config import read_sizes
+from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.models import get_architecture, padded_vocab_size
 from klear_megatron.models.architecture import Weight
 from klear_megatron.models.mapping import ParamMapping
@@ -71,12 +72,12 @@ class PlannedModel:
 
     @classmethod
     def read(cls, path: Path) -> "PlannedModel":
-        """The model of a folder with a config.json.
+        """The model of a folder with a config.json, or of that name on the Hugging Face hub.
 
         Raises:
-            UserError: no such folder, no config.json there, or an unknown architecture.
+            UserError: no such folder or name, no config.json there, or an unknown architecture.
         """
-        return cls(read_sizes(path))
+        return cls(read_sizes(local_model(path, ["config.json"])))
 
     @cached_property
     def layer_parameters(self) -> list[list[Parameter]]:

@@ -29,7 +29,6 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from klear_megatron.checkpoints.checksums import write_checksums
-from klear_megatron.checkpoints.hf_reader import copy_companions
 from klear_megatron.checkpoints.megatron_companions import (
     common_objects,
     point_release_to,
@@ -157,7 +156,7 @@ class CheckpointWriter:
         dist.barrier()
         if dist.get_rank() == 0:
             (partial / "hf").mkdir()
-            copy_companions(self._folder.path, partial / "hf")
+            self._folder.copy_companions(partial / "hf")
             write_run_config(partial, self._folder.config, dtype)
             write_checksums(partial, {})
             shutil.rmtree(path, ignore_errors=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from klear_megatron.config import Section
 from klear_megatron.config.imports import import_module
@@ -269,11 +269,6 @@ class ModelConfig(Section):
     but not on the ranks that share a micro-batch."""
     parallel: ParallelConfig = ParallelConfig()
 
-    @field_validator("imports", mode="before")
-    @classmethod
-    def _takes_a_single_name(cls, imports: object) -> object:
-        return (imports,) if isinstance(imports, str) else imports
-
     @property
     def hf_folder(self) -> Path:
         """Where the config and the tokenizer are."""
@@ -305,6 +300,9 @@ class ModelConfig(Section):
 class PolicyConfig(ModelConfig):
     """The model that is trained, its optimizer and its checkpoints."""
 
+    chat_template: str | None = None
+    """A chat template in place of the tokenizer's: a file, or the Jinja text itself. Checkpoints
+    have it, too."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig
 

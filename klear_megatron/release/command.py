@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from klear_megatron.conversion.command import add_imports, check_alone, check_output, checkpoint_in
+from klear_megatron.config.imports import add_imports
+from klear_megatron.conversion.command import check_alone, check_output, checkpoint_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

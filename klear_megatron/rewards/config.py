@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from klear_megatron.config import Section
 from klear_megatron.rewards.limits import Limits
@@ -103,6 +103,11 @@ class CustomRewardConfig(Section):
 
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds by the clock for one response; then it is ended and its score is 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_is_enough(cls, given: object) -> object:
+        return {"function": given} if isinstance(given, str) else given
 
 
 class RewardConfig(Section):

@@ -113,6 +113,13 @@ class RLConfig(RunConfig):
         """The largest possible number; a step whose groups were dropped takes fewer."""
         return self.steps * math.ceil(self.prompts_per_step / self.prompts_per_mini_batch)
 
+    @property
+    def own_code(self) -> list[tuple[str, str]]:
+        named = [("loss.name", self.loss.name)]
+        named += [("rewards.custom", custom.function) for custom in self.rewards.custom]
+        named += [("rewards.sources", name) for name in self.rewards.sources.values()]
+        return super().own_code + [(key, name) for key, name in named if ":" in name]
+
     def describe_step(self, data_parallel_size: int) -> list[str]:
         samples = self.prompts_per_mini_batch * self.responses_per_prompt
         updates = math.ceil(self.prompts_per_step / self.prompts_per_mini_batch)

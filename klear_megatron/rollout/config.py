@@ -75,7 +75,7 @@ class ServeConfig(Section):
     """Settings of `klear-megatron serve`."""
 
     model: Path
-    """Hugging Face checkpoint."""
+    """Hugging Face checkpoint, or the name of one on the hub."""
     run_dir: Path
     """Folder for the servers' logs."""
     rollout: RolloutConfig = RolloutConfig()

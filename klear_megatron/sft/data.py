@@ -85,7 +85,11 @@ def _what_decides(data: ConversationsConfig, model: ModelFolder) -> dict[str, An
     for one in [data.path] if isinstance(data.path, Path) else data.path:
         files += [one, *one.rglob("*")]
     tokenizer = [file for file in model.path.iterdir() if file.suffix != ".safetensors"]
-    return data.model_dump(mode="json") | {"files": stamps([*files, *tokenizer])}
+    return {
+        **data.model_dump(mode="json"),
+        "chat_template": model.chat_template,
+        "files": stamps([*files, *tokenizer]),
+    }
 
 
 def _encode(

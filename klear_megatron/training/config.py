@@ -81,6 +81,11 @@ class RunConfig(Section):
     trackers: TrackersConfig | None = None
     policy: PolicyConfig
 
+    @property
+    def own_code(self) -> list[tuple[str, str]]:
+        """The settings that name the user's own modules or functions, and the names."""
+        return [("policy.imports", name) for name in self.policy.imports]
+
     @abstractmethod
     def describe_step(self, data_parallel_size: int) -> list[str]:
         """How a step's samples are divided over the data-parallel ranks, in plain lines."""

@@ -1,14 +1,17 @@
 """Going on from a run's newest checkpoint, also with settings that have changed since."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from klear_megatron.checkpoints.run_config import RUN_CONFIG
 from klear_megatron.config import write_config
+from klear_megatron.config.imports import source_file
 from klear_megatron.errors import UserError
+from klear_megatron.models.tokenizer import is_template
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
+from klear_megatron.platform.fingerprints import fingerprint
 from klear_megatron.policy.checkpoint import latest_checkpoint, read_state
 from klear_megatron.policy.learner import Learner
 from klear_megatron.training.config import RunConfig
@@ -23,6 +26,8 @@ _REFUSED = {
 
 _WARNED = {
     "rewards": "rewards and accuracies of earlier steps were graded differently",
+    "policy.imports": "the model may now compute something else than its weights were trained for",
+    "policy.chat_template": "earlier steps saw other prompts",
     "sampling": "responses of earlier steps were drawn differently",
     "evaluation.benchmarks": "earlier scores are of other problems or samples",
     "evaluation.sampling": "earlier scores were drawn differently",
@@ -59,11 +64,34 @@ def resume(learner: Learner, config: RunConfig, last_step: int) -> dict[str, Any
     state = read_state(path)
     _check(path, state, config, last_step)
     learner.load(path)
+    changes = list(_changes(state, config))
     if is_main_rank():
         say(f"resuming from {path}")
-        for line in _changes(state["config"], config, state["step"] + 1):
+        for line in _describe(changes, state["step"] + 1):
             say(line)
     return state
+
+
+def code_fingerprints(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Collective. Setting -> file -> what tells the file from others, of all code and templates of
+    the user's own."""
+
+    def read() -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for key, file in _own_files(config) if is_main_rank() else ():
+            found.setdefault(key, {})[str(file)] = fingerprint([file.read_bytes()])
+        return found
+
+    return objects.broadcast(objects.together(read))
+
+
+def _own_files(config: RunConfig) -> Iterator[tuple[str, Path]]:
+    for key, name in config.own_code:
+        if (file := source_file(name)) is not None:
+            yield key, file
+    template = config.policy.chat_template
+    if template is not None and not is_template(template):
+        yield "policy.chat_template", Path(template).expanduser()
 
 
 def record_config(config: RunConfig, first: int) -> None:
@@ -110,13 +138,24 @@ def _check(path: Path, state: Mapping[str, Any], config: RunConfig, last_step: i
         )
 
 
-def _changes(before: Mapping[str, Any], config: RunConfig, first: int) -> Iterator[str]:
-    old, new = _flat(before), _flat(config.model_dump(mode="json"))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if changed:
+def _changes(state: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Collective. Each setting that has changed since, and how."""
+    old, new = _flat(state["config"]), _flat(config.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield key, f"{old.get(key)} -> {new.get(key)}"
+    before = state.get("code", {})
+    for key, files in code_fingerprints(config).items():
+        for file, now in files.items():
+            if before.get(key, {}).get(file, now) != now:
+                yield key, f"{file} is not what it was"
+
+
+def _describe(changes: Sequence[tuple[str, str]], first: int) -> Iterator[str]:
+    if changes:
         yield f"changed, from step {first} on:"
-    for key in changed:
-        yield f"  {key}: {old.get(key)} -> {new.get(key)}"
+    for key, change in changes:
+        yield f"  {key}: {change}"
         for section, why in _WARNED.items():
             if key == section or key.startswith(f"{section}."):
                 yield f"    warning: {why}"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.checkpoints.megatron_folder import newest_in
 from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.models.tokenizer import read_template
 from klear_megatron.platform import objects, stop
 from klear_megatron.platform.device import init_distributed
 from klear_megatron.platform.files import make_folder
@@ -71,7 +72,10 @@ def model_folder(config: RunConfig) -> ModelFolder:
         UserError: it cannot be read, or its architecture is unknown.
     """
     import_extensions(config.policy)
-    folder = ModelFolder(config.policy.hf_folder)
+    template = config.policy.chat_template
+    if template is not None:
+        template = read_template(template, "policy.chat_template")
+    folder = ModelFolder(config.policy.hf_folder, template)
     _ = folder.architecture  # an unknown one, such as that of images, may have no sizes to check
     return folder
 

@@ -17,6 +17,7 @@ from klear_megatron.platform.files import write_atomically
 from klear_megatron.policy.checkpoint import checkpoint_path
 from klear_megatron.policy.learner import Learner
 from klear_megatron.training.config import RunConfig
+from klear_megatron.training.resume import code_fingerprints
 from klear_megatron.training.run import base_fingerprint, is_main_rank
 
 _FINISHED = "finished.json"
@@ -57,6 +58,7 @@ class Saver:
     ) -> None:
         self._learner, self._config, self._last_step = learner, config, last_step
         self._state, self._save_beside = state, save_beside
+        self._code = code_fingerprints(config)  # now, as the files may be edited meanwhile
         self._trained = self._saved = step
         heartbeat.trained(step)
 
@@ -109,6 +111,7 @@ class Saver:
             "step": step,
             "config": config.model_dump(mode="json"),
             "base": base_fingerprint(config.policy.path),
+            "code": self._code,
         }
 
         def beside(folder: Path) -> None:

@@ -138,6 +138,15 @@ def test_programming_problems_with_too_few_tests_are_dropped(tmp_path):
     assert dropped["too few tests"] == {0: "15 tests"}
 
 
+def test_columns_of_other_formats_are_read_as_named(tmp_path):
+    rows = [{"question": text, "answer": "#### 4"} for text in ("2+2?", "1+3?", "2+2?")]
+    columns = {"prompt_key": "question", "ground_truth_key": "answer", "data_source": "math"}
+    kept, report, dropped = run(tmp_path, rows, **columns)
+    assert kept == rows[:2]
+    assert dropped == {"duplicate": {2: "of row 0"}}
+    assert report.sources == {"math": 2}
+
+
 def test_of_equal_prompts_one_that_passes_the_other_filters_is_kept(tmp_path):
     few, enough = (json.dumps({"inputs": ["1"] * n, "outputs": ["1"] * n}) for n in (1, 16))
     rows = [make_row("p", CODE, few), make_row("p", CODE, enough), make_row("p", CODE, enough)]

@@ -74,8 +74,13 @@ def test_sft_refuses_lengths_beyond_the_models_positions(make_config):
 def test_model_of_images_is_refused_by_its_architecture(make_config, tmp_path):
     config = Qwen2_5_VLConfig(architectures=["Qwen2_5_VLForConditionalGeneration"])
     config.save_pretrained(tmp_path / "images")
-    message = refusal("sft", str(make_config("sft")), "--policy.path", str(tmp_path / "images"))
-    assert "unknown architecture 'Qwen2_5_VLForConditionalGeneration'; known: " in message
+    for command in (
+        ("sft", str(make_config("sft")), "--policy.path", str(tmp_path / "images")),
+        ("convert", str(tmp_path / "images"), str(tmp_path / "out")),
+        ("verify", str(tmp_path / "images"), str(tmp_path / "images")),
+    ):
+        message = refusal(*command)
+        assert "unknown architecture 'Qwen2_5_VLForConditionalGeneration'; known: " in message
 
 
 def test_malformed_row_is_named_by_its_line(make_config, quickstart, tmp_path):

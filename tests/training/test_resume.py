@@ -107,6 +107,22 @@ def test_a_changed_schedule_is_applied_and_said(checkpoint, tmp_path):
     assert written["policy"]["optimizer"]["lr"] == 4e-4
 
 
+def _edit_the_code(path: Path, run_dir: Path) -> str:
+    mine = run_dir / "mine.py"
+    mine.write_text("")
+    policy = _config(path, run_dir).policy.model_dump() | {"imports": str(mine)}
+    config = _config(path, run_dir, policy=policy)
+    _train_and_save(config, 1)
+    assert "mine.py" not in _resume(config)[1]
+    mine.write_text("a = 1")
+    return _resume(config)[1]
+
+
+def test_edited_code_is_said(checkpoint, tmp_path):
+    (said,) = run_ranks(1, _edit_the_code, checkpoint, tmp_path)
+    assert f"policy.imports: {tmp_path}/mine.py is not what it was\n    warning: the model" in said
+
+
 def _refused(path: Path, run_dir: Path) -> list[str]:
     config = _config(path, run_dir)
     _train_and_save(config, 2)
