@@ -5,6 +5,7 @@ All of them move one row of the architecture's table after another.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -140,53 +141,69 @@ def hf_to_megatron(
         UserError: weights that do not fit the config, are not finite or are corrupt; no space.
     """
     check_companions(hf_dir)
-    table = _table_for_ranks(hf_dir, tensor_parallel_size)
     source = HFCheckpoint(hf_dir)
+    table = _table_for_ranks(hf_dir, tensor_parallel_size)
     source.check(table)
     moves = [Move(row, DTYPES[dtype] if dtype else _common_dtype(source, row)) for row in table]
-
-    def tensor(move: Move) -> Tensor:
-        full = move.row.mapping.merge([source.tensor(name) for name in move.row.sources])
-        return move.checked(full, hf_dir)
-
-    def write(shard: Sequence[Move], progress: Progress, file: BinaryIO) -> list[dict[str, Any]]:
-        chunks: list[WrittenChunk] = []
-        for move, full in zip(shard, read_ahead(map(tensor, shard)), strict=True):
-            chunks += write_row(file, move.row, full, tensor_parallel_size)
-            progress.advance(move.nbytes)
-        return [asdict(chunk) for chunk in chunks]
-
-    def finish(folder: Path, receipts: Mapping[str, list[dict[str, Any]]]) -> None:
-        wait_for_checksums()
-        (folder / "hf").mkdir(exist_ok=True)
-        copy_companions(hf_dir, folder / "hf")
-        set_config_dtype(folder / "hf", (move.dtype for move in moves))
-        chunks = {name: [WrittenChunk(**chunk) for chunk in receipts[name]] for name in receipts}
-        dtypes = {move.row.name: move.dtype for move in moves}
-        write_metadata(folder, dtypes, table, chunks, ModelFolder(hf_dir).config)
-        if for_megatron_lm:
-            move_to_release(folder)
-
     processes = Processes.join()
     shards = in_shards(moves, shard_bytes)
     files = {f"__{number}_0.distcp": shard for number, shard in enumerate(shards)}
     if dry_run:
         _print_plan(files, processes, to_hf=False)
         return
-    with weights_being_checked(hf_dir, enabled=processes.rank == 0) as wait_for_checksums:
+    pieces = {"tensor_parallel_size": tensor_parallel_size, "for_megatron_lm": for_megatron_lm}
+    with weights_being_checked(hf_dir, enabled=processes.rank == 0) as wait:
         carry_out(
             files,
-            write,
-            finish,
+            partial(_write_megatron_file, source, tensor_parallel_size),
+            partial(_finish_megatron, source, moves, for_megatron_lm, wait),
             source=hf_dir,
             out=out,
-            settings={
-                "tensor_parallel_size": tensor_parallel_size,
-                "for_megatron_lm": for_megatron_lm,
-            },
+            settings=pieces,
             resume=resume,
             processes=processes,
         )
+
+
+def _write_megatron_file(
+    source: HFCheckpoint,
+    tensor_parallel_size: int,
+    shard: Sequence[Move],
+    progress: Progress,
+    file: BinaryIO,
+) -> list[dict[str, Any]]:
+    """Writes the moved rows; returns where in the file their pieces are."""
+
+    def tensor(move: Move) -> Tensor:
+        full = move.row.mapping.merge([source.tensor(name) for name in move.row.sources])
+        return move.checked(full, source.path)
+
+    chunks: list[WrittenChunk] = []
+    for move, full in zip(shard, read_ahead(map(tensor, shard)), strict=True):
+        chunks += write_row(file, move.row, full, tensor_parallel_size)
+        progress.advance(move.nbytes)
+    return [asdict(chunk) for chunk in chunks]
+
+
+def _finish_megatron(
+    source: HFCheckpoint,
+    moves: Sequence[Move],
+    for_megatron_lm: bool,
+    wait_for_checksums: Callable[[], None],
+    folder: Path,
+    receipts: Mapping[str, list[dict[str, Any]]],
+) -> None:
+    """Writes what tells where the pieces of all files are, and `hf/`."""
+    wait_for_checksums()
+    (folder / "hf").mkdir(exist_ok=True)
+    copy_companions(source.path, folder / "hf")
+    set_config_dtype(folder / "hf", (move.dtype for move in moves))
+    chunks = {name: [WrittenChunk(**chunk) for chunk in receipts[name]] for name in receipts}
+    dtypes = {move.row.name: move.dtype for move in moves}
+    table = [move.row for move in moves]
+    write_metadata(folder, dtypes, table, chunks, ModelFolder(source.path).config)
+    if for_megatron_lm:
+        move_to_release(folder)
 
 
 def _table_for_ranks(hf_dir: Path, tensor_parallel_size: int) -> list[Weight]:

@@ -19,7 +19,7 @@ class Sample:
     answer_tokens: int
 
 
-def make_samples(
+def make_sample(
     config: NeedleConfig,
     haystack: Sequence[int],
     encode: Encode,
@@ -27,26 +27,16 @@ def make_samples(
     length: int,
     depth: float,
     rng: random.Random,
-) -> list[Sample]:
-    """Samples of exactly `length` tokens, each with its own value and part of the haystack.
+) -> Sample:
+    """A sample of exactly `length` tokens, with a value and a part of the haystack of its own.
+
+    Args:
+        depth: of the needle in the haystack, from 0 to 1.
 
     Raises:
-        UserError: the haystack is too short, a sample has no room for its needle, or the tokens of
-            the question change when the answer follows.
+        UserError: the haystack is too short, the sample has no room for its needle, or the tokens
+            of the question change when the answer follows.
     """
-    return [
-        _make_sample(config, haystack, encode, length, depth, rng) for _ in range(config.samples)
-    ]
-
-
-def _make_sample(
-    config: NeedleConfig,
-    haystack: Sequence[int],
-    encode: Encode,
-    length: int,
-    depth: float,
-    rng: random.Random,
-) -> Sample:
     value = rng.choice(config.values)
     statement = encode(config.statement.format(value=value))
     question = encode(config.question.format(value=value))

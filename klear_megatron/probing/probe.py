@@ -23,7 +23,7 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import import_extensions
 from klear_megatron.policy.model import Model
 from klear_megatron.probing.config import NeedleConfig, PositionsConfig, ProbeConfig
-from klear_megatron.probing.needles import Encode, make_samples
+from klear_megatron.probing.needles import Encode, make_sample
 from klear_megatron.probing.plots import draw
 
 Result = dict[str, Any]
@@ -99,7 +99,10 @@ def _find_needles(
     rows = []
     with Progress("needles", len(cells), enabled=dist.get_rank() == 0) as progress:
         for length, depth in cells:
-            samples = make_samples(config, haystack, encode, length=length, depth=depth, rng=rng)
+            samples = [
+                make_sample(config, haystack, encode, length=length, depth=depth, rng=rng)
+                for _ in range(config.samples)
+            ]
             log_probs, _ = model.log_probs(Batch.from_sequences([s.tokens for s in samples]))
             answers = [
                 row[-sample.answer_tokens :]

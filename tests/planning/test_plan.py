@@ -14,22 +14,9 @@ from klear_megatron.cli import main
 from klear_megatron.planning.run import READ_ELSEWHERE, PlannedRun
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.sft.config import SFTConfig
+from tests.models.published import qwen3_8b
 
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 524288,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "vocab_size": 151936,
-}
+QWEN3_8B = qwen3_8b(max_position_embeddings=524288).to_dict()
 
 
 @pytest.fixture
@@ -202,6 +189,20 @@ def test_bad_input_gets_the_runs_own_messages(config, capsys, tmp_path):
     assert "unknown architecture 'MambaForCausalLM'" in error(
         capsys, _write(tmp_path), "--gpus", "8"
     )
+
+
+def test_a_model_of_the_hub_is_planned_from_its_config_in_the_cache(
+    config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    (tmp_path / "model").rename(repository / "snapshots" / "abc")
+    assert main(["plan", str(config), "--gpus", "8", "--policy.path", "owner/name"]) == 0
+    assert "tokens per optimizer step on 8 GPUs" in capsys.readouterr().out
 
 
 def test_planning_reads_the_runs_own_settings():

@@ -10,7 +10,7 @@ import torch
 from klear_megatron.config import validate
 from klear_megatron.errors import UserError
 from klear_megatron.probing.config import NeedleConfig, PositionsConfig
-from klear_megatron.probing.needles import Sample, make_samples
+from klear_megatron.probing.needles import Sample, make_sample
 from klear_megatron.probing.probe import cut, losses_by_position
 
 HAYSTACK = list(range(1000, 1100))
@@ -28,7 +28,10 @@ def needle(**changes: Any) -> NeedleConfig:
 
 def samples(config: NeedleConfig, length: int = 40, depth: float = 0.5) -> list[Sample]:
     rng = random.Random(0)
-    return make_samples(config, HAYSTACK, encode, length=length, depth=depth, rng=rng)
+    return [
+        make_sample(config, HAYSTACK, encode, length=length, depth=depth, rng=rng)
+        for _ in range(config.samples)
+    ]
 
 
 @pytest.mark.parametrize(("depth", "place"), [(0.0, 0), (0.5, 15), (1.0, 30)])

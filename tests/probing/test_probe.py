@@ -11,7 +11,7 @@ import torch
 from klear_megatron.config import validate
 from klear_megatron.errors import UserError
 from klear_megatron.probing.config import ProbeConfig
-from klear_megatron.probing.needles import make_samples
+from klear_megatron.probing.needles import make_sample
 from klear_megatron.probing.probe import probe
 from tests.distributed.ranks import run_ranks
 from tests.models import tiny
@@ -71,9 +71,11 @@ def test_losses_and_answers_are_hugging_faces(folder):
         rows = log_probs.view(count, LENGTH)
         (cell,) = found["needle"]
         assert settings.needle is not None
-        samples = make_samples(
-            settings.needle, text, encode, length=32, depth=0.5, rng=random.Random(0)
-        )
+        rng = random.Random(0)
+        samples = [
+            make_sample(settings.needle, text, encode, length=32, depth=0.5, rng=rng)
+            for _ in range(settings.needle.samples)
+        ]
         answers, _ = tiny.hf_log_probs(model, [sample.tokens for sample in samples])
     for window in found["positions"]:
         loss = -rows[:, window["start"] : window["end"]].mean().item()
