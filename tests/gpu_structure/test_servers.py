@@ -14,9 +14,13 @@ from klear_megatron.rollout.servers import server_command, server_environment
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-rollout" / "bin" / "python"
 _PARSE = """
-import json, sys
-from sglang.srt.server_args import prepare_server_args
+import argparse, json, sys
+from sglang.srt.server_args import ServerArgs, prepare_server_args
 commands, names = json.loads(sys.argv[1])
+# Abbreviations, which the parser also takes, may mean something else in another release.
+ServerArgs.add_cli_args(parser := argparse.ArgumentParser())
+flags = {word for command in commands for word in command if word.startswith("--")}
+assert flags <= parser._option_string_actions.keys(), flags - parser._option_string_actions.keys()
 parsed = [prepare_server_args(command) for command in commands]
 print(json.dumps([{name: getattr(one, name) for name in names} for one in parsed]))
 """

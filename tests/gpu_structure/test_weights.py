@@ -145,6 +145,7 @@ def test_fp8_weights_are_pushed_and_saved_as_what_they_stand_for(
     pushed = model.hf_tensors(model.chunks)
     assert pushed.keys() == before.keys()
     for name, tensor in pushed.items():
+        assert type(tensor) is Tensor
         assert tensor.dtype == torch.bfloat16
         # E4M3 has three bits of mantissa; the smallest numbers of a scale have fewer.
         torch.testing.assert_close(tensor, before[name], rtol=2**-4, atol=2e-3)

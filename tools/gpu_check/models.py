@@ -47,9 +47,9 @@ def config_of(sizes: Sizes, *, experts: bool = False) -> PretrainedConfig:
         "intermediate_size": 3 * sizes.hidden,
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.hidden // 128,
-        "num_key_value_heads": max(1, sizes.hidden // 512),
+        "num_key_value_heads": max(2, sizes.hidden // 512),
         "head_dim": 128,
-        "max_position_embeddings": max(sizes.tokens),
+        "max_position_embeddings": max(sizes.tokens) + 16,  # a server draws a token more
         "tie_word_embeddings": False,
     }
     if experts:
