@@ -40,13 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one of `platform.exit_codes`: 0 on success; 2 after bad input and 130 after Ctrl-C, with one
         message on standard error; 75 if training was told to stop and can go on.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parsed, rest = _parser().parse_known_args(_file_first(given))
-    if rest and not parsed.takes_overrides:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed = _parse(sys.argv[1:] if arguments is None else arguments)
     _silence_libraries()
     try:
-        parsed.overrides = rest
         parsed.run(parsed)
     except Stopped as stopped:
         last = LastWords(str(stopped), CONTINUE)
@@ -61,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     last.leave()
     signal.signal(signal.SIGTERM, handler)
     return last.code
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The verb and its arguments. Ends the process, as argparse does, where they are wrong."""
+    parsed, rest = _parser().parse_known_args(_file_first(list(arguments)))
+    if rest and not parsed.takes_overrides:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.overrides = rest
+    return parsed
 
 
 def _file_first(arguments: list[str]) -> list[str]:
@@ -202,7 +207,7 @@ def _dry_run(describe: Callable[[C, int], Iterable[str]], config: C, ranks: int 
 
 def _torchrun(arguments: argparse.Namespace) -> None:
     """Run a verb on several ranks: torchrun's options, then the verb with its arguments."""
-    sys.exit(run_ranks(arguments.overrides))
+    sys.exit(run_ranks(arguments.overrides, _parse))
 
 
 def _eval(arguments: argparse.Namespace) -> None:

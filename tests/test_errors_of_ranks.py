@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from klear_megatron.cli import main
 from klear_megatron.data import PromptSampler
 from tests.commands import ROOT, environment, prepare_quickstart, run_command
@@ -88,3 +90,10 @@ def test_reporting_an_error_leaves_the_process_as_it_was(capsys):
     assert main(["sft", "no_such_file.yaml"]) == 2
     assert "no such config file" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_wrong_argument_is_refused_before_ranks_start(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["torchrun", "--nproc-per-node=2", "-m", "klear_megatron", "convert", "a", "b", "--x"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: --x\n")

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +58,13 @@ class LastWords:
             self.say()
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], check: Callable[[Sequence[str]], object]) -> int:
     """torchrun for the verbs of this package.
 
     Args:
-        arguments: torchrun's options, then a verb with its own arguments.
+        arguments: torchrun's options, then a verb with its own arguments; `-m klear_megatron` may
+            stand between them, as torchrun itself wants it.
+        check: called with the verb and its arguments before a rank is started.
 
     Returns:
         the exit code of the rank that failed first, whose message is the last thing that is said;
@@ -73,8 +75,10 @@ def run(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = torchrun.parse_args(["--module", *arguments])
-    options.training_script_args.insert(0, options.training_script)
-    options.training_script = "klear_megatron"
+    if options.training_script != "klear_megatron":
+        options.training_script_args.insert(0, options.training_script)
+        options.training_script = "klear_megatron"
+    check(options.training_script_args)
     os.environ[_LAUNCHER] = "1"
     begin = time.time()
     with tempfile.TemporaryDirectory(prefix="klear_megatron_") as folder:
