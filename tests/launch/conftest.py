@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, prepare_quickstart
+from tests.launch import whole_paper
 
 LOCAL_SLURM = str(ROOT / "tools" / "local_slurm")
 
@@ -32,12 +33,13 @@ def slurm() -> Iterator[Path]:
             subprocess.run([LOCAL_SLURM, "down", folder], check=True, timeout=60)
 
 
-@pytest.fixture
-def slurm_conf(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="session")
+def slurm_conf(slurm: Path) -> Iterator[Path]:
     """Lets Slurm's commands talk to it."""
     path = slurm / "slurm.conf"
-    monkeypatch.setenv("SLURM_CONF", str(path))
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(path))
+        yield path
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +48,16 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     prepare_quickstart(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(slurm_conf: Path, quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directories of the whole paper's recipe, which is submitted."""
+    return whole_paper.submit_all(tmp_path_factory.mktemp("paper"), quickstart)
+
+
+@pytest.fixture(scope="session")
+def beside_the_pipeline(request: pytest.FixtureRequest) -> None:
+    """Has the recipe run beside tests that mostly wait, if its own test comes later."""
+    if any("pipeline" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("pipeline")

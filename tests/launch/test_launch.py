@@ -1,6 +1,7 @@
 """`klear-megatron launch`: what it prints, what it refuses, and a whole run on a real Slurm."""
 
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 import yaml
 
 from klear_megatron.cli import main
-from tests.commands import ROOT, run_command
+from tests.commands import ROOT
 from tests.launch.conftest import wait_for
+from tests.models.published import qwen3_8b
 
 PAPER = str(ROOT / "examples" / "klear_reasoner_8b" / "math_rl.yaml")
 
@@ -47,21 +49,22 @@ def finish(run_dir: Path, timeout: float) -> dict[str, Any]:
     return ended
 
 
-def test_a_server_that_does_not_start_ends_the_job_and_is_named(slurm_conf, rl_config, tmp_path):
+def test_a_server_that_does_not_start_ends_the_job_and_is_named(
+    slurm_conf, beside_the_pipeline, rl_config, tmp_path
+):
     flags = ["--rollout.extra_args", "[--no-such-flag]"]
-    launched = run_command("launch", str(rl_config), *flags)
-    assert launched.returncode == 0, launched.stderr
+    assert main(["launch", str(rl_config), *flags]) == 0
     outcome = finish(tmp_path / "quickstart" / "rl", 120)
     assert outcome["code"] == 2
     assert "server on node" in outcome["message"]
     assert "--no-such-flag" in outcome["message"]
 
 
-def test_a_partition_that_slurm_does_not_have_is_named(slurm_conf, rl_config):
-    refused = run_command("launch", str(rl_config), "--launch.partition", "gone")
-    assert refused.returncode == 2
-    assert "invalid partition" in refused.stderr
-    assert "Traceback" not in refused.stderr
+def test_a_partition_that_slurm_does_not_have_is_named(slurm_conf, rl_config, capfd):
+    assert main(["launch", str(rl_config), "--launch.partition", "gone"]) == 2
+    error = capfd.readouterr().err
+    assert "invalid partition" in error
+    assert "Traceback" not in error
 
 
 def test_a_dry_run_prints_a_script_for_bash_and_the_arithmetic(capsys):
@@ -121,8 +124,7 @@ def test_a_job_runs_on_this_host_without_slurm(quickstart, tmp_path):
         }
     }
     config.write_text(yaml.safe_dump(values))
-    done = run_command("launch", str(config), "--executor", "local")
-    assert done.returncode == 0, done.stderr
+    assert main(["launch", str(config), "--executor", "local"]) == 0
     assert (out / "latest_checkpointed_iteration.txt").exists() or list(out.iterdir())
     assert finish(tmp_path / "run", 1)["code"] == 0
 
@@ -141,6 +143,55 @@ def test_an_array_is_of_jobs_that_ask_for_the_same(tmp_path, capsys):
     assert "--time is 04:00:00 and 05:00:00" in capsys.readouterr().err
     assert main(["launch", PAPER, PAPER, "--dry-run"]) == 2
     assert "have the same run directory" in capsys.readouterr().err
+
+
+def test_points_of_a_scaling_experiment_are_arrays_by_their_size(tmp_path, capsys):
+    experiment = ROOT / "examples" / "long_context" / "h100_8b.yaml"
+    model = tmp_path / "model"
+    qwen3_8b(1048576).save_pretrained(model)
+    layouts = json.dumps({"small": {"ranks": 4}, "two": {"ranks": 16}, "four": {"ranks": 32}})
+    flags = ["--policy.path", str(model), "--layouts", layouts, "--run_dir", str(tmp_path / "run")]
+    command = ["launch", str(experiment), *flags, "--lengths", "[1024, 2048]", "--dry-run"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    arrays = printed.split("#SBATCH --array=0-5\n")
+    assert [re.findall(r"--(n\S+)", array)[-2:] for array in arrays[:-1]] == [
+        ["nodes=1", "ntasks-per-node=4"],
+        ["nodes=2", "ntasks-per-node=8"],
+        ["nodes=4", "ntasks-per-node=8"],
+    ]
+    assert "16 ranks = TP 1" in printed
+    command[4:6] = ["--layouts", json.dumps({"odd": {"ranks": 12}})]
+    assert main(command) == 2
+    assert "12 ranks do not fill nodes of 8" in capsys.readouterr().err
+
+
+def test_a_scaling_experiment_runs_as_an_array_and_a_point_out_of_time_is_a_result(
+    slurm_conf, beside_the_pipeline, quickstart, tmp_path, capsys
+):
+    config, run_dir = tmp_path / "scaling.yaml", tmp_path / "run"
+    values = {
+        "run_dir": str(run_dir),
+        "policy": {"path": str(quickstart / "base"), "dtype": "float32", "optimizer": {"lr": 1e-3}},
+        "lengths": [64],
+        "layouts": {"one": {"ranks": 1}},
+        "variants": {"base": {}, "stuck": {"imports": ["tests.launch.stuck"]}},
+        "tokens_per_step": 64,
+        "steps": 1,
+        "time_limit_s": 20,
+        "launch": {"verb": "scaling", "cpus_per_rank": 1},
+    }
+    config.write_text(yaml.safe_dump(values))
+    assert main(["launch", str(config)]) == 0
+    for variant, outcome in (("base", "measured"), ("stuck", "out of time")):
+        point = run_dir / "points" / f"64.one.{variant}"
+        ended = finish(point, 120)
+        assert ended["code"] == (0 if outcome == "measured" else 2)
+        assert json.loads(point.with_name(f"{point.name}.json").read_text())["outcome"] == outcome
+    assert main(["launch", str(config)]) == 2
+    assert "every point has a result" in capsys.readouterr().err
+    assert main(["scaling", str(config), "--tables"]) == 0
+    assert "stuck: out of time" in (run_dir / "summary.md").read_text()
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])

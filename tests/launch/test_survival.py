@@ -1,26 +1,40 @@
-"""A trainer on a real Slurm that is killed, and told to end, has the losses of one left alone."""
+"""A trainer on a real Slurm that is killed, hangs and is told to end has the losses of one left
+alone."""
 
+import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
-from tests.commands import ROOT, prepare_quickstart, run_command
+from klear_megatron.launch.status import status
+from tests.commands import ROOT, run_command
 from tests.files import read_rows
 from tests.launch.test_conductor import submit, wait_for
 
-STEPS = 60
+STEPS = 40
 
 
-def write_config(folder: Path, name: str) -> Path:
+@pytest.fixture
+def data(quickstart: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "sft.jsonl"
+    lines = (quickstart / "sft.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: STEPS * 16]))
+    return path
+
+
+def write_config(data: Path, base: Path, name: str) -> Path:
     values = yaml.safe_load((ROOT / "examples" / "quickstart" / "sft.yaml").read_text())
-    values |= {"run_dir": str(folder / name), "epochs": 1, "batch_size": 16, "save_every": 4}
-    values["policy"]["path"] = str(folder / "base")
-    values["data"]["path"] = str(folder / "sft.jsonl")
+    values |= {"run_dir": str(data.with_name(name)), "epochs": 1, "batch_size": 16, "save_every": 4}
+    values |= {"watchdog_s": 20}
+    values["policy"]["path"] = str(base)
+    values["data"]["path"] = str(data)
     values["launch"] = {"verb": "sft", "nodes": 2, "cpus_per_rank": 1, "time": "00:30:00"}
-    path = folder / f"{name}.yaml"
+    path = data.with_name(f"{name}.yaml")
     path.write_text(yaml.safe_dump(values))
     return path
 
@@ -31,33 +45,31 @@ def losses(run_dir: Path) -> list[float]:
     return [row["train/loss"] for row in read_rows(path)] if text.endswith("\n") else []
 
 
-def trainers(config: Path) -> list[psutil.Process]:
-    """The processes of the ranks of the job, oldest first."""
-    ours = str(config.parent / "killed" / "launch")
+def trainer(run_dir: Path, rank: int) -> psutil.Process:
+    """The process of a rank of the job."""
+    ours = str(run_dir / "launch")
     found: list[Any] = []
     for one in psutil.process_iter(["cmdline", "create_time"]):
         words = one.info["cmdline"] or []
-        if "klear_megatron" in words and any(word.startswith(ours) for word in words):
+        of_the_run = "klear_megatron" in words and any(word.startswith(ours) for word in words)
+        if of_the_run and one.environ()["RANK"] == str(rank):
             found.append(one)
-    return sorted(found, key=lambda one: one.info["create_time"])
+    return min(found, key=lambda one: one.info["create_time"])  # others are its forks
 
 
-def test_a_trainer_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alone(
-    slurm_conf, tmp_path
+def test_a_trainer_that_is_killed_hangs_and_is_told_to_end_has_the_losses_of_one_left_alone(
+    slurm_conf, beside_the_pipeline, quickstart, data, tmp_path
 ):
-    prepare_quickstart(tmp_path)
-    data = tmp_path / "sft.jsonl"
-    data.write_text("".join(data.read_text().splitlines(keepends=True)[: STEPS * 16]))
-    alone = write_config(tmp_path, "alone")
-    assert run_command("sft", str(alone), ranks=2).returncode == 0
-    expected = losses(tmp_path / "alone")
-    assert len(expected) == STEPS
-
-    config, run_dir = write_config(tmp_path, "killed"), tmp_path / "killed"
+    alone = write_config(data, quickstart / "base", "alone")
+    config, run_dir = write_config(data, quickstart / "base", "hit"), tmp_path / "hit"
     prepared = run_command("launch", str(config), "--prepare")
     assert prepared.returncode == 0, prepared.stderr
     job = submit(Path(prepared.stdout.strip().splitlines()[-1]) / "job.sh")
     log = run_dir / "launch" / f"{job}.log"
+    begun = 0
+
+    def wait_for_a_new_step() -> None:
+        wait_for(lambda: len(losses(run_dir)) > begun, 240)
 
     def requeued(attempts: int) -> bool:
         # Slurm lets a requeued job wait for two minutes; it sets that time after the state.
@@ -66,13 +78,29 @@ def test_a_trainer_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alo
         return (run_dir / "launch" / f"{job}-{attempts}").exists()
 
     wait_for(lambda: len(losses(run_dir)) > 4, 240)
-    trainers(config)[0].kill()  # later ones may be forks that write a checkpoint
+    trainer(run_dir, 0).kill()
     wait_for(lambda: requeued(1), 200)
-    before = len(losses(run_dir))
-    wait_for(lambda: len(losses(run_dir)) > before or "finished" in log.read_text(), 240)
-    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+
+    begun = len(losses(run_dir))
+    wait_for_a_new_step()
+    trainer(run_dir, 1).send_signal(signal.SIGSTOP)
+    assert run_command("sft", str(alone), ranks=2).returncode == 0  # meanwhile
+    expected = losses(tmp_path / "alone")
+    assert len(expected) == STEPS
+    wait_for(lambda: "no rank has made progress for 20 s" in log.read_text(), 120)
+    for rank in range(2):
+        report = (run_dir / "hang" / f"rank_{rank:05}.txt").read_text()
+        assert "klear_megatron/sft/loop.py" in report
+    assert re.search(r"last progress: \d+ s ago, phase train after step \d+", status(run_dir))
+    wait_for(lambda: "PENDING" in status(run_dir))
     wait_for(lambda: requeued(2), 200)
+
+    begun = len(losses(run_dir))
+    wait_for_a_new_step()
+    assert "RUNNING" in status(run_dir)
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    wait_for(lambda: requeued(3), 200)
     wait_for(lambda: "finished" in log.read_text(), 240)
-    assert "trying again after this error:" in log.read_text()
+    assert log.read_text().count("trying again after this error:") == 2
     assert "told to end; goes on from the newest checkpoint" in log.read_text()
     assert losses(run_dir) == expected
