@@ -32,6 +32,10 @@ class AdvantageConfig(Section):
     part of the reward, which is compared by itself as in `grpo`, then whitened (2601.05242)."""
     part_weights: Mapping[str, float] | None = None
     """Which parts of the reward `gdpo` compares, and their weights in the sum."""
+    drop_equal: bool = True
+    """Do not train on a group whose responses all have the same advantage, and draw another in its
+    place as far as `max_generation_batches` allows. False trains on it: its policy loss has no
+    gradient, but its tokens count in the mean, and its correct responses in the SFT term."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> "AdvantageConfig":

@@ -32,11 +32,13 @@ class Group:
     rewards: list[Reward]
     advantages: list[float]
     """Over each other, before a step's are whitened."""
+    drop_equal: bool = True
+    """Whether it is dropped if no response was better than another."""
 
     @property
     def informative(self) -> bool:
-        """Whether some responses were better than others."""
-        return min(self.advantages) < max(self.advantages)
+        """Whether it is trained on."""
+        return not self.drop_equal or min(self.advantages) < max(self.advantages)
 
 
 def compared(
@@ -54,7 +56,7 @@ def compared(
     """
     scores = [reward.score for reward in rewards]
     advantages = advantages_of(scores, [reward.parts for reward in rewards], config)
-    return Group(prompt, prompt_ids, responses, texts, rewards, advantages)
+    return Group(prompt, prompt_ids, responses, texts, rewards, advantages, config.drop_equal)
 
 
 def penalised(reward: Reward, length: int, config: RLConfig) -> Reward:

@@ -11,7 +11,7 @@ import torch
 
 from klear_megatron.data import LoadedPrompts, Prompt
 from klear_megatron.errors import UserError
-from klear_megatron.losses import GPPOConfig, group_advantages
+from klear_megatron.losses import AdvantageConfig, GPPOConfig, group_advantages
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.rewards import Job, Reward, RewardPool
 from klear_megatron.rl.batches import batch_of, with_whitened_advantages
@@ -207,6 +207,16 @@ def test_a_step_is_whitened_over_its_trained_responses_and_rewards_alike_teach_n
     batch = with_whitened_advantages(batch_of([groups[0], groups[2]], config))
     trained = batch.per_response["advantages"][::2]  # the others were cut off
     torch.testing.assert_close(trained, torch.tensor([-(0.5**0.5), 0.5**0.5]))
+
+
+def test_rewards_alike_are_trained_on_only_if_they_are_not_dropped():
+    rewards = [Reward(1.0, correct=True, formatted=True)] * 2
+    group = group_of(rewards, [-1.0])
+    for drop in (True, False):
+        config = AdvantageConfig(drop_equal=drop)
+        one = compared(group.prompt, [1, 2], group.responses, ["", ""], rewards, config)
+        assert one.advantages == [0.0, 0.0]
+        assert one.informative != drop
 
 
 def test_long_responses_lose_reward_as_dapo_has_it():
