@@ -92,10 +92,10 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     print(f"wrote {path}: {count} rows", flush=True)
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
+def train_tokenizer(*texts: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text survives encode and decode, with one token per digit.
 
-    The only merges it needs are the words that every conversation repeats.
+    The only merges it needs are the words that every conversation repeats, and those of `texts`.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -110,7 +110,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(["system", "user", "assistant", question((100, 999))], trainer)
+    words = ["system", "user", "assistant", question((100, 999)), *texts]
+    bpe.train_from_iterator(words, trainer)
     bpe.add_tokens([AddedToken(token, normalized=False, special=False) for token in ANSWER_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -121,14 +122,16 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def random_qwen3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+def random_qwen3(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden_size: int = 128, layers: int = 4
+) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,

@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.config import load_config
+from klear_megatron.config.imports import import_module
 from klear_megatron.curation import CurateConfig
 from klear_megatron.evaluation import EvalConfig
 from klear_megatron.evaluation.yarn import extend_context
@@ -115,3 +117,20 @@ def test_the_documented_evaluation_asks_the_documented_servers(tmp_path):
     rollout = served.rollout
     ports = range(rollout.port, rollout.port + rollout.num_servers)
     assert asking.rollout.urls == [f"http://{rollout.host}:{port}" for port in ports]
+
+
+@pytest.mark.parametrize("name", ["variants", "small"])
+def test_every_ablation_compares_runs_that_change_a_config_that_exists(name):
+    folder = FOLDER.parent / "ablations"
+    overrides = import_module(str(folder / "run.py"), "test").overrides
+    variants = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    configs: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rl": RLConfig}
+    shared = variants.get("shared", {})
+    runs = [
+        load_config(config, folder / f"{verb}.yaml", overrides({**shared.get(verb, {}), **changes}))
+        for verb, config in configs.items()
+        for changes in variants[verb].values()
+    ]
+    assert len(set(map(str, runs))) == len(runs), "two runs are the same"
+    compared = {run for names in variants["ablations"].values() for run in names}
+    assert compared == variants["sft"].keys() | variants["rl"].keys()
