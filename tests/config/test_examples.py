@@ -123,7 +123,7 @@ def test_the_documented_evaluation_asks_the_documented_servers(tmp_path):
 def test_every_ablation_compares_runs_that_change_a_config_that_exists(name):
     folder = FOLDER.parent / "ablations"
     overrides = import_module(str(folder / "run.py"), "test").overrides
-    variants = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    variants = yaml.safe_load((folder / f"{name}.yaml").read_text().replace("{data}", "data"))
     configs: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rl": RLConfig}
     shared = variants.get("shared", {})
     runs = [
