@@ -59,12 +59,15 @@ def import_object(path: str, setting: str) -> Any:
 
 
 def source_file(path: str) -> Path | None:
-    """The file of the module in `package.module:name`, `package.module` or `some/file.py`, which
-    has been imported before; None if it has none."""
+    """The file of the module in `package.module:name`, `package.module` or `some/file.py`; None if
+    there is none. Importing the module says why."""
     module = path.rpartition(":")[0] or path
     if module.endswith(".py"):
-        return Path(module)
-    spec = importlib.util.find_spec(module)
+        return Path(module) if Path(module).is_file() else None
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:  # of its package
+        return None
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 

@@ -43,4 +43,5 @@ def test_the_files_of_named_code_are_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert source_file("my_own_reward.py:f") == Path("my_own_reward.py")
     assert source_file("my_own_reward:f") == tmp_path / "my_own_reward.py"
-    assert source_file("sys") is None
+    for without in ("sys", "nowhere.py:f", "nowhere.module:f"):
+        assert source_file(without) is None
