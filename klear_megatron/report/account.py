@@ -44,17 +44,20 @@ class _Cost:
     def row(self, price: float | None) -> list[Any]:
         used = None
         if self.gpu_hours is not None:
-            used = f"{self.gpu_hours:,.4g} GPU h"
+            used = f"{_short(self.gpu_hours)} GPU h"
         elif self.core_hours is not None:
-            used = f"{self.core_hours:,.3g} core h"
+            used = f"{_short(self.core_hours)} core h"
         cells: list[Any] = [self.run, self.devices or None, _duration(self.hours), used]
         if price is not None:
-            known = self.gpu_hours is not None
-            cells.append(f"{self.gpu_hours * price:,.2f}" if known else None)  # type: ignore[operator]
+            cells.append(None if self.gpu_hours is None else f"{self.gpu_hours * price:,.2f}")
         cells += [self.generated or None, self.trained or None]
         cells.append(f"{self.flops:.2e}" if self.flops else None)
         cells.append(f"{100 * self.mfu:.1f} %" if self.mfu is not None else None)
         return [*cells, self.peak_gib]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _duration(hours: float) -> str:

@@ -78,12 +78,7 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
         for step in range(first, config.steps + 1):
             rollouts = updates.score(collector.collect(step, phases), phases)
             dropped.observe(step, rollouts)
-            try:
-                with phases("train"):
-                    rollouts = updates.train(rollouts, step)
-            finally:
-                with phases("share"):
-                    collector.dump_tokens(step, rollouts)
+            rollouts = train(updates, collector, rollouts, step, phases)
             metrics = rollouts.metrics | run_metrics(updates.learner, sampler)
             try:
                 # Before the servers are asked for anything: they are told to end, too.
@@ -99,6 +94,20 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
             saver.save_what_is_due()
     if main:
         say(what_next(config.run_dir))
+
+
+def train(
+    updates: Updates, collector: Collector, rollouts: Rollouts, step: int, phases: Phases
+) -> Rollouts:
+    """Collective. What `Updates.train` returns. The tokens are kept, also if training fails."""
+    trained = rollouts
+    try:
+        with phases("train"):
+            trained = updates.train(rollouts, step)
+    finally:
+        with phases("share"):
+            collector.dump_tokens(step, trained)
+    return trained
 
 
 def begin(config: RLConfig, first: int, servers: PolicyServers) -> None:

@@ -206,7 +206,7 @@ def test_the_account_sums_up_the_steps(opened: Opened, runs: Path):
         "slow",
         "2 × NVIDIA H100, servers 4 × GPU / 2 × NVIDIA H100, servers 2 × GPU",
         f"{60 * hours:.1f} min",
-        f"{gpu_hours:.4g} GPU h",
+        f"{gpu_hours:.3g} GPU h",
         f"{2 * gpu_hours:.2f}",
         f"{generated:,}",
         str(trained),
