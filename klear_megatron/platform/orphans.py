@@ -31,7 +31,8 @@ def _end_after(parent: BaseProcess) -> None:
 
 def end_forks_with_parent() -> None:
     """From now on, what this process forks from its main thread does as with `end_with_parent`, and
-    so do forks of forks. For the processes of libraries. Call it once."""
+    so do forks of forks. They do not end of Ctrl-C either. For the processes of libraries. Call it
+    once."""
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
@@ -41,7 +42,8 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, signal.SIG_IGN)
     die_with_parent(_forking)
 
 

@@ -51,7 +51,7 @@ from klear_megatron.policy.optimizer_state import (
 )
 from klear_megatron.policy.parallel import parallel_sizes
 from klear_megatron.policy.random_states import random_states, restore_random_states
-from klear_megatron.policy.writers import prepare_writers
+from klear_megatron.policy.writers import prepare_writers, watch_writers
 
 _logger = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ class CheckpointWriter:
             objects.together(functools.partial(save_beside, partial))
         dtype = chunks[0].config.params_dtype
         request.add_finalize_fn(lambda: self._publish(partial, path, dtype))
+        request = watch_writers(request)
         if self._config.asynchronous:
             self._queue.schedule_async_request(request)
         else:

@@ -1,16 +1,27 @@
 """The processes that write checkpoints, and Megatron's queue between them and the trainer.
 
 Megatron-Core forks the writers, and keeps the queue in a process of its own. They would wait
-forever for a trainer that is killed. Ours are the same, but end with the trainer, however that
-ends, and not of the SIGTERM that a trainer stops by.
+forever for a trainer that is killed, and the trainer forever for a writer that is killed. Ours are
+the same, but end with the trainer, however that ends, and not of the SIGTERM that a trainer stops
+by; and the death of a writer is an error.
 """
 
+import contextlib
+import functools
 import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
 from multiprocessing.managers import SyncManager
+from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from klear_megatron.platform.orphans import end_forks_with_parent, end_with_parent
+
+_writers: list[ForkProcess] = []
+"""Those of the save that this process waits for."""
 
 
 def prepare_writers() -> None:
@@ -20,3 +31,59 @@ def prepare_writers() -> None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(end_with_parent)
         filesystem_async._results_queue = manager.Queue()
+
+
+def watch_writers(request: AsyncRequest) -> AsyncRequest:
+    """The same request; but when a process that it forks is killed, the save fails on all ranks,
+    with Megatron's CheckpointException."""
+    if request.async_fn is None:  # this rank has nothing to write
+        return request
+    return request._replace(async_fn=functools.partial(_write, request.async_fn))
+
+
+def _write(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    try:
+        with _noticing_deaths():
+            write(*args, **kwargs)
+    except _WriterDied as error:
+        # Megatron takes it for this rank's result, and tells the other ranks.
+        filesystem_async._results_queue.put(RuntimeError(str(error)))
+    finally:
+        # They may wait for the dead one's locks, and this process would wait for them at its end.
+        for writer in _writers:
+            writer.kill()
+
+
+class _WriterDied(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _noticing_deaths() -> Iterator[None]:
+    """Raises in the main thread, which waits at a semaphore: only a signal can reach it there."""
+    fork: Any = multiprocessing.get_context("fork")
+    before = signal.signal(signal.SIGCHLD, _look)
+    _writers.clear()
+    fork.Process = _Writer
+    try:
+        yield
+    finally:
+        del fork.Process
+        signal.signal(signal.SIGCHLD, before)
+
+
+class _Writer(ForkProcess):
+    def start(self) -> None:
+        super().start()
+        _writers.append(self)
+        _look()
+
+
+def _look(*_: object) -> None:
+    for code in [writer.exitcode for writer in _writers]:
+        if code:
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+            raise _WriterDied(
+                f"a process that writes the checkpoint ended {how}, perhaps for want of memory; "
+                "the checkpoint is not complete, earlier ones are"
+            )

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
 from klear_megatron.losses import SFTObjective
+from klear_megatron.observability import Phases
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
 from klear_megatron.policy.optimizer_state import owned_shards
@@ -164,6 +166,30 @@ def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
     assert run_ranks(2, _resumed, folder / "tied", {}, tmp_path)[0][0] == losses[6:]
 
 
+def _save_to_the_end(learner: Any, run_dir: Path) -> None:
+    learner.save(checkpoint_path(run_dir, 1), {"step": 1})
+    learner.finish_saves()
+
+
+def _writers_killed(model: Path, run_dir: Path) -> list[str]:
+    """What this rank is told when a writer of the last one is killed, in both ways of saving."""
+    told = []
+    for asynchronous in (False, True):
+        learner = _policy(model, {}, asynchronous=asynchronous)
+        if dist.get_rank() == 1:
+            filesystem_async._write_item = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(CheckpointException) as failure:
+            _save_to_the_end(learner, run_dir)
+        told.append(str(failure.value))
+    return told
+
+
+def test_the_death_of_a_writer_ends_a_save_on_all_ranks(folder, tmp_path):
+    told, _ = run_ranks(2, _writers_killed, folder / "tied", tmp_path, timeout=60)
+    assert all("a process that writes the checkpoint ended by SIGKILL" in text for text in told)
+    assert latest_checkpoint(tmp_path) is None
+
+
 def _saves(model: Path, parallel: dict[str, int], run_dir: Path) -> Any:
     learner = _policy(model, parallel, asynchronous=True, keep_last=2, keep_every=3)
     snapshots = []
@@ -226,7 +252,7 @@ def _announcements(model: Path, run_dir: Path) -> Any:
     )
     saver = Saver(learner, config, last_step=2, step=0, state=dict)  # type: ignore[arg-type]
     saver.trained(1)
-    saver.save_what_is_due()
+    saver.save_what_is_due(Phases(), None)
     early = list(said)
     learner.finish_saves()
     return early, said

@@ -52,4 +52,4 @@ def test_megatron_core_calls_what_ours_override(caller: Any, called: str, ours: 
 
 
 def test_the_writers_queue_is_a_module_variable():
-    assert hasattr(filesystem_async, "_results_queue"), "adapt klear_megatron/policy/write_queue.py"
+    assert hasattr(filesystem_async, "_results_queue"), "adapt klear_megatron/policy/writers.py"
