@@ -13,9 +13,11 @@ from klear_megatron.observability import RolloutFiles
 Row = Mapping[str, Any]
 """As `RolloutFiles.read` gives it."""
 
-_LIST = "{:>8}  {:>7}  {:>6}  {:>6}  {:>6}  {:>7}  {:>7}  {:>10}"
+_LIST = "{:>8}  {:>7}  {:>6}  {:>6}  {:>6}  {:>7}  {:>7}  {:>10}  {:24}  {}"
 _ROW = "{:>8}  {:>7}  {:>9}  {:>9}  {:>10}  {:>7}  {}"
 _NONE = "-"
+_SHOWN = 24
+"""Characters of a ground truth, and of a response's end, in the list."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +62,16 @@ def run(arguments: argparse.Namespace) -> None:
 def listed(rows: Iterable[tuple[int, Row]]) -> Iterator[str]:
     """A line per numbered response, under a head."""
     yield _LIST.format(
-        "response", "problem", "reward", "right", "tokens", "ended", "trained", "difference"
+        "response",
+        "problem",
+        "reward",
+        "right",
+        "tokens",
+        "ended",
+        "trained",
+        "difference",
+        "ground truth",
+        "end of the response",
     )
     for number, row in rows:
         reward = row["reward"]
@@ -74,12 +85,15 @@ def listed(rows: Iterable[tuple[int, Row]]) -> Iterator[str]:
             row["finish_reason"],
             trained,
             _number(max(_differences(row), default=None)),
+            " ".join(str(row["ground_truth"]).split())[:_SHOWN],
+            repr(row["response"][-_SHOWN:]),
         )
 
 
 def token_by_token(row: Row, decode: Callable[[list[int]], str]) -> Iterator[str]:
     """Lines about one response and each of its tokens."""
     yield f"prompt: {decode(row['prompt_ids'])!r}"
+    yield f"response: {row['response']!r}"
     yield f"ground truth: {row['ground_truth']}"
     yield f"reward: {json.dumps(row['reward'])}, advantage {row['advantage']:.4f}"
     if row["mask"] is None:
