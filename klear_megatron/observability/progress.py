@@ -39,7 +39,7 @@ class Progress:
         self._title, self._total, self._done = title, total, start
         self._start, self._unit = start, unit
         self._enabled, self._keep = enabled, keep
-        self._note = ""
+        self._note, self._shown_last = "", start
         self._start_time = self._last_line = time.monotonic()
         on_terminal = enabled and sys.stdout.isatty()
         self._bar = (
@@ -67,14 +67,14 @@ class Progress:
         elif self._enabled and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._print_line()
 
-    def _print_line(self) -> None:
-        self._last_line = time.monotonic()
+    def _print_line(self, *, goes_on: bool = True) -> None:
+        self._last_line, self._shown_last = time.monotonic(), self._done
         elapsed = self._last_line - self._start_time
         count = "/".join(self._shown(n) for n in (self._done, self._total) if n is not None)
         speed = ""
         if self._unit is not None:
             speed = f", {self._shown((self._done - self._start) / elapsed)}/s"
-        left = self._left(elapsed)
+        left = self._left(elapsed) if goes_on else ""
         say(f"{self._title} {count} [{elapsed:.0f} s{speed}{left}] {self._note}".rstrip())
 
     def _left(self, elapsed: float) -> str:
@@ -94,5 +94,5 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._enabled and self._keep:
-            self._print_line()
+        elif self._enabled and self._keep and self._shown_last != self._done:
+            self._print_line(goes_on=False)

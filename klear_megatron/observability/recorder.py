@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,31 +54,40 @@ class Recorder:
         self._path = run_dir / "metrics.jsonl"
         kept = [line for line in complete_lines(self._path) if json.loads(line)["step"] < next_step]
         self._path.write_text("".join(kept))
-        self._spent = json.loads(kept[-1]).get("progress/wall_time", 0.0) if kept else 0.0
+        last = json.loads(kept[-1]) if kept else {}
+        self._spent = last.get("progress/wall_time", 0.0) + last.get("seconds/save", 0.0)
         self._start = time.monotonic()
-        self._file = self._path.open("a")
+        self._file = self._path.open("r+")
+        self._file.seek(0, os.SEEK_END)
+        self._row: dict[str, float | None] = {}
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=next_step)
         self._trackers = list(trackers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one row of metrics and flushes it. A number that is not finite becomes null."""
         wall_time = self._spent + time.monotonic() - self._start
-        metrics = {**metrics, "progress/wall_time": wall_time}
-        row = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._step, self._place, self._row = step, self._file.tell(), {}
+        self.add({**metrics, "progress/wall_time": wall_time})
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to the row that was written last."""
+        self._row |= {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.seek(self._place)
+        # Not shorter than what is there, and written in one piece.
+        self._file.write(json.dumps({"step": self._step, **self._row}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add_scalar(name, value, self._step)
         self._tensorboard.flush()
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for tracker in self._trackers.copy():
             try:
-                tracker.write(step, finite)
+                tracker.write(self._step, finite)
             except Exception as error:
                 self._trackers.remove(tracker)
                 say(
-                    f"step {step}: {tracker.name} does not take metrics and gets no more until the "
-                    f"run is started again; {self._path} has them: {error}"
+                    f"step {self._step}: {tracker.name} does not take metrics and gets no more "
+                    f"until the run is started again; {self._path} has them: {error}"
                 )
 
     def __enter__(self) -> "Recorder":

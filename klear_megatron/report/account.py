@@ -101,7 +101,11 @@ def _cost(number: int, run: Run) -> _Cost | None:
     if not run.curves:
         return None
     steps, seconds = run.curves.get("seconds/total", ([], []))
-    timed = [(_start_of(step, starts), s or 0.0) for step, s in zip(steps, seconds, strict=True)]
+    saving = dict(zip(*run.curves.get("seconds/save", ([], [])), strict=True))
+    timed = [
+        (_start_of(step, starts), (s or 0.0) + (saving.get(step) or 0.0))
+        for step, s in zip(steps, seconds, strict=True)
+    ]
     flops = [_sum(run, name) for name in run.curves if name.startswith("flops/")]
     return _Cost(
         number,

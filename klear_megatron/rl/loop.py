@@ -87,11 +87,11 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
                     servers.sync(version=step)
                 metrics |= evaluations.after(step, servers, maker, phases)
             finally:
-                metrics |= times(config, rollouts, phases, planned, metrics["memory/peak_gib"])
+                metrics |= times(config, step, rollouts, phases, planned, metrics)
                 if recorder is not None:
                     recorder.write(step, metrics)
             progress.advance(note=summary(metrics))
-            saver.save_what_is_due()
+            saver.save_what_is_due(phases, recorder)
     if main:
         say(what_next(config.run_dir))
 
@@ -120,7 +120,12 @@ def begin(config: RLConfig, first: int, servers: PolicyServers) -> None:
 
 
 def times(
-    config: RLConfig, rollouts: Rollouts, phases: Phases, planned: PlannedSteps, peak_gib: float
+    config: RLConfig,
+    step: int,
+    rollouts: Rollouts,
+    phases: Phases,
+    planned: PlannedSteps,
+    measured: dict[str, float],
 ) -> dict[str, float]:
     """What the step's seconds went into, and how fast it was; says what was planned for it."""
     seconds = phases.take()
@@ -132,7 +137,9 @@ def times(
         metrics["flops/log_probs"] = planned.flops(lengths, passes=forwards)
         metrics |= training_speed(planned, lengths, seconds)
         at_a_time = config.prompts_per_mini_batch * config.responses_per_prompt
-        planned.observe(lengths, at_a_time, seconds["seconds/train"], peak_gib)
+        planned.observe(
+            step, lengths, at_a_time, seconds["seconds/train"], measured["memory/peak_gib"]
+        )
     return metrics
 
 

@@ -54,12 +54,12 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
     record_start(config.run_dir, first)
 
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(
-            Progress("SFT", steps, start=first - 1, enabled=run.is_main_rank())
-        )
         recorder = make_recorder(config, first if state else 0, stack)
         saver = stack.enter_context(
             Saver(learner, config, steps, first - 1, lambda: {"sampler": sampler.state_dict()})
+        )
+        progress = stack.enter_context(
+            Progress("SFT", steps, start=first - 1, enabled=run.is_main_rank())
         )
         if state is None:
             metrics = validation.after(0, learner.model, phases)
@@ -80,6 +80,7 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
             metrics |= training_speed(planned, batch.lengths, seconds)
             metrics |= run_metrics(learner, sampler) | {"train/skipped": float(not taken)}
             planned.observe(
+                step,
                 batch.lengths,
                 config.batch_size,
                 seconds["seconds/train"],
@@ -92,6 +93,6 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
                 f"lr {trained['lr']:.2g}"
             )
             saver.trained(step)
-            saver.save_what_is_due()
+            saver.save_what_is_due(phases, recorder)
     if recorder is not None:
         say(what_next(config.run_dir))

@@ -45,8 +45,15 @@ METRICS = (
         "negative log-likelihood of the held-out conversations, mean over their trained tokens",
         "rises while `train/loss` falls: the model learns the conversations by heart",
     ),
-    Metric("seconds/total", "s", "the whole step; a checkpoint counts to the step after it"),
+    Metric("seconds/total", "s", "the whole step, but not the checkpoint after it"),
     Metric("seconds/train", "s", "all optimizer steps of the step"),
+    Metric(
+        "seconds/save",
+        "s",
+        "after `seconds/total`: writing the checkpoints that are due; with `asynchronous`, only "
+        "what the trainer waits for them",
+        "a large part of the run: save less often, or asynchronously",
+    ),
     Metric(
         "throughput/trained_per_second",
         "tokens/s",

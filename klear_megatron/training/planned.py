@@ -16,7 +16,7 @@ from klear_megatron.platform.files import write_atomically
 from klear_megatron.training.config import RunConfig
 
 _OBSERVED = (2, 3)
-"""Steps whose measurements are said; the first one also warms up."""
+"""Steps since the start whose measurements are said; the first one also warms up."""
 
 
 def plan_longest(config: RunConfig, model: PlannedModel, hardware: Hardware, ranks: int) -> Plan:
@@ -106,7 +106,7 @@ class PlannedSteps:
         return self.flops(lengths) / (seconds * dist.get_world_size() * self._peak_flops)
 
     def observe(
-        self, lengths: Sequence[int], at_a_time: int, seconds: float, peak_gib: float
+        self, step: int, lengths: Sequence[int], at_a_time: int, seconds: float, peak_gib: float
     ) -> None:
         """Says what a step took beside what was planned for its own sequences.
 
@@ -124,7 +124,7 @@ class PlannedSteps:
         planned_s = sum(of_one.seconds.total for of_one in plans)
         planned_gib = max(of_one.memory.total for of_one in plans) / 2**30
         say(
-            f"step {self._steps}: planned {planned_s:.2f} s of training and {planned_gib:.2f} GiB; "
+            f"step {step}: planned {planned_s:.2f} s of training and {planned_gib:.2f} GiB; "
             f"measured {seconds:.2f} s and {peak_gib:.2f} GiB"
         )
         self._record["steps"].append(

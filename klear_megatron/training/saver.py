@@ -11,7 +11,7 @@ from klear_megatron.checkpoints.run_config import RUN_CONFIG
 from klear_megatron.config import write_config
 from klear_megatron.conversion import export_hf
 from klear_megatron.errors import Stopped
-from klear_megatron.observability import say
+from klear_megatron.observability import Phases, Recorder, say
 from klear_megatron.platform import heartbeat, stop
 from klear_megatron.platform.files import write_atomically
 from klear_megatron.policy.checkpoint import checkpoint_path
@@ -88,20 +88,32 @@ class Saver:
         heartbeat.trained(step)
         stop.check_all()
 
-    def save_what_is_due(self) -> None:
-        """Writes the Megatron and Hugging Face checkpoints that are due after the last step."""
+    def save_what_is_due(self, phases: Phases, recorder: Recorder | None) -> None:
+        """Writes the Megatron and Hugging Face checkpoints that are due after the last step, and
+        adds the seconds that this takes to the step's row; `phases` begins anew."""
         step, config = self._trained, self._config
-        due = config.save_every is not None and step % config.save_every == 0
-        if due or step == self._last_step:
-            self._save()
-        if step == self._last_step:
-            self._learner.finish_saves()
-        if config.export_every is not None and step % config.export_every == 0:
-            out = config.run_dir / "hf" / f"step_{step:08}"
-            if is_main_rank():
-                # Written before the run was resumed from an earlier step.
-                shutil.rmtree(out, ignore_errors=True)
-            export_hf(self._learner.model, out)
+        last = step == self._last_step
+        save = last or (config.save_every is not None and step % config.save_every == 0)
+        export = config.export_every is not None and step % config.export_every == 0
+        if not save and not export:
+            return
+        with phases("save"):
+            if save:
+                self._save()
+            if last:
+                self._learner.finish_saves()
+            if export:
+                self._export()
+        seconds = phases.take()["seconds/save"]
+        if recorder is not None:
+            recorder.add({"seconds/save": seconds})
+
+    def _export(self) -> None:
+        out = self._config.run_dir / "hf" / f"step_{self._trained:08}"
+        if is_main_rank():
+            # Written before the run was resumed from an earlier step.
+            shutil.rmtree(out, ignore_errors=True)
+        export_hf(self._learner.model, out)
 
     def _save(self) -> None:
         step, config = self._trained, self._config

@@ -67,6 +67,7 @@ def test_sft_learns_and_a_resumed_run_is_the_uninterrupted_one(make_config, quic
     assert whole.returncode == 0, whole.stderr
     assert undocumented(metrics(tmp_path / "whole")) == []
     losses = [row["train/loss"] for row in metrics(tmp_path / "whole")]
+    assert ["seconds/save" in row for row in metrics(tmp_path / "whole")] == [False] * 31 + [True]
     assert len(losses) == 32
     assert losses[-1] < losses[0] / 2
 

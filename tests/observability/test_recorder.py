@@ -18,8 +18,14 @@ def test_tensorboard_and_the_file_have_the_same_numbers(tmp_path):
     with Recorder(tmp_path) as recorder:
         for step in (1, 2):
             recorder.write(step, {"train/loss": 0.5 / step, "reward/mean": -1.0})
-    assert rows(tmp_path)[1] == {"step": 2, "train/loss": 0.25, "reward/mean": -1.0}
+            if step == 1:
+                recorder.add({"seconds/save": 4.0})
+    assert rows(tmp_path) == [
+        {"step": 1, "train/loss": 0.5, "reward/mean": -1.0, "seconds/save": 4.0},
+        {"step": 2, "train/loss": 0.25, "reward/mean": -1.0},
+    ]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("seconds/save")] == [(1, 4.0)]
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
 
 
@@ -45,8 +51,9 @@ def test_the_time_goes_on_where_the_kept_steps_end(tmp_path):
     with mock.patch.object(time, "monotonic", side_effect=clock.__next__):
         with Recorder(tmp_path) as recorder:
             recorder.write(1, {})
+            recorder.add({"seconds/save": 2.0})
             recorder.write(2, {})
         with Recorder(tmp_path, next_step=2) as recorder:
             recorder.write(2, {})
     times = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["progress/wall_time"] for row in times] == [10.0, 13.0]
+    assert [row["progress/wall_time"] for row in times] == [10.0, 15.0]

@@ -13,6 +13,7 @@ import yaml
 
 from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
+from klear_megatron.observability import Phases
 from klear_megatron.policy.batch import Batch
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.sft.loop import train_sft
@@ -68,7 +69,7 @@ def _train_and_save(config: SFTConfig, steps: int) -> None:
     for step in range(1, steps + 1):
         _step(learner)
         saver.trained(step)
-        saver.save_what_is_due()
+        saver.save_what_is_due(Phases(), None)
 
 
 def _resume(config: SFTConfig) -> tuple[dict[str, Any], str, Any]:

@@ -78,7 +78,8 @@ function phaseTraces(run) {
   const rest = new Map(steps.map((step, i) => [step, total[i]]));
   const traces = phases.map((name, i) => {
     const [x, y] = run.curves[name];
-    x.forEach((step, j) => rest.has(step) && rest.set(step, rest.get(step) - y[j]));
+    if (name !== "seconds/save") // it comes after the total
+      x.forEach((step, j) => rest.has(step) && rest.set(step, rest.get(step) - y[j]));
     return { x, y, name: name.slice("seconds/".length), type: "bar", marker: { color: colorOf(i) }, hovertemplate: "%{y:.2f} s" };
   });
   const other = steps.map((step) => Math.max(0, rest.get(step)));
