@@ -5,7 +5,8 @@
 For each number of GPUs, tries how many of them should train, and how many a server should have.
 For the fastest layout it prints the seconds per step, the shares of time in which trainer and
 servers idle, staleness, and how much shorter a step would be if one part were twice as fast. The
-largest is the part that saturates first. The inputs, and their sources, are in docs/scale.md.
+largest is the part that saturates first. The inputs, and their sources, are in
+docs/simulation.md.
 """
 
 import argparse
@@ -34,7 +35,9 @@ GRADE_S, TCP_BYTES_PER_S = 1.0, 2e9
 PUSH_EFFICIENCY, LEADER_TOKEN_S, SHARE_TOKEN_S = 0.5, 1e-6, 0.5e-6
 # examples/klear_reasoner_8b/math_rl.yaml
 PROMPTS, RESPONSES, MINI_BATCH, LONGEST, BATCHES = 128, 8, 16, 32768, 2
-MODEL_PARALLEL, MAX_RUNNING, MEMORY_FRACTION = 8, 256, 0.8
+MODEL_PARALLEL = 8
+# This project's defaults.
+MAX_RUNNING, MEMORY_FRACTION = 256, 0.8
 
 
 @dataclass(frozen=True)
