@@ -90,13 +90,15 @@ Runs = dict[str, list[Run]]
 
 
 def read_runs(out: Path, names: Sequence[str]) -> Runs:
+    """Those of RL that are finished, and those of SFT that are evaluated, too."""
     folders = {
-        name: [*out.glob(f"rl/{name}/seed_*"), *out.glob(f"sft/{name}/seed_*")] for name in names
+        name: [
+            *(path.parent for path in out.glob(f"rl/{name}/seed_*/finished.json")),
+            *(path.parents[1] for path in out.glob(f"sft/{name}/seed_*/evaluation/results.json")),
+        ]
+        for name in names
     }
-    return {
-        name: [Run(folder) for folder in sorted(some) if (folder / "finished.json").exists()]
-        for name, some in folders.items()
-    }
+    return {name: list(map(Run, sorted(some))) for name, some in folders.items()}
 
 
 def draw_curves(axes: Axes, runs: Runs, title: str, curve_of: Callable[[Run], Curve]) -> None:
