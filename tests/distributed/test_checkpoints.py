@@ -5,7 +5,6 @@ import os
 import random
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from klear_megatron.observability import Phases
 from klear_megatron.policy import checkpoint
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
 from klear_megatron.policy.optimizer_state import owned_shards
+from klear_megatron.sft.config import SFTConfig
 from klear_megatron.training.saver import Saver
 from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
@@ -243,14 +243,17 @@ def _announcements(model: Path, run_dir: Path) -> Any:
     said: list[tuple[str, bool]] = []
     checkpoint.say = lambda line: said.append((line, is_megatron_checkpoint(path)))
     learner = _policy(model, {}, asynchronous=True)
-    config = SimpleNamespace(
-        run_dir=run_dir,
-        save_every=1,
-        export_every=None,
-        policy=SimpleNamespace(path=model),
-        model_dump=lambda mode: {},
+    config = SFTConfig.model_validate(
+        {
+            "run_dir": run_dir,
+            "policy": {"path": model, "optimizer": {"lr": 1e-3}},
+            "data": {"path": "unread.jsonl", "max_length": 8},
+            "batch_size": 2,
+            "epochs": 1,
+            "save_every": 1,
+        }
     )
-    saver = Saver(learner, config, last_step=2, step=0, state=dict)  # type: ignore[arg-type]
+    saver = Saver(learner, config, last_step=2, step=0, state=dict)
     saver.trained(1)
     saver.save_what_is_due(Phases(), None)
     early = list(said)
