@@ -1,11 +1,13 @@
 """Child processes that end with their parent, and not before. They import this, so it imports
 little."""
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 
 _PR_SET_PDEATHSIG = 1
@@ -14,10 +16,20 @@ _forking = 0
 """The process that forks, for its child."""
 
 
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """What is started meanwhile never ends of SIGTERM or Ctrl-C, which may be sent to all processes
+    of a rank: not even as it starts, before it can ignore them. This process hears them at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def end_with_parent() -> None:
-    """Makes a process that `multiprocessing` started end once its parent has ended, and not of a
-    SIGTERM, which may be sent to all processes of a rank."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Makes a process that `multiprocessing` started end once its parent has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A thread, because `die_with_parent` would also end it with a mere thread of the parent.

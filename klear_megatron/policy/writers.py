@@ -18,7 +18,11 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from klear_megatron.platform.orphans import end_forks_with_parent, end_with_parent
+from klear_megatron.platform.orphans import (
+    deaf_children,
+    end_forks_with_parent,
+    end_with_parent,
+)
 
 _writers: list[ForkProcess] = []
 """Those of the save that this process waits for."""
@@ -29,7 +33,8 @@ def prepare_writers() -> None:
     if filesystem_async._results_queue is None:
         end_forks_with_parent()
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(end_with_parent)
+        with deaf_children():
+            manager.start(end_with_parent)
         filesystem_async._results_queue = manager.Queue()
 
 

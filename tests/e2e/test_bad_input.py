@@ -8,6 +8,8 @@ import io
 import re
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig
 
 from klear_megatron.cli import main
@@ -74,6 +76,7 @@ def test_sft_refuses_lengths_beyond_the_models_positions(make_config):
 def test_model_of_images_is_refused_by_its_architecture(make_config, tmp_path):
     config = Qwen2_5_VLConfig(architectures=["Qwen2_5_VLForConditionalGeneration"])
     config.save_pretrained(tmp_path / "images")
+    save_file({"any": torch.zeros(1)}, tmp_path / "images" / "model.safetensors")
     for command in (
         ("sft", str(make_config("sft")), "--policy.path", str(tmp_path / "images")),
         ("convert", str(tmp_path / "images"), str(tmp_path / "out")),
