@@ -64,4 +64,4 @@ def test_a_response_is_printed_token_by_token(rows):
         ["2", "6", "-0.2500", "-3.0000", "-2.7500", "yes", "'[6]'"],
     ]
     (line,) = list(listed([(1, rows[1])]))[1:]
-    assert line.split() == ["1", "0", "-1.00", "no", "3", "stop", "yes", "2.7500"]
+    assert line.split() == ["1", "0", "-1.00", "no", "3", "stop", "yes", "2.7500", "''"]
