@@ -92,6 +92,7 @@ def killed_and_resumed(config: EvalConfig) -> tuple[list[str], dict[str, Scores]
     if len(whole) % SAMPLES[MATH] == 0:
         whole.pop()
     responses.write_text("".join(whole) + whole[0][:-20])
+    responses_of(config.run_dir, CODE).unlink(missing_ok=True)
     return whole, evaluate(config)
 
 
