@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
 _PR_SET_PDEATHSIG = 1
@@ -21,6 +22,7 @@ def deaf_children() -> Iterator[None]:
     """What is started meanwhile never ends of SIGTERM or Ctrl-C, which may be sent to all processes
     of a rank: not even as it starts, before it can ignore them. This process hears them at the end.
     """
+    resource_tracker.ensure_running()  # the first process starts it, which unblocks both signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
