@@ -73,12 +73,12 @@ class Updates:
         batch, trained = rollouts.batch, []
         clipped = torch.zeros(len(batch.tokens), dtype=torch.int8)
         for chosen in mini_batches(self._config, rollouts.groups, step):
-            mini_batch, places = batch.select(chosen), batch.token_places(chosen)
-            mine = clipped[places].to(this_device())
+            mini_batch = batch.select(chosen)
+            mine = torch.zeros(len(mini_batch.tokens), dtype=torch.int8, device=this_device())
             trained.append(self.learner.train_step(mini_batch, self._objective, mine))
             self._steps_taken(step, mini_batch, trained[-1])
             if self._config.token_dumps:
                 dist.all_reduce(mine, dist.ReduceOp.MAX)
-                clipped[places] = mine.cpu()
+                clipped[batch.token_places(chosen)] = mine.cpu()
         batch = batch.with_fields(clipped=clipped.float())
         return replace(rollouts, batch=batch, metrics=rollouts.metrics | train_metrics(trained))
