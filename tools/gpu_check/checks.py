@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +26,11 @@ from klear_megatron.platform.device import HAS_GPU, init_distributed, this_devic
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
 from klear_megatron.policy.config import PolicyConfig
-from klear_megatron.policy.kernels import Installed, choose_kernels
 from klear_megatron.policy.model import Model
 from klear_megatron.rollout import RolloutConfig, serving
 from klear_megatron.rollout.weight_sync import WeightSync
 from tools.gpu_check import models, speed
-from tools.gpu_check.outcome import FailedError, NotHereError, Numbers
+from tools.gpu_check.outcome import FailedError, Numbers
 
 _NEAR = 3.0
 """Differences may be this many times as large as those of Hugging Face's bfloat16 on a CPU."""
@@ -82,13 +81,12 @@ def doctor(folder: Path) -> Numbers:
 
 def one_layer(folder: Path) -> Numbers:
     """Log-probabilities of one layer in bfloat16."""
-    sizes = models.Sizes(models.SMALL.hidden, 1, models.SMALL.vocabulary, models.SMALL.tokens)
-    return _log_probs_against_hugging_face(folder, sizes)
+    return _log_probs_against_hugging_face(folder, models.ONE_LAYER)
 
 
 def log_probs(folder: Path) -> Numbers:
     """Log-probabilities over a whole vocabulary, in chunks."""
-    sizes = models.Sizes(models.SMALL.hidden, 1, models.SLICES[0].vocabulary, models.SMALL.tokens)
+    sizes = replace(models.ONE_LAYER, vocabulary=models.SLICES[0].vocabulary)
     return _log_probs_against_hugging_face(folder, sizes)
 
 
@@ -111,7 +109,7 @@ def _log_probs_against_hugging_face(folder: Path, sizes: models.Sizes) -> Number
 
 def attention(folder: Path, *, backend: str | None) -> Numbers:
     """Packed attention and its gradients, by one backend of Transformer Engine or by torch."""
-    sizes = models.Sizes(models.SMALL.hidden, 1, models.SMALL.vocabulary, models.SMALL.tokens)
+    sizes = models.ONE_LAYER
     path = models.write_model(folder / "hf", models.config_of(sizes))
     (chunk,) = Model(models.policy(path, sizes), ModelFolder(path)).chunks
     # Megatron-Core refuses to build a model with these set; Transformer Engine reads them later.
@@ -155,9 +153,7 @@ def train(folder: Path, *, experts: bool = False, **settings: Any) -> Numbers:
     init_distributed()
     sizes, path = models.SMALL, folder / "hf"
     config = models.policy(path, sizes, **settings)
-    for line in choose_kernels(config, Installed.here(), experts=experts).warnings:
-        if line.startswith("policy.fp8"):
-            raise NotHereError(line)
+    models.need_recipe(config, experts=experts)
     if dist.get_rank() == 0:
         models.write_model(path, models.config_of(sizes, experts=experts))
     dist.barrier()

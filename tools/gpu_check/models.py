@@ -1,7 +1,7 @@
 """The models that are checked, and what Hugging Face computes with them on the CPU."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from klear_megatron.losses import SFTObjective
 from klear_megatron.platform.device import HAS_GPU
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.config import OptimizerConfig, PolicyConfig
+from klear_megatron.policy.kernels import Installed, choose_kernels
 from klear_megatron.policy.learner import Learner
 from klear_megatron.policy.weights import HFGather, local_parameters
+from tools.gpu_check.outcome import NotHereError
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Sizes:
 
 SMALL = Sizes(1024, 2, 8192, (700, 200, 60, 64)) if HAS_GPU else Sizes(256, 2, 512, (50, 20, 9, 33))
 """What Hugging Face computes on a CPU in seconds."""
+ONE_LAYER = replace(SMALL, layers=1)
 SLICES = (
     [Sizes(4096, 4, 151_936, (tokens,)) for tokens in (4096, 32_768)]
     if HAS_GPU
@@ -84,6 +87,13 @@ def policy(path: Path, sizes: Sizes, **settings: Any) -> PolicyConfig:
     optimizer = OptimizerConfig(lr=1e-4, clip_grad=0.0)
     fields = {"path": path, "tokens_per_micro_batch": max(sizes.tokens), "optimizer": optimizer}
     return PolicyConfig.model_validate({**fields, **settings})
+
+
+def need_recipe(config: PolicyConfig, *, experts: bool = False) -> None:
+    """Raises NotHereError if the FP8 recipe of the settings does not run here."""
+    for line in choose_kernels(config, Installed.here(), experts=experts).warnings:
+        if line.startswith("policy.fp8"):
+            raise NotHereError(line)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from klear_megatron.losses import SFTObjective
 from klear_megatron.planning import Work, hardware_here, plan
 from klear_megatron.platform.device import HAS_GPU
 from klear_megatron.policy.config import PolicyConfig
-from klear_megatron.policy.kernels import Installed, choose_kernels
 from tools.gpu_check import models
 from tools.gpu_check.outcome import FailedError, NotHereError, Numbers
 
@@ -26,9 +25,7 @@ def _policy(folder: Path, sizes: models.Sizes, recipe: str | None) -> PolicyConf
     path = models.write_model(folder / "hf", models.config_of(sizes))
     settings = {"recompute_granularity": "selective", "recompute_modules": ["mlp"], "fp8": recipe}
     config = models.policy(path, sizes, **settings)
-    for line in choose_kernels(config, Installed.here(), experts=False).warnings:
-        if line.startswith("policy.fp8"):
-            raise NotHereError(line)
+    models.need_recipe(config)
     return config
 
 
