@@ -108,10 +108,7 @@ def describe(config: EvalConfig) -> Iterator[str]:
             f"{benchmark.name}: {problems} problems x {samples} samples = {problems * samples} "
             f"responses, of which {stored} are stored already"
         )
-    if config.rollout.urls:
-        yield f"servers: {len(config.rollout.urls)} that run already"
-    else:
-        yield f"servers: {rollout.num_servers}, each with TP {rollout.tensor_parallel_size}"
+    yield config.rollout.describe_servers()
 
 
 def _draw(

@@ -19,12 +19,9 @@ def describe_rl(config: RLConfig, ranks: int) -> Iterator[str]:
     config = run.with_model_here(config)
     folder = run.model_folder(config)
     yield from describe_run(config, folder, ranks)
-    rollout = config.rollout
-    if rollout.urls:
-        yield f"servers: {len(rollout.urls)} that run already; they are not asked now"
-    else:
-        yield f"servers: {rollout.num_servers}, each with TP {rollout.tensor_parallel_size}"
-    alone = config.model_copy(update={"rollout": rollout.model_copy(update={"urls": ()})})
+    yield config.rollout.describe_servers()
+    rollout = config.rollout.model_copy(update={"urls": ()})
+    alone = config.model_copy(update={"rollout": rollout})
     PolicyObjective(config.loss)
     prompts = read_training_prompts(alone, folder)
     make_sampler(config, prompts)

@@ -70,6 +70,12 @@ class RolloutConfig(Section):
                 raise ValueError(f"{url}: not an address; write it as http://HOST:PORT")
         return [url.rstrip("/") for url in urls]
 
+    def describe_servers(self) -> str:
+        """A line on the servers, for a dry run."""
+        if self.urls:
+            return f"servers: {len(self.urls)} that run already; they are not asked now"
+        return f"servers: {self.num_servers}, each with TP {self.tensor_parallel_size}"
+
 
 class ServeConfig(Section):
     """Settings of `klear-megatron serve`."""

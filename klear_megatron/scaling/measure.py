@@ -28,10 +28,10 @@ from klear_megatron.scaling.config import Point, ScalingConfig
 from klear_megatron.scaling.results import (
     MEASURED,
     OUT_OF_MEMORY,
-    OUT_OF_TIME,
     Row,
     read_kept,
     record,
+    record_out_of_time,
 )
 
 _NO_HOST_MEMORY = "can't allocate memory"
@@ -57,9 +57,8 @@ def _in_time(config: ScalingConfig, point: Point) -> Iterator[None]:
     """Ends this process with code 2 when the point takes too long."""
 
     def end() -> None:
-        reason = f"not finished after {config.time_limit_s:g} s"
-        record(config, point, OUT_OF_TIME, reason, _environment())
-        LastWords(f"{point.name}: out of time: {reason}", BAD_INPUT).leave()
+        row = record_out_of_time(config, point, _environment())
+        LastWords(f"{point.name}: {row['outcome']}: {row['reason']}", BAD_INPUT).leave()
         os._exit(BAD_INPUT)
 
     timer = threading.Timer(config.time_limit_s, end)

@@ -47,6 +47,12 @@ def record(config: ScalingConfig, point: Point, outcome: str, reason: str, numbe
     return row
 
 
+def record_out_of_time(config: ScalingConfig, point: Point, numbers: Row) -> Row:
+    """As `record`, for a point that was ended at its time limit."""
+    reason = f"not finished after {config.time_limit_s:g} s"
+    return record(config, point, OUT_OF_TIME, reason, numbers)
+
+
 def read(config: ScalingConfig, point: Point) -> Row | None:
     """The result of a point; None if it has none, or one that was made with other settings."""
     path = _path(config, point)

@@ -16,7 +16,7 @@ from klear_megatron.policy.config import import_extensions
 from klear_megatron.scaling import results
 from klear_megatron.scaling.config import Point, ScalingConfig, points
 from klear_megatron.scaling.plots import draw
-from klear_megatron.scaling.results import FAILED, OUT_OF_MEMORY, OUT_OF_TIME, Row
+from klear_megatron.scaling.results import FAILED, OUT_OF_MEMORY, Row
 
 _SECONDS_TO_END = 40  # torchrun gives its ranks 30
 _ERROR = re.compile(r"(\[rank\d+\]: *)?(error( on rank \d+)?|[\w.]+(Error|Exception)): ")
@@ -93,11 +93,9 @@ def _run_point(config: ScalingConfig, point: Point, number: int) -> Row:
     row = results.read_kept(config, point)
     if row is not None:
         return row
-    if in_time:
-        outcome, why = _why_it_failed(log)
-    else:
-        outcome, why = OUT_OF_TIME, f"not finished after {config.time_limit_s:g} s"
-    return results.record(config, point, outcome, why, {})
+    if not in_time:
+        return results.record_out_of_time(config, point, {})
+    return results.record(config, point, *_why_it_failed(log), {})
 
 
 def _exit(signum: int, _: object) -> None:
