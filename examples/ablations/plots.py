@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Run:
         low, high = self.curve("train/clipped_low"), self.curve("train/clipped_high")
         return {step: low[step] + high[step] for step in low}
 
-    @property
+    @cached_property
     def scores(self) -> dict[int, list[float]]:
         """Step -> the reward of each of its responses."""
         files = RolloutFiles(self.folder)
@@ -72,7 +73,7 @@ class Run:
             for step in files.steps()
         }
 
-    @property
+    @cached_property
     def accuracies(self) -> dict[str, float]:
         """How many answers are right at the end, by what they are asked. Without an evaluation it
         is that of the last steps, before they train: no problem is drawn twice."""
