@@ -19,9 +19,9 @@ _forking = 0
 
 @contextlib.contextmanager
 def deaf_children() -> Iterator[None]:
-    """What is started meanwhile never ends of SIGTERM or Ctrl-C, which may be sent to all processes
-    of a rank: not even as it starts, before it can ignore them. This process hears them at the end.
-    """
+    """Processes that are started inside never see SIGTERM or Ctrl-C, which may be sent to all
+    processes of a rank. This holds from their first instruction, before they could ignore a signal.
+    The process that starts them gets its own signals when the context ends."""
     resource_tracker.ensure_running()  # the first process starts it, which unblocks both signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
@@ -44,9 +44,8 @@ def _end_after(parent: BaseProcess) -> None:
 
 
 def end_forks_with_parent() -> None:
-    """From now on, what this process forks from its main thread does as with `end_with_parent`, and
-    so do forks of forks. They do not end of Ctrl-C either. For the processes of libraries. Call it
-    once."""
+    """From now on, what this process forks from its main thread ends with it, and ignores SIGTERM
+    and Ctrl-C. So do forks of forks. For the processes of libraries. Call it once."""
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 

@@ -99,7 +99,7 @@ def run(arguments: Sequence[str], check: Callable[[Sequence[str]], object]) -> i
 
 
 def _words_of(rank: int, failure: ProcessFailure) -> LastWords:
-    """Those that the rank left, or what is known of its end."""
+    """What the rank said last, or how it ended if it said nothing."""
     if isinstance(failure.message, dict):
         return _read(failure.message)
     if failure.exitcode < 0:
@@ -109,7 +109,7 @@ def _words_of(rank: int, failure: ProcessFailure) -> LastWords:
 
 
 def _read_all(folder: Path, begin: float) -> list[LastWords]:
-    """Those of this host's ranks since `begin`, the first first."""
+    """What ranks of this host have said last since `begin`, in the order in which they said it."""
     files = sorted((file.stat().st_mtime, file) for file in folder.rglob("error.json"))
     return [
         _read(json.loads(file.read_text(encoding="utf-8"))["message"])

@@ -77,7 +77,7 @@ class Dumps:
 
 
 class _Row(NamedTuple):
-    """What is known of a sequence that is trained on; of each token, the prompt's included."""
+    """A sequence that is trained on, with a value for each token; prompts have values, too."""
 
     old: Tensor
     mask: Tensor
