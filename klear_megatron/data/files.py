@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def read_rows(
     Raises:
         UserError: a file or data set does not exist, cannot be read or has no rows.
     """
+    check_paths(path, subset, split)
     for one in [path] if isinstance(path, Path) else path:
         empty = True
         for where_and_row in _read(one, subset, split):
@@ -47,15 +49,33 @@ def read_rows(
             raise UserError(f"{one}: the data file has no rows")
 
 
+def check_paths(
+    path: Path | Sequence[Path], subset: str | None = None, split: str | None = None
+) -> None:
+    """Checks that there are such data sets, before one is read; see `read_rows`.
+
+    Raises:
+        UserError: a file or data set does not exist, or is of another kind than can be read.
+    """
+    for one in [path] if isinstance(path, Path) else path:
+        _check(one, subset, split)
+
+
 def _read(path: Path, subset: str | None, split: str | None) -> Iterator[tuple[str, Row | str]]:
+    if path.suffix in _READERS and not path.is_dir():
+        return _READERS[path.suffix](path)
+    return _read_dataset(path, split, str(path), subset)
+
+
+def _check(path: Path, subset: str | None, split: str | None) -> None:
     if path.is_dir():
-        return _read_dataset(path, split, str(path), subset)
+        return
     if path.suffix in _READERS:
         if not path.is_file():
             raise UserError(f"{path}: no such data file; check the path")
         if subset or split:
             raise UserError(f"{path}: a file has no subset or split; leave those settings out")
-        return _READERS[path.suffix](path)
+        return
     if path.exists() or len(path.parts) != 2 or path.is_absolute() or Path(path.parts[0]).exists():
         raise UserError(
             f"{path}: cannot be read: {'this kind of file' if path.exists() else 'no such folder'}"
@@ -63,9 +83,9 @@ def _read(path: Path, subset: str | None, split: str | None) -> Iterator[tuple[s
             "name of a data set on the Hugging Face hub (owner/name)"
         )
     _check_hub(str(path))
-    return _read_dataset(path, split, str(path), subset)
 
 
+@functools.cache
 def _check_hub(name: str) -> None:
     """Raises UserError if there is no such data set, within seconds: loading would try for long."""
     from huggingface_hub import HfApi

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from klear_megatron.data import LoadedPrompts, load_prompts
+from klear_megatron.data.files import check_paths
 from klear_megatron.evaluation.config import BenchmarkConfig
 from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.evaluation.responses import ungraded_row
@@ -37,6 +38,8 @@ def load_benchmarks(
     Raises:
         UserError: problems cannot be read or encoded.
     """
+    for config in configs.values():
+        check_paths(config.path, config.subset, config.split)
     return [
         Benchmark(name, load_prompts(config, tokenizer), config.samples_per_problem)
         for name, config in configs.items()

@@ -18,7 +18,7 @@ from klear_megatron.evaluation.benchmark import (
     load_benchmarks,
 )
 from klear_megatron.evaluation.config import EvalConfig
-from klear_megatron.evaluation.preflight import check_thinking
+from klear_megatron.evaluation.preflight import check_rewards
 from klear_megatron.evaluation.scores import Row, Scores, score
 from klear_megatron.evaluation.stored import (
     append_row,
@@ -54,8 +54,8 @@ def evaluate(config: EvalConfig) -> dict[str, Scores]:
             responses drawn with other settings.
     """
     config, model = _with_model_here(config)
+    check_rewards(model.tokenizer, config.rewards)
     benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
-    check_thinking(model.tokenizer, config.rewards)
     asked: list[Asked] = []
     stored = 0
     for benchmark in benchmarks:
@@ -94,8 +94,8 @@ def describe(config: EvalConfig) -> Iterator[str]:
     """
     config, model = _with_model_here(config)
     yield as_yaml(config)
+    check_rewards(model.tokenizer, config.rewards)
     benchmarks = load_benchmarks(config.benchmarks, model.tokenizer)
-    check_thinking(model.tokenizer, config.rewards)
     rollout = config.rollout.model_copy(update={"urls": ()})  # servers are not asked now
     if config.yarn is not None:
         rollout = extend_context(rollout, model.config, config.yarn)

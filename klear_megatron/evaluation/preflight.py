@@ -7,13 +7,20 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from klear_megatron.data import Prompt
 from klear_megatron.data.chat_template import opens_thinking
 from klear_megatron.errors import UserError
-from klear_megatron.rewards import RewardConfig, check_data_sources, check_ground_truths
+from klear_megatron.rewards import (
+    RewardConfig,
+    check_data_sources,
+    check_functions,
+    check_ground_truths,
+)
 from klear_megatron.rollout import RolloutConfig, SamplingConfig
 from klear_megatron.rollout.external_servers import check_lengths
 
 
-def check_thinking(tokenizer: PreTrainedTokenizerBase, rewards: RewardConfig) -> None:
-    """Raises UserError if every response would count as ill-formed, whatever the model writes."""
+def check_rewards(tokenizer: PreTrainedTokenizerBase, rewards: RewardConfig) -> None:
+    """Raises UserError if a function that grades cannot be used, or if every response would count
+    as ill-formed, whatever the model writes. Needs no data."""
+    check_functions(rewards)
     if rewards.thinking == "required" and opens_thinking(tokenizer):
         raise UserError(
             "rewards.thinking: the chat template writes <think> at the end of a prompt, so no "

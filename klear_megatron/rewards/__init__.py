@@ -7,7 +7,11 @@ from klear_megatron.rewards.config import (
     MathRewardConfig,
     RewardConfig,
 )
-from klear_megatron.rewards.graders import check_data_sources, check_ground_truths
+from klear_megatron.rewards.graders import (
+    check_data_sources,
+    check_functions,
+    check_ground_truths,
+)
 from klear_megatron.rewards.math import math_reward
 from klear_megatron.rewards.pool import RewardPool
 from klear_megatron.rewards.reward import Job, Reward
@@ -21,6 +25,7 @@ __all__ = [
     "RewardConfig",
     "RewardPool",
     "check_data_sources",
+    "check_functions",
     "check_ground_truths",
     "code_reward",
     "math_reward",

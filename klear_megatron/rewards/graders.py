@@ -173,6 +173,13 @@ def check_data_sources(data_sources: Iterable[str], config: RewardConfig = Rewar
             grader.check()
 
 
+def check_functions(config: RewardConfig) -> None:
+    """Raises UserError if what the config names cannot grade, whatever the data are."""
+    verifiers = [CustomRewardConfig(function=name) for name in config.sources.values()]
+    for named in (*verifiers, *config.custom):
+        _grader(named, config).check()
+
+
 def check_ground_truths(
     pairs: Iterable[tuple[str, GroundTruth]], config: RewardConfig = RewardConfig()
 ) -> None:

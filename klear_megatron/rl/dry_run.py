@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from klear_megatron.losses import PolicyObjective
 from klear_megatron.rl.config import RLConfig
 from klear_megatron.rl.evaluation import Evaluations
 from klear_megatron.rl.loop import make_sampler, read_training_prompts
+from klear_megatron.rl.preflight import check_before_reading
 from klear_megatron.training import run
 from klear_megatron.training.dry_run import describe_run
 
@@ -18,11 +18,11 @@ def describe_rl(config: RLConfig, ranks: int) -> Iterator[str]:
     """
     config = run.with_model_here(config)
     folder = run.model_folder(config)
+    check_before_reading(config, folder)
     yield from describe_run(config, folder, ranks)
     yield config.rollout.describe_servers()
     rollout = config.rollout.model_copy(update={"urls": ()})
     alone = config.model_copy(update={"rollout": rollout})
-    PolicyObjective(config.loss)
     prompts = read_training_prompts(alone, folder)
     make_sampler(config, prompts)
     evaluations = Evaluations(alone, folder)

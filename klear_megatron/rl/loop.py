@@ -5,7 +5,7 @@ import socket
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import LoadedPrompts, PromptSampler, load_prompts, note_on_repeats
-from klear_megatron.evaluation.preflight import check_prompts, check_thinking
+from klear_megatron.evaluation.preflight import check_prompts
 from klear_megatron.observability import Phases, Progress, RolloutFiles, say
 from klear_megatron.platform import objects
 from klear_megatron.policy.checkpoint import checkpoint_path
@@ -17,6 +17,7 @@ from klear_megatron.rl.dropped import DroppedSteps
 from klear_megatron.rl.evaluation import Evaluations
 from klear_megatron.rl.groups import GroupMaker
 from klear_megatron.rl.metrics import idle_times
+from klear_megatron.rl.preflight import check_before_reading, check_servers
 from klear_megatron.rl.rollouts import Collector, Rollouts
 from klear_megatron.rl.servers import PolicyServers
 from klear_megatron.rl.updates import Updates
@@ -25,7 +26,7 @@ from klear_megatron.training import run
 from klear_megatron.training.closing import what_next
 from klear_megatron.training.metrics import run_metrics, training_speed
 from klear_megatron.training.planned import PlannedSteps
-from klear_megatron.training.resume import record_config, resume
+from klear_megatron.training.resume import find_checkpoint, record_config, resume
 from klear_megatron.training.saver import Saver, is_finished
 from klear_megatron.training.trackers import make_recorder
 from klear_megatron.training.usage import record_start
@@ -45,13 +46,19 @@ def train_rl(config: RLConfig) -> None:
 
 
 def _train(config: RLConfig, folder: ModelFolder) -> None:
+    check_before_reading(config, folder)
+    check_servers(config)
+    checkpoint = find_checkpoint(config)
+    if checkpoint is not None:
+        checkpoint.check_last_step(config.steps)
     planned = PlannedSteps(config)
     prompts = read_training_prompts(config, folder)
     evaluations = Evaluations(config, folder)
     updates = Updates(config, folder)
     sampler = make_sampler(config, prompts)
-    first = 1
-    if state := resume(updates.learner, config, config.steps):
+    first, state = 1, None
+    if checkpoint is not None:
+        state = resume(updates.learner, config, checkpoint)
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
 
@@ -201,7 +208,6 @@ def read_training_prompts(config: RLConfig, folder: ModelFolder) -> LoadedPrompt
             whose context is too short for prompt and response.
     """
     loaded = load_prompts(config.data, folder.tokenizer)
-    check_thinking(folder.tokenizer, config.rewards)
     check_prompts(
         loaded.prompts,
         max(map(len, loaded.token_ids)),

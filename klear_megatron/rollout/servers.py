@@ -68,14 +68,10 @@ def serving(
                 external_servers.check_serves(url, model_path)
         yield Servers(config, config.urls, {})
         return
-    if not config.python.is_file():
-        raise UserError(
-            f"rollout.python: {config.python} does not exist; install SGLang into an environment "
-            "of its own (`make setup` does) or give its interpreter"
-        )
-    first_gpu = choose_first_gpu(config, trainer_ranks=ranks_on_this_host() if own_weights else 0)
+    first_gpu = check_startable(config, own_weights=own_weights)
     make_folder(log_dir)
-    many = f"{config.num_servers} SGLang server{'s' if config.num_servers > 1 else ''}"
+    one, begin = config.num_servers == 1, time.monotonic()
+    many = "1 SGLang server" if one else f"{config.num_servers} SGLang servers"
     say(f"starting {many} of {model_path}; logs in {log_dir}")
     with contextlib.ExitStack() as stack:
         processes = {}
@@ -89,7 +85,25 @@ def serving(
             process.start()
         servers = Servers(config, list(processes), processes)
         servers.restore()
+        say(f"{many} {'answers' if one else 'answer'} after {time.monotonic() - begin:.0f} s")
         yield servers
+
+
+def check_startable(config: RolloutConfig, *, own_weights: bool) -> int:
+    """Checks what can be known before servers are started; see `serving`.
+
+    Returns:
+        the first GPU of the first server.
+
+    Raises:
+        UserError: SGLang is not installed, or `base_gpu_id` is a trainer rank's.
+    """
+    if not config.python.is_file():
+        raise UserError(
+            f"rollout.python: {config.python} does not exist; install SGLang into an environment "
+            "of its own (`make setup` does) or give its interpreter"
+        )
+    return choose_first_gpu(config, trainer_ranks=ranks_on_this_host() if own_weights else 0)
 
 
 def count_devices(urls: Collection[str]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import ConversationsConfig, note_on_repeats
 from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encode_part
-from klear_megatron.data.files import stamps
+from klear_megatron.data.files import check_paths, stamps
 from klear_megatron.errors import UserError
 from klear_megatron.observability import say
 from klear_megatron.platform import objects
@@ -27,10 +27,8 @@ def read_examples(config: SFTConfig, model: ModelFolder) -> EncodedConversations
     the same data and tokenizer.
 
     Raises:
-        UserError: on all ranks: a malformed row, no conversation short enough, or a length limit
-            beyond the model's positions.
+        UserError: on all ranks: a malformed row, or no conversation short enough.
     """
-    check_length(config, model)
     examples, total = _read(config.data, model, config.run_dir / "encoded")
     _say(training_notes(config, total))
     return examples
@@ -46,8 +44,15 @@ def read_validation(config: SFTConfig, model: ModelFolder) -> EncodedConversatio
     return examples
 
 
-def check_length(config: SFTConfig, model: ModelFolder) -> None:
-    """Raises UserError if conversations may be longer than the model's positions."""
+def check_before_reading(config: SFTConfig, model: ModelFolder) -> None:
+    """Checks what can be known before conversations are encoded, which may take long.
+
+    Raises:
+        UserError: there are no such data, or a length limit is beyond the model's positions.
+    """
+    for data in (config.data, config.validation_data):
+        if data is not None:
+            check_paths(data.path, data.subset, data.split)
     positions = model.config.max_position_embeddings
     if config.data.max_length > positions:
         raise UserError(

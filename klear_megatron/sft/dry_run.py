@@ -8,7 +8,13 @@ from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import ConversationsConfig
 from klear_megatron.data.encoded import EncodedPart, encode_part
 from klear_megatron.sft.config import SFTConfig
-from klear_megatron.sft.data import check_any_left, check_length, count_steps, notes, training_notes
+from klear_megatron.sft.data import (
+    check_any_left,
+    check_before_reading,
+    count_steps,
+    notes,
+    training_notes,
+)
 from klear_megatron.training import run
 from klear_megatron.training.dry_run import describe_run
 
@@ -21,7 +27,7 @@ def describe_sft(config: SFTConfig, ranks: int) -> Iterator[str]:
     """
     config = run.with_model_here(config)
     folder = run.model_folder(config)
-    check_length(config, folder)
+    check_before_reading(config, folder)
     yield from describe_run(config, folder, ranks)
     total = _encode(config.data, folder)
     yield f"data: {total.kept} conversations to train on"

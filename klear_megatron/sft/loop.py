@@ -10,13 +10,13 @@ from klear_megatron.platform import objects
 from klear_megatron.policy.batch import Batch
 from klear_megatron.policy.learner import Learner
 from klear_megatron.sft.config import SFTConfig
-from klear_megatron.sft.data import count_steps, read_examples
+from klear_megatron.sft.data import check_before_reading, count_steps, read_examples
 from klear_megatron.sft.validation import Validation
 from klear_megatron.training import run
 from klear_megatron.training.closing import what_next
 from klear_megatron.training.metrics import run_metrics, training_speed
 from klear_megatron.training.planned import PlannedSteps
-from klear_megatron.training.resume import record_config, resume
+from klear_megatron.training.resume import find_checkpoint, record_config, resume
 from klear_megatron.training.saver import Saver, is_finished
 from klear_megatron.training.steps_taken import StepsTaken
 from klear_megatron.training.trackers import make_recorder
@@ -36,9 +36,13 @@ def train_sft(config: SFTConfig) -> None:
 
 
 def _train(config: SFTConfig, folder: ModelFolder) -> None:
+    check_before_reading(config, folder)
+    checkpoint = find_checkpoint(config)
     planned = PlannedSteps(config)
     examples = read_examples(config, folder)
     steps = count_steps(config, len(examples))
+    if checkpoint is not None:
+        checkpoint.check_last_step(steps)
     validation = Validation(config, folder, steps)
     if objects.broadcast(run.is_main_rank() and is_finished(config, steps)):
         return
@@ -46,8 +50,9 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
     sampler = PromptSampler(len(examples), config.seed, fingerprint=examples.fingerprint())
     objective, phases = SFTObjective(), Phases()
     steps_taken = StepsTaken(config.run_dir)
-    first = 1
-    if state := resume(learner, config, steps):
+    first, state = 1, None
+    if checkpoint is not None:
+        state = resume(learner, config, checkpoint)
         sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
     record_config(config, first)

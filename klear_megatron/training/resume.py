@@ -1,6 +1,7 @@
 """Going on from a run's newest checkpoint, also with settings that have changed since."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,35 +42,55 @@ _WARNED = {
 """Settings, or sections of them, whose change applies but needs care, and why."""
 
 
-def resume(learner: Learner, config: RunConfig, last_step: int) -> dict[str, Any] | None:
-    """Collective. Loads the run's newest complete checkpoint.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that a run goes on from."""
 
-    Settings that changed since the checkpoint apply from here on, and are listed. The first rank
-    decides which checkpoint is the newest: on a network file system, others may not see it yet.
+    path: Path
+    state: dict[str, Any]
+    """The trainer's."""
 
-    Args:
-        last_step: the step that the run ends with.
+    def check_last_step(self, last_step: int) -> None:
+        """Raises UserError if the checkpoint is beyond the step that the run ends with."""
+        if self.state["step"] > last_step:
+            raise UserError(
+                f"{self.path}: is of step {self.state['step']}, but the config asks for "
+                f"{last_step} steps in all; ask for more, or choose another run_dir"
+            )
 
-    Returns:
-        the trainer's state; None if the run has no checkpoint.
+
+def find_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """Collective. The run's newest complete checkpoint, if it has one. Reads no weights.
+
+    The first rank decides which checkpoint is the newest: on a network file system, others may not
+    see it yet.
 
     Raises:
-        UserError: a setting has changed that cannot, `policy.path` holds another model, or the
-            checkpoint is beyond `last_step`.
+        UserError: a setting has changed that cannot, or `policy.path` holds another model.
     """
     base_fingerprint(config.policy.path)  # now, as the files may be replaced while the run goes on
     path = objects.broadcast(latest_checkpoint(config.run_dir) if is_main_rank() else None)
     if path is None:
         return None
     state = read_state(path)
-    _check(path, state, config, last_step)
-    learner.load(path)
-    changes = list(_changes(state, config))
+    _check(path, state, config)
+    return Checkpoint(path, state)
+
+
+def resume(learner: Learner, config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Collective. Loads the checkpoint. Settings that changed since it apply from here on, and are
+    listed.
+
+    Returns:
+        the trainer's state.
+    """
+    learner.load(checkpoint.path)
+    changes = list(_changes(checkpoint.state, config))
     if is_main_rank():
-        say(f"resuming from {path}")
-        for line in _describe(changes, state["step"] + 1):
+        say(f"resuming from {checkpoint.path}")
+        for line in _describe(changes, checkpoint.state["step"] + 1):
             say(line)
-    return state
+    return checkpoint.state
 
 
 def code_fingerprints(config: RunConfig) -> dict[str, dict[str, str]]:
@@ -117,12 +138,7 @@ def _kept_name(step: int) -> str:
     return f"step_{step:08}"
 
 
-def _check(path: Path, state: Mapping[str, Any], config: RunConfig, last_step: int) -> None:
-    if state["step"] > last_step:
-        raise UserError(
-            f"{path}: is of step {state['step']}, but the config asks for {last_step} steps in "
-            "all; ask for more, or choose another run_dir"
-        )
+def _check(path: Path, state: Mapping[str, Any], config: RunConfig) -> None:
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     for key, reason in _REFUSED.items():
         if key in before and before[key] != now.get(key):

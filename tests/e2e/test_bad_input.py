@@ -68,6 +68,25 @@ def test_rl_refuses(make_config, quickstart, overrides, message):
     assert message in refusal("rl", str(make_config("rl")), *base, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--rollout.python", "nowhere"], "rollout.python: nowhere does not exist"),
+        (["--loss.name", "nowhere.py:f"], "loss.name: cannot import 'nowhere.py'"),
+        (["--rewards.custom", "[nowhere.py:f]"], "custom.function: cannot import 'nowhere.py'"),
+        (["--evaluation", "{every: 5, benchmarks: {a: {path: no.jsonl}}}"], "no.jsonl: no such"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_what_needs_no_data_is_refused_before_they_are_read(
+    make_config, quickstart, tmp_path, overrides, message
+):
+    data = tmp_path / "train.jsonl"
+    data.write_text("no row\n")
+    given = ["--policy.path", str(quickstart / "base"), "--data.path", str(data)]
+    assert message in refusal("rl", str(make_config("rl")), *given, *overrides)
+
+
 def test_sft_refuses_lengths_beyond_the_models_positions(make_config):
     message = refusal("sft", str(make_config("sft")), "--data.max_length", "257")
     assert "data.max_length: 257 tokens, but the model takes 256" in message

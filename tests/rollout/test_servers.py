@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -118,6 +119,7 @@ def test_servers_end_when_the_process_that_started_them_is_killed(servers, tmp_p
         assert trainer.stdout is not None
         said = f"starting 1 SGLang server of {model}; logs in {tmp_path / 'logs'}\n"
         assert trainer.stdout.readline() == said
+        assert re.fullmatch(r"1 SGLang server answers after \d+ s\n", trainer.stdout.readline())
         assert trainer.stdout.readline() == "ready\n"
         started = psutil.Process(trainer.pid).children(recursive=True)
         assert any("sglang" in " ".join(process.cmdline()) for process in started)

@@ -18,7 +18,7 @@ from klear_megatron.policy.batch import Batch
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.sft.loop import train_sft
 from klear_megatron.training import resume as resume_module
-from klear_megatron.training.resume import record_config, resume
+from klear_megatron.training.resume import find_checkpoint, record_config, resume
 from klear_megatron.training.saver import Saver
 from tests.distributed.laboratory import make_learner
 from tests.distributed.ranks import run_ranks
@@ -72,10 +72,17 @@ def _train_and_save(config: SFTConfig, steps: int) -> None:
         saver.save_what_is_due(Phases(), None)
 
 
+def _go_on(learner: Any, config: SFTConfig, last_step: int) -> dict[str, Any]:
+    checkpoint = find_checkpoint(config)
+    assert checkpoint is not None
+    checkpoint.check_last_step(last_step)
+    return resume(learner, config, checkpoint)
+
+
 def _resume(config: SFTConfig) -> tuple[dict[str, Any], str, Any]:
     learner = _learner(config)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        state = resume(learner, config, 10)
+        state = _go_on(learner, config, 10)
     record_config(config, state["step"] + 1)
     return state, said.getvalue(), learner
 
@@ -128,12 +135,12 @@ def _refused(path: Path, run_dir: Path) -> list[str]:
     config = _config(path, run_dir)
     _train_and_save(config, 2)
     learner = _learner(config)
-    resume(learner, config, 10)
+    _go_on(learner, config, 10)
     record_config(config, 3)
     in_bfloat16 = config.policy.model_copy(update={"dtype": "bfloat16"})
     moved = shutil.copytree(path, run_dir / "moved")
     other = tiny.write(run_dir / "other", tiny.qwen3(num_hidden_layers=2), seed=1)
-    resume(learner, _config(moved, run_dir), 10)
+    _go_on(learner, _config(moved, run_dir), 10)
     messages = []
     for changed, last_step in (
         (_config(path, run_dir, batch_size=3), 10),
@@ -142,7 +149,7 @@ def _refused(path: Path, run_dir: Path) -> list[str]:
         (_config(other, run_dir), 10),
     ):
         with pytest.raises(UserError) as error:
-            resume(learner, changed, last_step)
+            _go_on(learner, changed, last_step)
         messages.append(str(error.value))
     return messages
 
@@ -173,6 +180,9 @@ def _train_again(path: Path, folder: Path) -> tuple[str, str]:
     _write_rows(data, ROWS)
     config = _config(path, folder / "run", data={"path": data, "max_length": 64}, steps=8)
     train_sft(config)
+    data.write_text("not a row\n")
+    with pytest.raises(UserError, match="batch_size: was 2"):  # before the data are read
+        train_sft(config.model_copy(update={"batch_size": 3}))
     _write_rows(data, ROWS[::-1])
     with pytest.raises(UserError) as error:
         train_sft(config.model_copy(update={"steps": 12}))
