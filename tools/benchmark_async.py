@@ -24,7 +24,8 @@ import yaml
 
 from klear_megatron.rollout import RolloutConfig, serving
 from klear_megatron.rollout.dispatch import Capacity
-from tools.rollout_simulation import Scenario, Speed, simulate
+from tools.rollout_simulation import Scenario, simulate
+from tools.simulated_server import Speed
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3

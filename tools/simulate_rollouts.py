@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klear_megatron.rollout.dispatch import Capacity
-from tools.rollout_simulation import Result, Scenario, Speed, simulate
+from tools.rollout_simulation import Result, Scenario, simulate
+from tools.simulated_server import Speed
 
 # Qwen3-8B, from its config.json.
 PARAMETERS, LAYERS, ATTENTION_WIDTH = 8.19e9, 36, 32 * 128

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from klear_megatron.rollout.dispatch import Capacity
-from tools.rollout_simulation import Scenario, Speed, simulate
+from tools.rollout_simulation import Scenario, simulate
+from tools.simulated_server import Speed
 
 
 def scenario(**changes: Any) -> Scenario:
