@@ -2,9 +2,12 @@
 
     make quickstart
     .venv/bin/python tools/staleness_accuracy.py [--staleness 0 1 2] [--seeds 0 1 2]
+        [--run_dir FOLDER] [--section.key value ...]
 
 Prints a row of a Markdown table for each max_staleness as soon as its seeds are trained: the mean
-held-out accuracy at temperature 1.0, with the standard error over the seeds.
+held-out accuracy at temperature 1.0, with the standard error over the seeds, and the mean, median
+and 99th percentile of the lengths of the responses that were trained on. The other options are
+settings of the run: with `--policy.optimizer.lr 0` the policy stays, so its lengths do, too.
 """
 
 import argparse
@@ -14,6 +17,11 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from klear_megatron.observability import RolloutFiles
 
 ROOT = Path(__file__).parents[1]
 EVALUATION = {
@@ -29,29 +37,52 @@ EVALUATION = {
 }
 
 
+class Result(NamedTuple):
+    """What a run of one seed ended with: its held-out accuracy, the median seconds of a step, and
+    the lengths of the responses of all steps in tokens."""
+
+    accuracy: float
+    seconds: float
+    lengths: list[int]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--ranks", type=int, default=2)
-    arguments = parser.parse_args()
-    print("| max_staleness | held-out accuracy | by seed | seconds of a step |\n|---|---|---|---|")
+    parser.add_argument("--run_dir", type=Path, default=ROOT / "runs" / "staleness")
+    arguments, overrides = parser.parse_known_args()
+    print(
+        "| max_staleness | held-out accuracy | by seed | trained lengths: mean, median, 99 % "
+        "| seconds of a step |\n|---|---|---|---|---|"
+    )
     for max_staleness in arguments.staleness:
-        results = [train(max_staleness, seed, arguments) for seed in arguments.seeds]
-        accuracies = [accuracy for accuracy, _ in results]
-        error = ""
-        if len(accuracies) > 1:
-            error = f" ± {statistics.stdev(accuracies) / len(accuracies) ** 0.5:.1%}"
-        by_seed = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
-        seconds = statistics.median(seconds for _, seconds in results)
-        mean = statistics.mean(accuracies)
-        print(f"| {max_staleness} | {mean:.1%}{error} | {by_seed} | {seconds:.2f} |", flush=True)
+        results = [train(max_staleness, seed, arguments, overrides) for seed in arguments.seeds]
+        print(row(max_staleness, results), flush=True)
 
 
-def train(max_staleness: int, seed: int, arguments: argparse.Namespace) -> tuple[float, float]:
-    """The accuracy after the last step, and the median seconds of a step."""
-    run_dir = ROOT / "runs" / "staleness" / f"{max_staleness}_{seed}"
+def row(max_staleness: int, results: list[Result]) -> str:
+    accuracies = [result.accuracy for result in results]
+    error = ""
+    if len(accuracies) > 1:
+        error = f" ± {statistics.stdev(accuracies) / len(accuracies) ** 0.5:.1%}"
+    by_seed = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
+    lengths = np.concatenate([result.lengths for result in results])
+    median, longest = np.percentile(lengths, [50, 99])
+    seconds = statistics.median(result.seconds for result in results)
+    return (
+        f"| {max_staleness} | {statistics.mean(accuracies):.1%}{error} | {by_seed} "
+        f"| {lengths.mean():.2f}, {median:.0f}, {longest:.0f} | {seconds:.2f} |"
+    )
+
+
+def train(
+    max_staleness: int, seed: int, arguments: argparse.Namespace, overrides: list[str]
+) -> Result:
+    """Runs one seed to the end."""
+    run_dir = arguments.run_dir / f"{max_staleness}_{seed}"
     settings = {
         "run_dir": run_dir,
         "seed": seed,
@@ -64,11 +95,14 @@ def train(max_staleness: int, seed: int, arguments: argparse.Namespace) -> tuple
     command = [*torchrun, f"--nproc-per-node={arguments.ranks}", "-m", "klear_megatron", "rl"]
     command += [str(ROOT / "examples" / "quickstart" / "rl.yaml")]
     command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    command += overrides
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     seconds = statistics.median(row["seconds/total"] for row in rows if row["step"])
-    return rows[-1]["eval/heldout/avg"], seconds
+    rollouts = RolloutFiles(run_dir)
+    lengths = [row["tokens"] for step in rollouts.steps() for row in rollouts.read_texts(step)]
+    return Result(rows[-1]["eval/heldout/avg"], seconds, lengths)
 
 
 if __name__ == "__main__":
