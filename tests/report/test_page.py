@@ -197,6 +197,13 @@ def test_runs_are_overlaid_and_smoothed(opened: Opened):
     assert smoothed[:3] == pytest.approx([0.1, 0.25 / 1.5, 0.425 / 1.75])
 
 
+def test_metrics_that_never_move_are_told_in_a_line(opened: Opened):
+    curves = opened.page.locator("#curves")
+    assert "The same at every step: mfu 0.4, trained_per_second 10." in curves.inner_text()
+    assert "mfu" not in curves.locator(".card h4").all_inner_texts()
+    assert "mean" in curves.locator(".card h4").all_inner_texts()
+
+
 def test_the_account_sums_up_the_steps(opened: Opened, runs: Path):
     rows = opened.page.locator("#account tbody tr").all()
     slow, fast, evaluation, _, together = [row.locator("td").all_inner_texts() for row in rows]

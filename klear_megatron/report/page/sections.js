@@ -59,6 +59,12 @@ function showCurves() {
   for (const kind of kinds) showCurvesOf(kind);
 }
 
+// The value that a metric has at every step of every run; undefined if it moves.
+function constant(kind, metric) {
+  const values = new Set(DATA.runs.filter((run) => run.kind === kind && run.curves[metric]).flatMap((run) => run.curves[metric][1]));
+  return values.size === 1 ? [...values][0] : undefined;
+}
+
 function showCurvesOf(kind) {
   const runs = DATA.runs.map((run, i) => [run, i]).filter(([run]) => run.kind === kind);
   const names = [...new Set(runs.flatMap(([run]) => Object.keys(run.curves)))].filter((name) => !name.startsWith("seconds/"));
@@ -66,9 +72,13 @@ function showCurvesOf(kind) {
   for (const group of new Set([...GROUPS, ...names.map(groupOf)])) {
     const members = names.filter((name) => groupOf(name) === group);
     if (!members.length) continue;
+    const title = (name) => name.slice(group.length + 1) || name;
+    const still = members.filter((name) => constant(kind, name) !== undefined), moving = members.filter((name) => !still.includes(name));
     section("curves").append(
       el("h3", { class: "controls" }, `${KINDS[kind]}: ${group}`, ...runs.map(([, i]) => runName(i))),
-      el("div", { class: "grid" }, ...members.map((name) => chart(name.slice(group.length + 1) || name, () => curveTraces(kind, name)))));
+      el("div", { class: "grid" }, ...moving.map((name) => chart(title(name), () => curveTraces(kind, name)))));
+    if (still.length) section("curves").append(
+      note(`The same at every step: ${still.map((name) => `${title(name)} ${number(constant(kind, name))}`).join(", ")}.`));
   }
 }
 
