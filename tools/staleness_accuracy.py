@@ -7,7 +7,7 @@
 Prints a row of a Markdown table for each max_staleness as soon as its seeds are trained: the mean
 held-out accuracy at temperature 1.0, with the standard error over the seeds, and the mean, median
 and 99th percentile of the lengths of the responses that were trained on. The other options are
-settings of the run: with `--policy.optimizer.lr 0` the policy stays, so its lengths do, too.
+settings of the run: with `--policy.optimizer.lr 1e-12` the policy stays, so its lengths do, too.
 """
 
 import argparse
