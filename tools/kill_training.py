@@ -1,24 +1,29 @@
-"""Kills RL, or its servers, at random moments with SIGKILL, and counts the prompts at the end.
+"""Kills a run, or its servers, at random moments with SIGKILL, and counts the prompts at the end.
 
-    .venv/bin/python tools/kill_training.py CONFIG [--kills N] [--servers | --one]
-        [--section.key value ...]
+    .venv/bin/python tools/kill_training.py CONFIG [--kills N] [--servers | --one KIND]
+        [--verb sft] [--section.key value ...]
 
 The run is started again after each kill; with `--servers`, it has to go on by itself. With `--one`,
-each kill is of one process only, of a kind that is drawn: torchrun, a rank, or a process that a
-rank has started. If the run does not go on by itself, nothing of it may be left. Every prompt that
-was handed out must have been trained on, counted as dropped, or be in the buffer of the last
-checkpoint, exactly once. `run_dir` must be empty, and `save_every` 1.
+each kill is of one process only: torchrun, a rank, a server (any of its processes, and their
+guards), a writer of a checkpoint, a process of a sandbox, or any other that a rank has started
+(worker: it grades, or is the writers' queue). Nothing of the run may be left within a minute, or if
+it goes on, nothing that is not in its tree of processes.
+
+At the end of RL, every prompt that was handed out must have been trained on, counted as dropped, or
+be in the buffer of the last checkpoint, exactly once. `run_dir` must be empty, and `save_every` 1.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,11 +33,16 @@ from klear_megatron.config import load_config
 from klear_megatron.data import PromptSampler
 from klear_megatron.policy.checkpoint import latest_checkpoint, read_state
 from klear_megatron.rl.config import RLConfig
+from klear_megatron.sft.config import SFTConfig
+from klear_megatron.training.config import RunConfig
 
 _LONGEST_S = 6.0
 """From a step to the kill."""
-_ENDS_S = 120.0
-"""Until a run has to have ended of which a rank or torchrun was killed."""
+_GRACE_S = 60.0
+"""Until nothing may be left."""
+_MARK = "KILL_TRAINING"
+"""In the environment of all processes of the run."""
+_KINDS = ("torchrun", "rank", "server", "writer", "sandbox", "worker")
 
 
 def main() -> None:
@@ -42,28 +52,39 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--servers", action="store_true")
-    parser.add_argument("--one", action="store_true")
+    parser.add_argument("--one", choices=_KINDS)
+    parser.add_argument("--verb", choices=["rl", "sft"], default="rl")
     options, overrides = parser.parse_known_args()
-    config = load_config(RLConfig, options.config, overrides)
+    kind: type[RunConfig] = RLConfig if options.verb == "rl" else SFTConfig
+    config = load_config(kind, options.config, overrides)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    trainer = [f"--nproc-per-node={options.ranks}", "-m", "klear_megatron", "rl"]
+    trainer = [f"--nproc-per-node={options.ranks}", "-m", "klear_megatron", options.verb]
     command = [*torchrun, *trainer, str(options.config), *overrides]
     random.seed(options.seed)
-    kill_some = kill_servers if options.servers else kill_one if options.one else kill_trainer
+    kill_some = kill_servers if options.servers else kill_trainer
+    if options.one:
+        kill_some = partial(kill_one, kind=options.one)
     process = None
     for number in range(1, options.kills + 1):
-        if process is None or process.poll() is not None:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        process = running(process, command)
         wait_for_step(process, config.run_dir)
         time.sleep(random.uniform(0, _LONGEST_S))
         kill_some(process, config.run_dir)
         step = last_step(config.run_dir)
         print(f"kill {number} of {options.kills}: after step {step}", flush=True)
-    if process is None or process.poll() is not None:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = running(process, command)
     if process.wait():
         sys.exit(f"the run ended with {process.returncode}")
-    print(json.dumps(count_prompts(config), indent=2))
+    if isinstance(config, RLConfig):
+        print(json.dumps(count_prompts(config), indent=2))
+
+
+def running(process: subprocess.Popen[bytes] | None, command: list[str]) -> subprocess.Popen[bytes]:
+    """The run, started again if it has ended."""
+    if process is not None and process.poll() is None:
+        return process
+    environment = os.environ | {_MARK: str(os.getpid())}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path) -> None:
@@ -82,35 +103,67 @@ def kill_trainer(process: subprocess.Popen[bytes], _: Path) -> None:
         if not is_server(one):
             kill(one)
     process.wait()
-    expect_ended(family)
+    expect_ended(family, process)
 
 
-def kill_one(process: subprocess.Popen[bytes], run_dir: Path) -> None:
-    """Kills torchrun, a rank, or a process of a rank. Returns when the run has ended, or goes on
-    without that process."""
-    torchrun, *others = family = family_of(process)
-    ranks = torchrun.children()
-    started = [one for one in others if one not in ranks]
-    kinds = {"torchrun": [torchrun], "a rank": ranks, "a process of a rank": started}
-    kind = random.choice(sorted(kinds))
-    victim = random.choice(kinds[kind])
-    with contextlib.suppress(psutil.Error):
-        print(f"killing {kind}: {' '.join(victim.cmdline())[-100:]}", flush=True)
+def kill_one(process: subprocess.Popen[bytes], run_dir: Path, kind: str) -> None:
+    """Kills a process of this kind, once there is one. Returns when the run has ended, or has taken
+    two more steps without it."""
+    family = family_of(process)
+    while not (victims := [one for one in family if kind_of(one, process.pid) == kind]):
+        family = family_of(process)
+    victim = random.choice(victims)
+    words = " ".join(victim.cmdline()) if victim.is_running() else "it has ended by itself"
+    print(f"killing {victim.pid}: ... {words[-70:]}", flush=True)
     kill(victim)
-    if kind == "a process of a rank":
-        before = last_step(run_dir)
-        while process.poll() is None:
-            if last_step(run_dir) > before + 1:
-                return
-            time.sleep(0.05)
-    process.wait(timeout=_ENDS_S)
-    expect_ended(family)
+    before, begin = last_step(run_dir), time.monotonic()
+    while process.poll() is None and last_step(run_dir) < before + 2:
+        time.sleep(0.05)
+    expect_ended(family, process)
+    ended = "ended" if process.poll() is not None else "went on"
+    print(f"the run {ended}, after {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def expect_ended(family: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(family, timeout=60)
-    if alive:
-        sys.exit(f"processes outlived the run: {alive}")
+def kind_of(process: psutil.Process, torchrun: int) -> str | None:
+    """Its kind; None if it has ended."""
+    with contextlib.suppress(psutil.Error):
+        if process.pid == torchrun:
+            return "torchrun"
+        if process.ppid() == torchrun:
+            return "rank"
+        if is_server(process):
+            return "server"
+        command = process.cmdline()
+        if "/inside/main.py" in command or any("bwrap" in word for word in command):
+            return "sandbox"
+        # Forks have their rank's command line.
+        return "writer" if "klear_megatron" in command else "worker"
+    return None
+
+
+def expect_ended(family: list[psutil.Process], run: subprocess.Popen[bytes]) -> None:
+    """Ends this tool if a process of the run is left that does not belong to what goes on of it."""
+    deadline = time.monotonic() + _GRACE_S
+    while left := [one for one in {*family, *marked()} if outlives(one, run)]:
+        if time.monotonic() > deadline:
+            sys.exit(f"processes outlived the run: {left}")
+        time.sleep(0.2)
+
+
+def outlives(process: psutil.Process, run: subprocess.Popen[bytes]) -> bool:
+    with contextlib.suppress(psutil.Error):
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            ancestors = {process.pid, *(one.pid for one in process.parents())}
+            return run.poll() is not None or run.pid not in ancestors
+    return False
+
+
+def marked() -> Iterator[psutil.Process]:
+    """The processes of this tool's runs; those in a sandbox have another environment."""
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if one.environ().get(_MARK) == str(os.getpid()) and one.pid != os.getpid():
+                yield one
 
 
 def kill_servers(process: subprocess.Popen[bytes], _: Path) -> None:

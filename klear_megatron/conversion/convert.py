@@ -31,6 +31,7 @@ from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.megatron_writer import WrittenChunk, write_metadata, write_row
 from klear_megatron.checkpoints.model_folder import ModelFolder, config_of
 from klear_megatron.checkpoints.plan import SHARD_BYTES, Move, describe, in_shards
+from klear_megatron.checkpoints.stages import read_stages, write_stages
 from klear_megatron.conversion.job import Processes, carry_out, read_ahead
 from klear_megatron.errors import UserError
 from klear_megatron.models import Weight, padded_vocab_size
@@ -83,11 +84,23 @@ def megatron_to_hf(
         if dry_run:
             _print_plan(files, processes, to_hf=True)
         else:
-            _write_hf(files, rows, checkpoint, folder, out, resume, processes)
+            _write_hf(
+                files,
+                rows,
+                checkpoint,
+                folder,
+                out,
+                resume,
+                processes,
+                lambda written: write_stages(written, read_stages(checkpoint)),
+            )
 
 
-def export_hf(model: "Model", out: Path) -> None:
+def export_hf(model: "Model", out: Path, write_beside: Callable[[Path], None]) -> None:
     """Writes the weights of a policy in training as a Hugging Face folder. Collective.
+
+    Args:
+        write_beside: writes more files into the folder; called on the first rank.
 
     Raises:
         UserError: `out` exists, weights are not finite, or the disk is full.
@@ -108,7 +121,8 @@ def export_hf(model: "Model", out: Path) -> None:
         # No read-ahead: gathering is collective, so one thread must do all of it.
         return map(tensors, moves)
 
-    _write_hf(files, rows, source, model.folder, out, resume=False, processes=Processes(0, 1))
+    alone = Processes(0, 1)
+    _write_hf(files, rows, source, model.folder, out, False, alone, write_beside)
     for _ in named_tensors:
         pass
 
@@ -234,6 +248,7 @@ def _write_hf(
     out: Path,
     resume: bool,
     processes: Processes,
+    write_beside: Callable[[Path], None],
 ) -> None:
     def write(moves: Sequence[Move], progress: Progress, file: BinaryIO) -> str:
         def tensors() -> Iterator[Tensor]:
@@ -245,6 +260,7 @@ def _write_hf(
 
     def finish(folder: Path, sums: Mapping[str, str]) -> None:
         companions.copy_companions(folder)
+        write_beside(folder)
         specs = [(file, spec) for file, moves in files.items() for m in moves for spec in m.specs]
         set_config_dtype(folder, (dtype for _, (_, dtype, _) in specs))
         if len(files) > 1:

@@ -33,6 +33,11 @@ class RowsConfig(Section):
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """skip counts malformed rows and continues."""
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All of `path`."""
+        return (self.path,) if isinstance(self.path, Path) else self.path
+
 
 class PromptText(Section):
     """What both prompts and conversations can be put together from."""

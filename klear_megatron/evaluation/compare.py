@@ -7,7 +7,7 @@ from pathlib import Path
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation.scores import Problems, Row, measure
 from klear_megatron.evaluation.statistics import Comparison, compare_paired, mean_and_error
-from klear_megatron.evaluation.stored import read_all, stored_config
+from klear_megatron.evaluation.stored import read_graded, stored_config
 
 _NO_SHARES = {"tokens"}
 
@@ -41,7 +41,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, list[MeasureComparison]
 
 
 def _compare_benchmark(first: Path, second: Path, name: str) -> list[MeasureComparison]:
-    runs = [_read_graded(run_dir, name) for run_dir in (first, second)]
+    runs = [read_graded(run_dir, name) for run_dir in (first, second)]
     _check_same_problems(name, first, second, *runs)
     a, b = ([measure(rows) for rows in run.values()] for run in runs)
     compared = []
@@ -81,13 +81,6 @@ def _format_benchmark(name: str, compared: Sequence[MeasureComparison], width: i
 
 def _shown_p(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
-
-
-def _read_graded(run_dir: Path, benchmark: str) -> Problems:
-    problems = read_all(run_dir, benchmark)
-    if any(row["reward"] is None for rows in problems.values() for row in rows):
-        raise UserError(f"{run_dir}: its responses are not graded; `klear-megatron regrade` it")
-    return problems
 
 
 def _check_same_problems(name: str, first: Path, second: Path, a: Problems, b: Problems) -> None:

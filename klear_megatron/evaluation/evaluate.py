@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from klear_megatron.checkpoints.hub import local_model
@@ -28,6 +28,7 @@ from klear_megatron.evaluation.stored import (
     folder_of,
     read_all,
     read_drawn,
+    read_graded,
     settings_of,
     stored_config,
     write_problems,
@@ -173,3 +174,23 @@ def _grade(config: EvalConfig) -> dict[str, Scores]:
     results = {name: asdict(of_one) for name, of_one in scores.items()}
     (config.run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation."""
+
+    config: EvalConfig
+    scores: dict[str, Scores]
+    """By the benchmarks' names."""
+
+
+def read_evaluation(run_dir: Path) -> Evaluation:
+    """The config and the scores of a finished evaluation.
+
+    Raises:
+        UserError: `run_dir` holds no evaluation, or one that is not finished.
+    """
+    config = stored_config(run_dir)
+    scores = {name: score(read_graded(run_dir, name)) for name in config.benchmarks}
+    return Evaluation(config, scores)

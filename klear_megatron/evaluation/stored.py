@@ -114,6 +114,18 @@ def read_all(run_dir: Path, benchmark: str) -> Problems:
     return problems
 
 
+def read_graded(run_dir: Path, benchmark: str) -> Problems:
+    """As `read_all`.
+
+    Raises:
+        UserError: some samples have not been drawn, or not been graded yet.
+    """
+    problems = read_all(run_dir, benchmark)
+    if any(row["reward"] is None for rows in problems.values() for row in rows):
+        raise UserError(f"{run_dir}: its responses are not graded; `klear-megatron regrade` it")
+    return problems
+
+
 def check_problems(folder: Path, problems: Problems, prompts: Sequence[Prompt]) -> None:
     """Checks that the stored responses answer these problems.
 

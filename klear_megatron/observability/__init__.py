@@ -5,7 +5,7 @@ from klear_megatron.observability.phases import Phases
 from klear_megatron.observability.progress import Progress, say
 from klear_megatron.observability.recorder import Recorder, Tracker
 from klear_megatron.observability.rollout_files import RolloutFiles
-from klear_megatron.observability.usage import append_usage, read_usage
+from klear_megatron.observability.usage import append_usage, read_usage, used_until
 
 __all__ = [
     "Metric",
@@ -17,4 +17,5 @@ __all__ = [
     "append_usage",
     "read_usage",
     "say",
+    "used_until",
 ]

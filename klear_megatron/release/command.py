@@ -28,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="extend the context with YaRN: factor 2.5 over 32768 tokens",
     )
+    parser.add_argument(
+        "--evaluation",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="RUN_DIR",
+        help="run_dir of `klear-megatron eval`, for the model card; may be given several times",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -47,4 +55,5 @@ def run(arguments: argparse.Namespace) -> None:
         licence=arguments.licence,
         dtype=arguments.dtype,
         yarn=arguments.yarn,
+        evaluations=arguments.evaluation,
     )

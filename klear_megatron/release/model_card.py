@@ -1,12 +1,15 @@
 """Writes the model card of a release, using only facts from the run's own files."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from klear_megatron.checkpoints.run_config import read_run_config
+from klear_megatron.checkpoints.stages import Stage, public_name, read_stages
+from klear_megatron.evaluation.evaluate import Evaluation
 from klear_megatron.models.tokenizer import read_tokenizer
 
 _NOT_PUBLIC = ("run_dir", "data", "rollout", "sandbox")
@@ -30,18 +33,28 @@ or, as a server, `python -m sglang.launch_server --model-path {name}`. The gener
 at temperature {temperature} with top_p {top_p}."""
 
 
-def model_card(checkpoint: Path, folder: Path, name: str, licence: str) -> str:
+def model_card(
+    checkpoint: Path,
+    folder: Path,
+    name: str,
+    licence: str,
+    evaluations: Sequence[Evaluation] = (),
+) -> str:
     """The README.md of a released model.
 
     Args:
         checkpoint: `<run>/checkpoints/step_<n>`; for any other folder the card is shorter.
         folder: the model as released.
+        evaluations: made apart from the run.
     """
     model = json.loads((folder / "config.json").read_text())
     generation = json.loads((folder / "generation_config.json").read_text())
     config = read_run_config(checkpoint)
     rows = _metrics(checkpoint)
+    stages = read_stages(folder)
     front = {"license": licence, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    if stages and "/" in stages[0].base:  # the hub shows the two together
+        front["base_model"] = stages[0].base
     usage = _USAGE.format(
         name=name,
         example=_EXAMPLE,
@@ -54,52 +67,71 @@ def model_card(checkpoint: Path, folder: Path, name: str, licence: str) -> str:
         f"# {name}",
         f"{model['architectures'][0]} with a context of {model['max_position_embeddings']} tokens, "
         f"in {model.get('dtype') or model['torch_dtype']}.",
-        *([] if config is None else [_training(config, checkpoint.name)]),
-        *_scores(rows),
+        _training(stages),
+        _evaluation(rows, evaluations),
         f"## Usage\n\n{usage}",
         f"## Prompt format\n\n{_prompt_format(folder)}",
         f"## Licence\n\n{_licence(folder, licence)}",
         *([] if config is None else _folded(config, rows[-1] if rows else {}, checkpoint)),
         "`sha256sum --check SHA256SUMS` checks the files.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _training(config: dict[str, Any], checkpoint: str) -> str:
-    start = Path(config["policy"]["path"]).name
-    how = "supervised fine-tuning"
-    if "steps" in config:
-        loss = config.get("loss", {}).get("name", "gppo")
-        how = f"reinforcement learning with verifiable rewards ({loss})"
-    step = int(checkpoint.removeprefix("step_"))
-    paths = config.get("data", {}).get("path", [])
-    names = [Path(path).name for path in ([paths] if isinstance(paths, str) else paths)]
+def _training(stages: Sequence[Stage]) -> str:
+    """A table of the training runs, from the base model on; empty if none is known."""
+    if not stages:
+        return ""
     lines = [
-        "## Training",
+        f"The base model is `{stages[0].base}`. It was trained with klear_megatron:",
         "",
-        f"- base model: `{start}`",
-        f"- method: {how}, {step} steps, with klear_megatron",
+        "| stage | from | method | steps | data | used |",
+        "|---|---|---|---|---|---|",
     ]
-    if names:
-        lines.append(f"- data: {', '.join(f'`{name}`' for name in names)}")
-    return "\n".join(lines)
+    for number, stage in enumerate(stages, start=1):
+        base = f"stage {number - 1}" if number > 1 else f"`{stage.base}`"
+        data = ", ".join(f"`{name}`" for name in stage.data)
+        if stage.epochs is not None:
+            data += f", {stage.epochs:g} epochs"
+        cells = (number, base, stage.method, stage.steps, data, stage.used or "not known")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "## Training\n\n" + "\n".join(lines)
 
 
-def _scores(rows: list[dict[str, float]]) -> list[str]:
-    """A table of the last evaluation that the run made up to the checkpoint; empty if none."""
+def _evaluation(rows: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation]) -> str:
+    """Tables of the last evaluation that the run made up to the checkpoint, and of others; empty if
+    there are none."""
+    parts = []
     evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
-    if not evaluated:
-        return []
-    row = evaluated[-1]
-    names = [key.split("/")[1] for key in row if key.startswith("eval/") and key.endswith("/avg")]
+    if evaluated:
+        row = evaluated[-1]
+        names = [
+            key.split("/")[1] for key in row if key.startswith("eval/") and key.endswith("/avg")
+        ]
+        measured = {
+            name: (row[f"eval/{name}/avg"], row[f"eval/{name}/standard_error"]) for name in names
+        }
+        parts.append(f"Measured by the run, after step {row['step']:.0f}:\n\n{_table(measured)}")
+    for evaluation in evaluations:
+        config = evaluation.config
+        measured = {
+            f"{name}, avg@{scores.samples_per_problem}": (scores.accuracy, scores.standard_error)
+            for name, scores in evaluation.scores.items()
+        }
+        context = "" if config.yarn is None else f", with YaRN by {config.yarn.factor:g}"
+        parts.append(
+            f"Measured of `{public_name(config.model)}` at temperature "
+            f"{config.sampling.temperature:g} with top_p {config.sampling.top_p:g}, up to "
+            f"{config.sampling.max_response_length} tokens a response{context}:\n\n"
+            + _table(measured)
+        )
+    return "\n\n".join(["## Evaluation", *parts]) if parts else ""
+
+
+def _table(measured: Mapping[str, tuple[float, float]]) -> str:
     lines = ["| benchmark | accuracy | standard error |", "|---|---|---|"]
-    for name in names:
-        accuracy, error = row[f"eval/{name}/avg"], row[f"eval/{name}/standard_error"]
-        lines.append(f"| {name} | {accuracy:.1%} | {error:.1%} |")
-    return [
-        f"## Evaluation\n\nMeasured by the run, after step {row['step']:.0f}:\n\n"
-        + "\n".join(lines)
-    ]
+    lines += [f"| {name} | {avg:.1%} | {error:.1%} |" for name, (avg, error) in measured.items()]
+    return "\n".join(lines)
 
 
 def _prompt_format(folder: Path) -> str:

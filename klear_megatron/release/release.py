@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from klear_megatron.checkpoints.checksums import write_checksums
 from klear_megatron.conversion.convert import megatron_to_hf
 from klear_megatron.errors import UserError
+from klear_megatron.evaluation.evaluate import read_evaluation
 from klear_megatron.models.yarn import yarn_fields
 from klear_megatron.observability import say
 from klear_megatron.release.model_card import model_card
@@ -23,6 +25,7 @@ def release(
     licence: str,
     dtype: str | None = None,
     yarn: bool = False,
+    evaluations: Sequence[Path] = (),
 ) -> None:
     """Makes a folder to publish, and checks that it answers as the policy in the checkpoint does.
 
@@ -35,20 +38,23 @@ def release(
         licence: identifier for the model card.
         dtype: "float32" or "bfloat16"; by default that of the checkpoint.
         yarn: extend the context to 2.5 times 32768 tokens.
+        evaluations: run_dirs of `klear-megatron eval`, for the model card.
 
     Raises:
-        UserError: as for `megatron_to_hf`; or the folder fails the trial, and stays under
-            `<out>.untried`.
+        UserError: as for `megatron_to_hf` and `read_evaluation`; or the folder fails the trial, and
+            stays under `<out>.untried`.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; remove it or choose another output")
+    evaluated = [read_evaluation(run_dir) for run_dir in evaluations]
     untried = out.with_name(out.name + ".untried")
     shutil.rmtree(untried, ignore_errors=True)
     megatron_to_hf(checkpoint, untried, dtype=dtype)
     if yarn:
         _extend_context(untried / "config.json")
     _update_json(untried / "generation_config.json", **_SAMPLING)
-    (untried / "README.md").write_text(model_card(checkpoint, untried, out.name, licence))
+    card = model_card(checkpoint, untried, out.name, licence, evaluated)
+    (untried / "README.md").write_text(card)
     write_checksums(untried, {})
     logs = out.with_name(out.name + ".logs")
     try_out(untried, checkpoint, log_dir=logs)

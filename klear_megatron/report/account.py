@@ -8,11 +8,15 @@ from typing import Any
 
 from klear_megatron.errors import UserError
 from klear_megatron.observability import read_usage
+from klear_megatron.observability.usage import (
+    Start,
+    device_hours,
+    name_devices,
+    short_number,
+    start_of,
+)
 from klear_megatron.planning import PlannedModel
 from klear_megatron.report.runs import Run
-
-Start = dict[str, Any]
-"""A line of usage.jsonl."""
 
 _NOTE = (
     "Of the steps that a training run kept, and of the drawing of an evaluation; not of loading, "
@@ -44,9 +48,9 @@ class _Cost:
     def row(self, price: float | None) -> list[Any]:
         used = None
         if self.gpu_hours is not None:
-            used = f"{_short(self.gpu_hours)} GPU h"
+            used = f"{short_number(self.gpu_hours)} GPU h"
         elif self.core_hours is not None:
-            used = f"{_short(self.core_hours)} core h"
+            used = f"{short_number(self.core_hours)} core h"
         cells: list[Any] = [self.run, self.devices or None, _duration(self.hours), used]
         if price is not None:
             cells.append(None if self.gpu_hours is None else f"{self.gpu_hours * price:,.2f}")
@@ -54,10 +58,6 @@ class _Cost:
         cells.append(f"{self.flops:.2e}" if self.flops else None)
         cells.append(f"{100 * self.mfu:.1f} %" if self.mfu is not None else None)
         return [*cells, self.peak_gib]
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _duration(hours: float) -> str:
@@ -103,15 +103,15 @@ def _cost(number: int, run: Run) -> _Cost | None:
     steps, seconds = run.curves.get("seconds/total", ([], []))
     saving = dict(zip(*run.curves.get("seconds/save", ([], [])), strict=True))
     timed = [
-        (_start_of(step, starts), (s or 0.0) + (saving.get(step) or 0.0))
+        (start_of(step, starts), (s or 0.0) + (saving.get(step) or 0.0))
         for step, s in zip(steps, seconds, strict=True)
     ]
     flops = [_sum(run, name) for name in run.curves if name.startswith("flops/")]
     return _Cost(
         number,
-        _devices([start for start, _ in timed if start is not None]),
+        name_devices([start for start, _ in timed if start is not None]),
         math.fsum(s for _, s in timed) / 3600,
-        *_device_hours(timed),
+        *device_hours(timed),
         generated=_sum(run, "rollout/tokens"),
         trained=math.fsum(r * s for r, s in _trained(run, "throughput/trained_per_second")),
         flops=math.fsum(flops) or None,
@@ -131,9 +131,9 @@ def _cost_of_evaluation(number: int, run: Run, starts: Sequence[Start]) -> _Cost
         flops = None
     return _Cost(
         number,
-        _devices(starts),
+        name_devices(starts),
         math.fsum(s for _, s in timed) / 3600,
-        *_device_hours(timed),
+        *device_hours(timed),
         generated=sum(start["tokens"] for start in starts),
         trained=0,
         flops=flops,
@@ -160,51 +160,6 @@ def _sum_of(costs: Sequence[_Cost]) -> _Cost:
         mfu=None,
         peak_gib=max((cost.peak_gib for cost in costs if cost.peak_gib), default=None),
     )
-
-
-def _start_of(step: int, starts: Sequence[Start]) -> Start | None:
-    """The start that took this step as the run kept it: the last one that began no later. What is
-    done before the first step is of the first start. None if no start is known."""
-    begun = [start for start in starts if start["first_step"] <= max(step, 1)]
-    return begun[-1] if begun else None
-
-
-def _device_hours(
-    timed: Sequence[tuple[Start | None, float]],
-) -> tuple[float | None, float | None]:
-    """GPU hours, and for a run without any GPU core hours instead."""
-    if not timed or any(start is None for start, _ in timed):
-        return None, None
-    gpus = math.fsum(_gpus(start) * s for start, s in timed if start is not None) / 3600
-    if gpus:
-        return gpus, None
-    return None, math.fsum(start["cores"] * s for start, s in timed if start is not None) / 3600
-
-
-def _gpus(start: Start) -> int:
-    return sum(
-        count
-        for part in ("ranks", "servers")
-        for device, count in start[part].items()
-        if device != "CPU"
-    )
-
-
-def _devices(starts: Sequence[Start]) -> str:
-    """What the starts ran on, each kind once: `16 × NVIDIA H100, servers 8 × GPU`."""
-    return " / ".join(dict.fromkeys(map(_devices_of, starts)))
-
-
-def _devices_of(start: Start) -> str:
-    ranks, servers = (
-        " + ".join(f"{count} × {device}" for device, count in start[part].items())
-        for part in ("ranks", "servers")
-    )
-    parts = [ranks] if ranks else []
-    parts += [f"servers {servers}"] if servers else []
-    if not _gpus(start):
-        parts.append(f"{start['cores']} cores")
-    return ", ".join(parts)
 
 
 def _mean_mfu(run: Run) -> float | None:

@@ -1,6 +1,8 @@
 """Settings for reinforcement learning."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -119,6 +121,15 @@ class RLConfig(RunConfig):
         named += [("rewards.custom", custom.function) for custom in self.rewards.custom]
         named += [("rewards.sources", name) for name in self.rewards.sources.values()]
         return super().own_code + [(key, name) for key, name in named if ":" in name]
+
+    @property
+    def method(self) -> str:
+        loss = self.loss.name.rpartition("/")[2]  # of one's own, without its folder
+        return f"reinforcement learning with verifiable rewards ({loss})"
+
+    @property
+    def data_paths(self) -> Sequence[Path]:
+        return self.data.paths
 
     def describe_step(self, data_parallel_size: int) -> list[str]:
         samples = self.prompts_per_mini_batch * self.responses_per_prompt

@@ -1,5 +1,6 @@
 """Settings of supervised fine-tuning."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import PositiveInt
@@ -44,6 +45,14 @@ class SFTConfig(RunConfig):
             return None
         changes = self.validation.model_dump(exclude={"every"})
         return self.data.model_copy(update=changes)
+
+    @property
+    def method(self) -> str:
+        return "supervised fine-tuning"
+
+    @property
+    def data_paths(self) -> Sequence[Path]:
+        return self.data.paths
 
     def describe_step(self, data_parallel_size: int) -> list[str]:
         each = self.batch_size / data_parallel_size

@@ -87,7 +87,7 @@ def _read(
 
 def _what_decides(data: ConversationsConfig, model: ModelFolder) -> dict[str, Any]:
     files = []
-    for one in [data.path] if isinstance(data.path, Path) else data.path:
+    for one in data.paths:
         files += [one, *one.rglob("*")]
     tokenizer = [file for file in model.path.iterdir() if file.suffix != ".safetensors"]
     return {

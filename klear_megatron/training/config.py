@@ -2,6 +2,7 @@
 
 import importlib.util
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -85,6 +86,16 @@ class RunConfig(Section):
     def own_code(self) -> list[tuple[str, str]]:
         """The settings that name the user's own modules or functions, and the names."""
         return [("policy.imports", name) for name in self.policy.imports]
+
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """How the model is trained, in words."""
+
+    @property
+    @abstractmethod
+    def data_paths(self) -> Sequence[Path]:
+        """The data sets to train on."""
 
     @abstractmethod
     def describe_step(self, data_parallel_size: int) -> list[str]:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from klear_megatron.checkpoints.run_config import RUN_CONFIG
+from klear_megatron.checkpoints.stages import Stage, write_stages
 from klear_megatron.config import write_config
 from klear_megatron.conversion import export_hf
 from klear_megatron.errors import Stopped
@@ -19,6 +20,7 @@ from klear_megatron.policy.learner import Learner
 from klear_megatron.training.config import RunConfig
 from klear_megatron.training.resume import code_fingerprints
 from klear_megatron.training.run import base_fingerprint, is_main_rank
+from klear_megatron.training.stages import earlier_stages, this_stage
 
 _FINISHED = "finished.json"
 
@@ -59,6 +61,7 @@ class Saver:
         self._learner, self._config, self._last_step = learner, config, last_step
         self._state, self._save_beside = state, save_beside
         self._code = code_fingerprints(config)  # now, as the files may be edited meanwhile
+        self._earlier_stages = earlier_stages(config) if is_main_rank() else []
         self._trained = self._saved = step
         heartbeat.trained(step)
 
@@ -113,7 +116,11 @@ class Saver:
         if is_main_rank():
             # Written before the run was resumed from an earlier step.
             shutil.rmtree(out, ignore_errors=True)
-        export_hf(self._learner.model, out)
+        step = self._trained
+        export_hf(self._learner.model, out, lambda folder: write_stages(folder, self._stages(step)))
+
+    def _stages(self, step: int) -> list[Stage]:
+        return [*self._earlier_stages, this_stage(self._config, step)]
 
     def _save(self) -> None:
         step, config = self._trained, self._config
@@ -129,6 +136,7 @@ class Saver:
         def beside(folder: Path) -> None:
             if is_main_rank():
                 write_config(config, folder / RUN_CONFIG)
+                write_stages(folder, self._stages(step))
             if self._save_beside is not None:
                 self._save_beside(folder)
 

@@ -58,14 +58,14 @@ def _on_ranks(cases: list[tuple[str, str]], folder: Path) -> list[torch.Tensor |
         for parameter in parameters:
             parameter.data.fill_(torch.nan)
         load_weights(folder / model / "megatron", learner.model.chunks)
-        export_hf(learner.model, folder / model / f"{name}-loaded")
+        export_hf(learner.model, folder / model / f"{name}-loaded", lambda _: None)
         answers.append(logits(learner, SEQUENCES))
         for parameter in parameters:
             parameter.main_grad.fill_(1.0)
         learner._optimizer.reload_model_params()
         learner._optimizer.step()
         learner.save(folder / model / f"{name}-saved", {"step": 1})
-        export_hf(learner.model, folder / model / f"{name}-stepped")
+        export_hf(learner.model, folder / model / f"{name}-stepped", lambda _: None)
     return answers
 
 

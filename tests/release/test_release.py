@@ -12,15 +12,27 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from klear_megatron.checkpoints.stages import Stage, read_stages, write_stages
+from klear_megatron.config import write_config
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
 from klear_megatron.conversion.logits import megatron_logits, transformers_logits
 from klear_megatron.errors import UserError
+from klear_megatron.evaluation import EvalConfig
+from klear_megatron.evaluation.evaluate import read_evaluation
+from klear_megatron.evaluation.stored import append_row, claim, folder_of
 from klear_megatron.models.tokenizer import read_tokenizer
 from klear_megatron.release import command, trial
 from klear_megatron.release.model_card import model_card
 from klear_megatron.release.release import release
 from tests.conversion.folders import same_weights, weights_of
 from tests.models import tiny
+
+STAGES = [
+    Stage(
+        "Owner/Base", "supervised fine-tuning", 180, 2.5, ["openai/gsm8k"], "3 GPU h on 8 × H100"
+    ),
+    Stage("step_00000180", "reinforcement learning (gppo)", 2, None, ["a.jsonl", "b.jsonl"], None),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[0] |= {"eval/sums/avg": 0.625, "eval/sums/standard_error": 0.05}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     hf_to_megatron(hf, run / "checkpoints" / "step_00000002")
+    write_stages(run / "checkpoints" / "step_00000002", STAGES)
     # What a run writes into its checkpoint counts. The run's own may be of later steps.
     (run / "config.yaml").write_text("policy: {path: another, optimizer: {lr: 1.0}}\n")
     in_checkpoint = run / "checkpoints" / "step_00000002" / "config.yaml"
@@ -79,12 +92,14 @@ def test_release_is_complete_and_answers(
     assert "| reward/mean | 0.25 |" in card
     assert "lr: 3.0e-05" in card
     head, _, folded = card.partition("<details>")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "Owner/Base"
+    assert "The base model is `Owner/Base`. It was trained" in head
     assert (
-        "- base model: `base`\n- method: reinforcement learning with verifiable rewards (gppo)"
-        in head
-    )
-    assert "2 steps" in head
-    assert "- data: `sums.jsonl`" in head
+        "| 1 | `Owner/Base` | supervised fine-tuning | 180 | `openai/gsm8k`, 2.5 epochs | "
+        "3 GPU h on 8 × H100 |\n"
+        "| 2 | stage 1 | reinforcement learning (gppo) | 2 | `a.jsonl`, `b.jsonl` | not known |\n"
+    ) in head
+    assert read_stages(out) == STAGES
     assert "Measured by the run, after step 1:" in head
     assert "| sums | 62.5% | 5.0% |" in head
     assert 'AutoTokenizer.from_pretrained("Klear-Tiny")' in head
@@ -183,6 +198,46 @@ def test_answers_of_wrong_weights_are_refused(
     policy = megatron_logits(tmp_path / "megatron", folder, "bfloat16")
     with pytest.raises(UserError, match=r"rounding explains .* not fit to be released"):
         trial.check_answers(folder, answers, policy, "the policy")
+
+
+def _evaluated(run_dir: Path, correct: list[bool]) -> Path:
+    """A finished evaluation, with two samples of each problem."""
+    config = EvalConfig.model_validate(
+        {
+            "model": "/home/somebody/rl-hf",
+            "run_dir": run_dir,
+            "benchmarks": {"sums": {"path": "sums.jsonl", "samples_per_problem": 2}},
+            "sampling": {"temperature": 0.6, "max_response_length": 64},
+        }
+    )
+    folder = folder_of(run_dir, "sums")
+    claim(folder, {"problems": 2, "samples_per_problem": 2})
+    for i, right in enumerate(correct):
+        reward = {"correct": right, "formatted": True}
+        row = {"index": i // 2, "reward": reward, "finish_reason": "stop", "tokens": 8}
+        append_row(folder, row)
+    write_config(config, run_dir / "config.yaml")
+    return run_dir
+
+
+def test_evaluations_made_apart_are_in_the_card(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    megatron_to_hf(checkpoint, folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.95}')
+    whole = read_evaluation(_evaluated(tmp_path / "eval", [True, True, True, False]))
+    card = model_card(checkpoint, folder, "Klear-Tiny", "mit", [whole])
+    assert (
+        "Measured of `rl-hf` at temperature 0.6 with top_p 1, up to 64 tokens a response:\n\n"
+        "| benchmark | accuracy | standard error |\n|---|---|---|\n| sums, avg@2 | 75.0% | 25.0% |"
+    ) in card
+    assert "somebody" not in card
+
+
+def test_an_unfinished_evaluation_is_refused_first(checkpoint: Path, tmp_path: Path) -> None:
+    half = _evaluated(tmp_path / "eval", [True, True, True])
+    with pytest.raises(UserError, match="has 3 responses, and more are wanted"):
+        release(checkpoint, tmp_path / "out", licence="mit", evaluations=[half])
+    assert not (tmp_path / "out.untried").exists()
 
 
 def test_missing_licence_text_is_said(checkpoint: Path, tmp_path: Path) -> None:

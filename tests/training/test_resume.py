@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch.distributed as dist
 import yaml
 
+from klear_megatron.checkpoints.stages import Stage, read_stages
+from klear_megatron.conversion import megatron_to_hf
 from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
 from klear_megatron.observability import Phases
@@ -207,6 +210,32 @@ def test_other_data_are_refused_and_each_config_of_a_run_is_kept(checkpoint, tmp
     for step in (8, 12):
         stored = run_dir / "checkpoints" / f"step_{step:08}" / "config.yaml"
         assert yaml.safe_load(stored.read_text())["steps"] == step
+
+
+def _two_stages(path: Path, folder: Path) -> list[list[Stage]]:
+    tiny.write_tokenizer(path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    data = {"path": folder / "rows.jsonl", "max_length": 64}
+    _write_rows(data["path"], ROWS)
+    first, second = folder / "first", folder / "second"
+    train_sft(_config(path, first, data=data, steps=2, export_every=2))
+    megatron_to_hf(first / "checkpoints" / "step_00000002", folder / "sft-hf")
+    train_sft(_config(folder / "sft-hf", second, data=data, steps=4))
+    exported, converted = first / "hf" / "step_00000002", folder / "sft-hf"
+    return [read_stages(one) for one in (exported, converted, second / "checkpoints" / "release")]
+
+
+def test_the_stages_of_training_go_with_the_weights(checkpoint, tmp_path):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    ((exported, converted, trained),) = run_ranks(1, _two_stages, base, tmp_path)
+    assert exported == converted == trained[:1]
+    assert [(stage.base, stage.steps, stage.epochs) for stage in trained] == [
+        ("base", 2, 0.5),
+        ("sft-hf", 4, 1.0),
+    ]
+    assert trained[0].method == "supervised fine-tuning"
+    assert trained[0].data == ["rows.jsonl"]
+    assert re.fullmatch(r"\S+ core h on 1 × CPU, \d+ cores", trained[0].used)
 
 
 def test_configs_of_steps_that_are_done_again_are_forgotten(checkpoint, tmp_path):
