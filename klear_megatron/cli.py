@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ from klear_megatron.rl import show
 from klear_megatron.scaling import command as scaling
 
 C = TypeVar("C", bound=Section)
+_NEAR = 0.85
+"""How similar to an option of a verb a mistyped one is, and a setting is not."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +67,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parsed, rest = _parser().parse_known_args(_file_first(list(arguments)))
     if rest and not parsed.takes_overrides:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    for argument in rest:
+        near = get_close_matches(argument.partition("=")[0], parsed.options, 1, _NEAR)
+        if near:
+            _parser().error(f"unrecognized argument {argument}; did you mean {near[0]}?")
     parsed.overrides = rest
     return parsed
 
@@ -127,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         if run in (_sft, _rl, _eval):
             verb.add_argument("--dry-run", action="store_true", help="only say what would be done")
         if run in (_sft, _rl):
-            verb.add_argument("--ranks", type=int, help="of a --dry-run; by default torchrun's")
+            verb.add_argument(
+                "--ranks", type=_positive, help="of a --dry-run; by default torchrun's"
+            )
     _add_verb(verbs, _torchrun, takes_overrides=True, add_help=False)
     _add_verb(verbs, _config).add_argument("verb", choices=list_references())
     regrade = _add_verb(verbs, _regrade, takes_overrides=True)
@@ -150,6 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
 def _add_verb(
     verbs: Any,
     run: Callable[[argparse.Namespace], None],
@@ -164,7 +180,9 @@ def _add_verb(
         description=run.__doc__,
         add_help=add_help,
     )
-    verb.set_defaults(run=run, takes_overrides=takes_overrides)
+    # The very dictionary of its options: they are added later.
+    options = verb._option_string_actions
+    verb.set_defaults(run=run, takes_overrides=takes_overrides, options=options)
     return verb
 
 

@@ -26,5 +26,5 @@ class Stopped(UserError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Advice on a name that is not known: the one that was meant, or else all there are."""
     names = list(known)
-    meant = difflib.get_close_matches(name, names, 1)
+    meant = difflib.get_close_matches(name, names, 1, cutoff=0.7)
     return f"did you mean {meant[0]}?" if meant else f"there are: {', '.join(names)}"

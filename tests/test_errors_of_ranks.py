@@ -97,3 +97,15 @@ def test_a_wrong_argument_is_refused_before_ranks_start(capsys):
         main(["torchrun", "--nproc-per-node=2", "-m", "klear_megatron", "convert", "a", "b", "--x"])
     assert end.value.code == 2
     assert capsys.readouterr().err.endswith("error: unrecognized arguments: --x\n")
+
+
+def test_an_option_that_is_mistyped_is_no_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["sft", "sft.yaml", "--dryrun"])
+    assert capsys.readouterr().err.endswith("argument --dryrun; did you mean --dry-run?\n")
+
+
+def test_a_folder_in_the_place_of_a_config_is_said(tmp_path, capsys):
+    assert main(["sft", str(tmp_path)]) == 2
+    said = f"error: {tmp_path}: is a folder; give a YAML file, such as {tmp_path}/config.yaml\n"
+    assert capsys.readouterr().err == said

@@ -9,7 +9,7 @@ guards), a writer of a checkpoint, a process of a sandbox, or any other that a r
 (worker: it grades, or is the writers' queue). Nothing of the run may be left within a minute, or if
 it goes on, nothing that is not in its tree of processes.
 
-At the end of RL, every prompt that was handed out must have been trained on, counted as dropped, or
+RL is then run to its end, and every prompt that was handed out must have been trained on, counted as dropped, or
 be in the buffer of the last checkpoint, exactly once. `run_dir` must be empty, and `save_every` 1.
 """
 
@@ -72,11 +72,13 @@ def main() -> None:
         kill_some(process, config.run_dir)
         step = last_step(config.run_dir)
         print(f"kill {number} of {options.kills}: after step {step}", flush=True)
-    process = running(process, command)
-    if process.wait():
-        sys.exit(f"the run ended with {process.returncode}")
     if isinstance(config, RLConfig):
+        process = running(process, command)
+        if process.wait():
+            sys.exit(f"the run ended with {process.returncode}")
         print(json.dumps(count_prompts(config), indent=2))
+    elif process is not None and process.poll() is None:
+        kill_trainer(process, config.run_dir)
 
 
 def running(process: subprocess.Popen[bytes] | None, command: list[str]) -> subprocess.Popen[bytes]:

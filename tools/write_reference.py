@@ -32,8 +32,10 @@ writes such a file to start from, and `klear-megatron rl --help` shows it. Keys 
 out have no default, or one that depends on the machine; a section that is commented out is left out
 by default. This page is generated from the settings by `python -m tools.write_reference`.
 
-A key is given in the file, or on the command line as `--section.key value`. Unknown keys, keys that
-are there twice, and `yes` or `no` where a number or a text is meant are refused, with the line.
+A key is given in the file, or on the command line as `--section.key value`. The value is YAML there
+too, so a text with signs of YAML needs two pairs of quotes, as in
+`--data.prompt_template '"{question}"'`. Unknown keys, keys that are there twice, and `yes` or `no`
+where a number or a text is meant are refused, with the line.
 """
 
 

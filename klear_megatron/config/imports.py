@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from klear_megatron.errors import UserError
+from klear_megatron.errors import UserError, nearest
 
 
 def add_imports(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +52,14 @@ def import_object(path: str, setting: str) -> Any:
     module, _, name = path.rpartition(":")
     if not module:
         raise UserError(f"{setting}: {path!r}: write it as package.module:name or file.py:name")
-    try:
-        return getattr(import_module(module, setting), name)
-    except AttributeError as error:
-        raise UserError(f"{setting}: cannot import {path!r}: {error}") from error
+    imported = import_module(module, setting)
+    if not hasattr(imported, name):
+        public = [known for known in vars(imported) if not known.startswith("_")]
+        raise UserError(
+            f"{setting}: cannot import {path!r}: there is no {name} in {module}; "
+            f"{nearest(name, public)}"
+        )
+    return getattr(imported, name)
 
 
 def source_file(path: str) -> Path | None:

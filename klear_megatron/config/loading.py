@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -57,7 +57,16 @@ def validate(
         problems = [
             _describe(cls, problem, lines or {}) for problem in error.errors(include_url=False)
         ]
-        raise UserError("\n".join([title, *problems])) from error
+        raise UserError("\n".join([title, *_each_list_once(problems)])) from error
+
+
+def _each_list_once(problems: Iterable[str]) -> Iterator[str]:
+    """The problems, without the lists of known keys that an earlier one has."""
+    said = set[str]()
+    for problem in problems:
+        what, _, names = problem.partition("; there are: ")
+        yield what if names in said else problem
+        said |= {names} if names else set()
 
 
 def as_yaml(config: Section) -> str:
@@ -84,6 +93,8 @@ def _what_is_wrong(keys: list[str], section: type[BaseModel], problem: Any) -> s
         return f"{location}: missing; give it a value"
     if problem["type"] == "value_error":  # a section's own check
         return f"{location + ': ' if location else ''}{problem['ctx']['error']}"
+    if problem["type"] == "model_type":
+        return f"{location}: Input should be a section with its keys; given: {problem['input']!r}"
     return f"{location}: {problem['msg']}; given: {problem['input']!r}"
 
 

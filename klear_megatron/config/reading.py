@@ -27,6 +27,8 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def read_with_lines(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     """As `read_values`, with the line of each key."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a YAML file, such as {path / 'config.yaml'}")
     if not path.is_file():
         raise UserError(f"{path}: no such config file; check the path")
     try:
@@ -71,11 +73,20 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                     f"{argument}=VALUE"
                 )
             text = rest.pop(0)
-        try:
-            pairs.append((key, _parse(text)[0]))
-        except yaml.YAMLError as error:
-            raise UserError(f"{argument}: {text!r} is not a YAML value: {error}") from error
+        pairs.append((key, _value(argument, text)))
     return pairs
+
+
+def _value(argument: str, text: str) -> Any:
+    advice = f"a text with signs of YAML needs quotes within those of the shell: '\"{text}\"'"
+    try:
+        node = yaml.SafeLoader(text).get_single_node()
+        value, _ = _parse(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{argument}: {text!r} is not a YAML value: {error}; {advice}") from error
+    if text[0 if node is None else node.end_mark.index :].strip():
+        raise UserError(f"{argument}: {text!r}: YAML takes its # for a comment; {advice}")
+    return value
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -6,16 +6,25 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from klear_megatron.config import Section
-from klear_megatron.data.config import PromptColumns
+from klear_megatron.data.config import PromptColumns, RowsConfig
 from klear_megatron.rewards import RewardConfig
 from klear_megatron.rollout.config import RolloutConfig, SamplingConfig
+
+
+class EvaluationSetConfig(RowsConfig, PromptColumns):
+    """Problems of an evaluation, read by the same settings as prompts; a path is enough."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_path_is_enough(cls, given: object) -> object:
+        return {"path": given} if isinstance(given, str | Path) else given
 
 
 class DecontaminationConfig(Section):
     """Drops prompts that have an n-gram of words in common with an evaluation problem."""
 
-    against: tuple[Path, ...] = Field(min_length=1)
-    """Evaluation sets, in any format that prompts are read from."""
+    against: tuple[EvaluationSetConfig, ...] = Field(min_length=1)
+    """Evaluation sets."""
 
     n: PositiveInt = 9
     """Words in a row. Of a shorter text all words are one n-gram."""

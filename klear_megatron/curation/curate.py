@@ -13,15 +13,18 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from klear_megatron.checkpoints.hub import local_model
+from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.curation.config import CurateConfig, SubsetConfig, TopSourcesConfig
 from klear_megatron.curation.filters import Candidate, count_tests, make_filters
 from klear_megatron.curation.k_center import k_center_greedy
 from klear_megatron.curation.pass_rate import why_dropped
 from klear_megatron.curation.text import DIMENSIONS, hashed_vector
 from klear_megatron.data import Prompt
-from klear_megatron.data.files import Row
+from klear_megatron.data.files import Row, check_paths
 from klear_megatron.data.rows import parse_prompt, parse_rows
 from klear_megatron.errors import UserError
+from klear_megatron.evaluation.preflight import check_rewards
 from klear_megatron.platform.files import make_folder, write_atomically
 
 Drop = Callable[[int | None, str, str], None]
@@ -47,8 +50,9 @@ def curate(config: CurateConfig) -> CurationReport:
     selected.
 
     Raises:
-        UserError: the data cannot be read, or every row was dropped.
+        UserError: the data cannot be read, the teacher cannot be asked, or every row was dropped.
     """
+    _check_before_reading(config)
     make_folder(config.output.parent)
     report = CurationReport()
     spool = config.output.with_suffix(".partial.jsonl")
@@ -83,6 +87,16 @@ def curate(config: CurateConfig) -> CurationReport:
     numbers = json.dumps(vars(report), indent=2, ensure_ascii=False)
     config.output.with_suffix(".report.json").write_text(numbers + "\n")
     return report
+
+
+def _check_before_reading(config: CurateConfig) -> None:
+    """Checks what can be known before rows are read, which may take long."""
+    check_paths(config.path)
+    for one in config.decontaminate.against if config.decontaminate is not None else ():
+        check_paths(one.path, one.subset, one.split)
+    if config.pass_rate is not None and config.pass_rate.teacher is not None:
+        teacher = config.pass_rate.teacher
+        check_rewards(ModelFolder(local_model(teacher.model)).tokenizer, teacher.rewards)
 
 
 @dataclass

@@ -1,13 +1,20 @@
 """Filters that decide, prompt by prompt, whether to keep it."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
-from klear_megatron.curation.config import CurateConfig, DecontaminationConfig
+from klear_megatron.curation.config import (
+    CurateConfig,
+    DecontaminationConfig,
+    EvaluationSetConfig,
+)
 from klear_megatron.curation.text import digest, ngrams, query_of, words_of
-from klear_megatron.data import Prompt, read_prompts
+from klear_megatron.data import Prompt
+from klear_megatron.data.rows import parse_prompt, parse_rows
+from klear_megatron.errors import UserError
+from klear_megatron.observability import say
 from klear_megatron.rewards.code_tests import parse_tests
 from klear_megatron.rewards.graders import verifier_of
 
@@ -75,14 +82,24 @@ def _deduplicate() -> Filter:
     return drop
 
 
+def _read(config: EvaluationSetConfig) -> Iterator[Prompt]:
+    bad_rows: list[UserError] = []
+    skip = bad_rows.append if config.bad_rows == "skip" else None
+    parse = partial(parse_prompt, columns=config)
+    rows = parse_rows(config.path, parse, skip, subset=config.subset, split=config.split)
+    yield from (prompt for _, prompt in rows)
+    if bad_rows:
+        say(f"curate.decontaminate: {len(bad_rows)} malformed rows skipped; {bad_rows[0]}")
+
+
 def _decontaminate(config: DecontaminationConfig) -> Filter:
     seen: dict[str, str] = {}
-    for path in config.against:
-        problems = {query_of(prompt): prompt.index for prompt in read_prompts(path)}
+    for one in config.against:
+        problems = {query_of(prompt): prompt.index for prompt in _read(one)}
         grams_of = {index: ngrams(words_of(query), config.n) for query, index in problems.items()}
         shared = Counter(gram for grams in grams_of.values() for gram in grams)
         for index, grams in grams_of.items():
-            where = f"{path}, row {index}"
+            where = f"{', '.join(map(str, one.paths))}, row {index}"
             seen |= {gram: where for gram in grams if shared[gram] <= config.boilerplate}
 
     def drop(candidate: Candidate) -> str | None:

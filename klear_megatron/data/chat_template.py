@@ -1,8 +1,9 @@
 """Messages through the tokenizer's chat template, and what the template makes of them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.data.messages import INSTEAD_OF_TEXT, Message
@@ -10,7 +11,21 @@ from klear_megatron.errors import UserError
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError if the tokenizer has no chat template."""
+    """Raises UserError if the tokenizer has no chat template, or one that is not Jinja."""
+    _check_there_is_one(tokenizer)
+    asked = [{"role": "user", "content": "1+1?"}]
+    try:
+        tokenizer.apply_chat_template(asked, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            "the chat template (chat_template of the config, or else that of "
+            f"{tokenizer.name_or_path}) is not Jinja: line {error.lineno}: {error.message}"
+        ) from error
+    except Exception:  # noqa: S110 - it may refuse this message, and take those of the rows
+        pass
+
+
+def _check_there_is_one(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one")
 
@@ -46,6 +61,14 @@ def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template writes the `<think>` of a response itself, at the end of a prompt."""
     asked = [{"role": "user", "content": "1+1?"}]
     return text(tokenizer, asked, add_generation_prompt=True).rstrip().endswith("<think>")
+
+
+def ends_turns(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Collection[int]) -> bool:
+    """Whether the template ends an assistant's turn with one of these tokens."""
+    asked: list[Message] = [{"role": "user", "content": "1+1?"}]
+    before = token_ids(tokenizer, asked, add_generation_prompt=True)
+    whole = token_ids(tokenizer, [*asked, {"role": "assistant", "content": "2"}])
+    return any(token in stop_token_ids for token in whole[len(before) :])
 
 
 def check_turn(
@@ -97,7 +120,7 @@ def _apply(
     *,
     tokenize: bool,
 ) -> object:
-    check_template(tokenizer)
+    _check_there_is_one(tokenizer)
     if "developer" not in str(tokenizer.chat_template):
         # OpenAI's newer name of the system role. Many templates leave out a role they do not know.
         messages = [

@@ -61,7 +61,8 @@ class ConversationColumns(PromptText):
     """With `response_key`: the column with the user's text, or the messages before the response."""
 
     response_key: str | None = None
-    """The column with the assistant's text, for rows without messages."""
+    """The column with the assistant's text, for rows without messages; or with the messages that
+    follow the prompt, as TRL's `completion` has them."""
 
     @model_validator(mode="after")
     def _prompt_and_response_go_together(self) -> "ConversationColumns":

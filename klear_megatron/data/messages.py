@@ -64,6 +64,13 @@ class _Message(BaseModel):
 _MESSAGES = TypeAdapter(list[_Message])
 
 
+def are_messages(value: Any) -> bool:
+    """Whether it is a list of messages, and no list of parts of a content."""
+    return isinstance(value, list) and all(
+        isinstance(one, Mapping) and one.keys() & {"role", "from"} for one in value
+    )
+
+
 def read_messages(value: Any, field: str) -> list[Message]:
     """The messages that a row has; a text is one message of the user's.
 

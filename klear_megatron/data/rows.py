@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from klear_megatron.data.columns import column, ground_truth, optional_column, prompt_messages
 from klear_megatron.data.config import ConversationColumns, PromptColumns
 from klear_megatron.data.files import Row, read_rows
-from klear_megatron.data.messages import Message, describe, read_messages
+from klear_megatron.data.messages import Message, are_messages, describe, read_messages
 from klear_megatron.data.published import published_format
 from klear_megatron.errors import UserError
 
@@ -106,12 +106,14 @@ def parse_conversation(
     if columns.response_key is not None:
         key = columns.response_key
         messages = prompt_messages(row, columns.prompt_key or "", columns.prompt_template)
-        response = {"role": "assistant", "content": column(row, key, "response_key")}
-        messages += read_messages([response], key)
+        response = column(row, key, "response_key")
+        if not are_messages(response):
+            response = [{"role": "assistant", "content": response}]
+        messages += read_messages(response, key)
     else:
         key = columns.messages_key
         setting = "messages_key, or prompt_key and response_key"
-        messages = read_messages(column(row, key, setting), key)
+        messages = read_messages(_list_in(column(row, key, setting), key, "messages"), key)
     if len(messages) < 2:
         raise UserError(f"{key}: List should have at least 2 items")
     if messages[0]["role"] == "assistant":
@@ -127,15 +129,22 @@ def is_trained(message: Message) -> bool:
 
 
 def _tools(row: Row, key: str) -> list[Any]:
-    tools = optional_column(row, key) or []
-    if isinstance(tools, str):  # as Parquet files have them
+    return _list_in(optional_column(row, key) or [], key, "tools")
+
+
+def _list_in(value: Any, key: str, what: str) -> list[Any]:
+    """The list, which may be a text of JSON, as Parquet and CSV files have it."""
+    if isinstance(value, str):
         try:
-            tools = json.loads(tools)
+            value = json.loads(value)
         except ValueError as error:
-            raise UserError(f"{key}: Invalid JSON: {error}") from error
-    if not isinstance(tools, list):
-        raise UserError(f"{key}: Input should be a list of tools")
-    return tools
+            raise UserError(
+                f"{key}: Input should be a list of {what}, or a text of JSON, but is no such text: "
+                f"{error}"
+            ) from error
+    if not isinstance(value, list):
+        raise UserError(f"{key}: Input should be a list of {what}")
+    return value
 
 
 def parse_rows(

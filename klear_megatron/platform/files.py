@@ -19,12 +19,31 @@ def make_folder(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _check_writable(path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be made or written to: {error.strerror}; choose another folder"
-        ) from error
+        raise _cannot_be_made(path, error) from error
+
+
+def check_folder(path: Path) -> None:
+    """As `make_folder`, but makes nothing."""
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    try:
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        _check_writable(nearest)
+    except OSError as error:
+        raise _cannot_be_made(path, error) from error
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _cannot_be_made(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be made or written to: {error.strerror}; choose another folder"
+    )
 
 
 def complete_lines(path: Path) -> list[str]:

@@ -1,11 +1,24 @@
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from klear_megatron.config import Section
 from klear_megatron.rewards.limits import Limits
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"math|code|.+:\w+", name):
+        raise ValueError(
+            f"{name!r} names no function: write package.module:function or file.py:function, or "
+            "math or code for one of the verifiers"
+        )
+    return name
+
+
+GraderName = Annotated[str, AfterValidator(_check_name)]
 
 
 class ScoreConfig(Section):
@@ -92,7 +105,7 @@ class CustomRewardConfig(Section):
     dictionary with `score`. Async functions run at the same time, in one thread.
     """
 
-    function: str = Field(pattern=r"^(math|code|.+:\w+)$")
+    function: GraderName
     """package.module:function, or some/file.py:function; `math` and `code` are the verifiers."""
 
     weight: float = 1.0
@@ -113,7 +126,7 @@ class CustomRewardConfig(Section):
 class RewardConfig(Section):
     """How responses are graded."""
 
-    sources: dict[str, Annotated[str, Field(pattern=r"^(math|code|.+:\w+)$")]] = Field(default={})
+    sources: dict[str, GraderName] = Field(default={})
     """data_source -> its verifier: `math`, `code`, or a function of your own. Data sources named
     `math` or `code`, or as KlearReasoner names them, have theirs without this."""
 

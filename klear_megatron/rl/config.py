@@ -40,7 +40,8 @@ class RLConfig(RunConfig):
     responses_per_prompt: PositiveInt = 8
     """Responses per prompt: the size of a group, within which rewards are compared."""
     prompts_per_mini_batch: PositiveInt = 16
-    """Prompts per optimizer step; fewer than `prompts_per_step` makes training off-policy."""
+    """Prompts per optimizer step; fewer than `prompts_per_step` makes training off-policy. If that
+    is not divisible by it, the last optimizer step has the rest."""
     max_generation_batches: PositiveInt = 2
     """Groups whose responses all have the same reward are dropped. While fewer than
     `prompts_per_step` are left, another batch of prompts is drawn, up to this many batches. With
@@ -134,12 +135,14 @@ class RLConfig(RunConfig):
     def describe_step(self, data_parallel_size: int) -> list[str]:
         samples = self.prompts_per_mini_batch * self.responses_per_prompt
         updates = math.ceil(self.prompts_per_step / self.prompts_per_mini_batch)
+        rest = self.prompts_per_step % self.prompts_per_mini_batch
+        last = f"; the last one of {rest} prompts" if rest else ""
+        leaders = "1 leader" if data_parallel_size == 1 else f"{data_parallel_size} leaders"
         return [
             f"a step: {self.prompts_per_step} prompts x {self.responses_per_prompt} responses = "
             f"{self.prompts_per_step * self.responses_per_prompt} sequences, drawn by "
-            f"{data_parallel_size} leaders, {self.prompts_per_step / data_parallel_size:g} prompts "
-            "each",
+            f"{leaders}, {round(self.prompts_per_step / data_parallel_size, 1):g} prompts each",
             f"{updates} optimizer steps on them, each of {self.prompts_per_mini_batch} prompts x "
             f"{self.responses_per_prompt} = {samples} sequences / DP {data_parallel_size} = "
-            f"{samples / data_parallel_size:g} per data-parallel rank",
+            f"{round(samples / data_parallel_size, 1):g} per data-parallel rank{last}",
         ]

@@ -55,7 +55,7 @@ class SFTConfig(RunConfig):
         return self.data.paths
 
     def describe_step(self, data_parallel_size: int) -> list[str]:
-        each = self.batch_size / data_parallel_size
+        each = round(self.batch_size / data_parallel_size, 1)
         return [
             f"an optimizer step: {self.batch_size} conversations / DP {data_parallel_size} = "
             f"{each:g} per data-parallel rank"

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data import ConversationsConfig, note_on_repeats
+from klear_megatron.data.chat_template import ends_turns
 from klear_megatron.data.encoded import EncodedConversations, EncodedPart, encode_part
 from klear_megatron.data.files import check_paths, stamps
 from klear_megatron.errors import UserError
@@ -30,7 +31,7 @@ def read_examples(config: SFTConfig, model: ModelFolder) -> EncodedConversations
         UserError: on all ranks: a malformed row, or no conversation short enough.
     """
     examples, total = _read(config.data, model, config.run_dir / "encoded")
-    _say(training_notes(config, total))
+    _say([*training_notes(config, total), *end_notes(model)])
     return examples
 
 
@@ -148,12 +149,33 @@ def notes(data: ConversationsConfig, total: EncodedPart, name: str) -> list[str]
 def training_notes(config: SFTConfig, total: EncodedPart) -> list[str]:
     """As `notes`, and about those that make no whole batch, or are repeated in a step."""
     lines = notes(config.data, total, "data")
-    if rest := total.kept * config.epochs % config.batch_size:
+    if config.steps is not None:
+        used = config.steps * config.batch_size
+        lines.append(
+            f"data: {config.steps} steps (steps) x {config.batch_size} (batch_size) = {used} "
+            f"conversations: {used / total.kept:.2f} times the data"
+        )
+    elif rest := total.kept * config.epochs % config.batch_size:
         lines.append(
             f"data: of {total.kept} conversations x {config.epochs} epochs, the last {rest} make "
             f"no whole batch of {config.batch_size} (batch_size) and are not trained"
         )
     return lines + note_on_repeats(total.kept, config.batch_size, "batch_size")
+
+
+def end_notes(model: ModelFolder) -> list[str]:
+    """A line for the user if what is trained does not teach the model to end its turn."""
+    try:
+        if ends_turns(model.tokenizer, model.stop_token_ids):
+            return []
+    except UserError:  # a template that takes other messages only
+        return []
+    stops = ", ".join(map(repr, model.tokenizer.convert_ids_to_tokens(model.stop_token_ids)))
+    return [
+        "warning: the chat template ends an assistant's turn without a token at which servers stop "
+        f"({stops}): the model would not learn to end its responses. Let the template write one, "
+        "or name its own in eos_token_id of generation_config.json"
+    ]
 
 
 def count_steps(config: SFTConfig, conversations: int) -> int:

@@ -12,6 +12,7 @@ from klear_megatron.sft.data import (
     check_any_left,
     check_before_reading,
     count_steps,
+    end_notes,
     notes,
     training_notes,
 )
@@ -32,6 +33,7 @@ def describe_sft(config: SFTConfig, ranks: int) -> Iterator[str]:
     total = _encode(config.data, folder)
     yield f"data: {total.kept} conversations to train on"
     yield from training_notes(config, total)
+    yield from end_notes(folder)
     if config.validation_data is not None:
         held_out = _encode(config.validation_data, folder)
         yield f"validation: {held_out.kept} conversations"

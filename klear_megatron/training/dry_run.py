@@ -7,6 +7,7 @@ from klear_megatron.config import as_yaml
 from klear_megatron.errors import UserError
 from klear_megatron.planning import PlannedModel, hardware_here
 from klear_megatron.planning.report import refusal
+from klear_megatron.platform.files import check_folder
 from klear_megatron.policy.checkpoint import latest_checkpoint
 from klear_megatron.training.config import RunConfig
 from klear_megatron.training.planned import describe_longest, plan_longest
@@ -19,6 +20,9 @@ def describe_run(config: RunConfig, folder: ModelFolder, ranks: int) -> Iterator
         UserError: the model or the ranks cannot be divided as the config says, or the run does not
             fit this host's memory.
     """
+    if config.trackers is not None:
+        config.trackers.check_installed()
+    check_folder(config.run_dir)
     parallel = config.policy.parallel
     parallel.check_model(folder)
     data_parallel = parallel.data_parallel_size(ranks)

@@ -86,6 +86,12 @@ def test_what_is_written_loads_back_equal_with_every_default(tmp_path):
         (GOOD, ["steps", "3"], "'steps': overrides look like --section.key value"),
         (GOOD, ["--steps"], "--steps: a value must follow"),
         (GOOD, ["--steps", "--run_dir", "x"], "--steps: a value must follow"),
+        (GOOD, ["--run_dir", "{a} {b}"], "quotes within those of the shell: '\"{a} {b}\"'"),
+        (GOOD, ["--run_dir", "#### (.+)"], "YAML takes its # for a comment; a text with signs"),
+        (GOOD, ["run_dir=a # b"], "'a # b': YAML takes its # for a comment"),
+        (GOOD, ["--optimizer", "a"], "optimizer: Input should be a section with its keys; given"),
+        (GOOD, ["--stepz", "1", "--xy", "1"], "steps?\n  xy: unknown key; there are: "),
+        (GOOD, ["--xy", "1", "--zz", "1"], "\n  zz: unknown key"),
         (GOOD + "steps: 2\nrun_dir: b\n", [], "run_dir is there twice, in lines 1 and 4"),
         (
             GOOD + "stages:\n  one:\n    lr: 1\n    lr: 2\n",

@@ -114,6 +114,29 @@ def test_decontamination_is_brute_forces(tmp_path, seed, n):
     assert all("eval.jsonl, row" in why for why in dropped["contaminated"].values())
 
 
+def test_evaluation_sets_are_read_by_the_columns_and_the_split_that_are_named(tmp_path):
+    problem = "Count the ways to tile a board of two by n."
+    folder = tmp_path / "exam"
+    folder.mkdir()
+    write(folder / "test.jsonl", [{"question": problem, "answer": "#### 4"}])
+    write(folder / "train.jsonl", [{"question": "Add one and one.", "answer": "#### 2"}])
+    columns = {"prompt_key": "question", "ground_truth_key": "answer", "data_source": "math"}
+    against = [{"path": folder, "split": "test", **columns}]
+    rows = [make_row(problem), make_row("Add one and one.")]
+    kept, _, dropped = run(tmp_path, rows, decontaminate={"against": against})
+    assert kept == rows[1:]
+    assert dropped["contaminated"][0].endswith(f"is in {folder}, row 0")
+
+
+def test_what_needs_no_rows_is_refused_before_they_are_read(tmp_path):
+    (tmp_path / "in.jsonl").write_text("no row\n")
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: no such data file"):
+        run(tmp_path, tmp_path / "in.jsonl", decontaminate={"against": ["nowhere.jsonl"]})
+    teacher = {"model": "nowhere", "samples_per_prompt": 2}
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        run(tmp_path, tmp_path / "in.jsonl", pass_rate={"teacher": teacher})
+
+
 def test_instructions_that_many_problems_share_are_no_contamination(tmp_path):
     instructions = "You will write a program that passes all of the tests. "
     problem = "Count the ways to tile a board of two by n."

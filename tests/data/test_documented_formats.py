@@ -40,6 +40,7 @@ CONVERSATIONS = {
     "ShareGPT": ("1+1?", "2"),
     "Alpaca": ("Add the numbers.\n\n1 and 1", "2"),
     "A table": ("1+1?", "2"),
+    "TRL": ("1+1?", "2"),
 }
 
 

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from klear_megatron.data import ConversationsConfig, encode_conversation, encode_prompt
+from klear_megatron.data.chat_template import check_template, ends_turns
 from klear_megatron.data.encoded import encode_part
 from klear_megatron.errors import UserError
 
@@ -100,6 +101,20 @@ def test_tokenizer_that_merges_prompt_and_answer_is_refused():
 def test_tokenizer_without_a_chat_template_is_refused():
     with pytest.raises(UserError, match="no chat template"):
         encode_prompt(make_tokenizer(None), [{"role": "user", "content": "?"}])
+
+
+def test_a_template_that_is_not_jinja_is_refused_with_its_line():
+    with pytest.raises(UserError, match=r"config, or else .* is not Jinja: line 2: unexpected '}'"):
+        check_template(make_tokenizer("{% for m in messages %}\n{{ m.content } }}{% endfor %}"))
+
+
+def test_a_template_that_ends_no_turn_is_noticed():
+    endless = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    ends = make_tokenizer(CHATML)
+    stop = ends.convert_tokens_to_ids("<|im_end|>")
+    assert ends_turns(ends, [stop])
+    assert not ends_turns(endless, [stop])
+    assert not ends_turns(ends, [stop + 1])
 
 
 REASONS = CHATML.replace(

@@ -33,6 +33,21 @@ def test_conversations_without_a_whole_batch_and_repeated_ones_are_said(
     assert all(what in line for what, line in zip(said, lines, strict=True))
 
 
+def test_with_steps_it_is_said_how_much_of_the_data_they_are():
+    config = SFTConfig.model_validate(
+        {
+            "run_dir": "run",
+            "policy": {"path": "model", "optimizer": {"lr": 1}},
+            "data": {"path": "rows.jsonl"},
+            "steps": 3,
+            "batch_size": 8,
+        }
+    )
+    (said,) = training_notes(config, EncodedPart(kept=10))
+    expected = "3 steps (steps) x 8 (batch_size) = 24 conversations: 2.40 times the data"
+    assert said == f"data: {expected}"
+
+
 def test_prompts_that_repeat_within_a_step_are_said():
     assert note_on_repeats(3, 8, "prompts_per_step") == [
         "data: 3 rows, but a step takes 8 (prompts_per_step): some of them repeatedly"

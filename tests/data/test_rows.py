@@ -189,6 +189,13 @@ LCB_ROW = {
 }
 
 
+def test_messages_may_be_a_text_of_json():
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    assert parse_conversation({"messages": json.dumps(messages)}, 0).messages == messages
+    with pytest.raises(UserError, match="a list of messages, or a text of JSON, but is no such"):
+        parse_conversation({"messages": "1+1?"}, 0)
+
+
 def test_livecodebench_rows_are_read_and_graded(tmp_path):
     starter = "class Solution:\n    def add(self, a: int, b: int) -> int:\n        "
     path = write_lines(

@@ -1,20 +1,23 @@
-"""A chat template, an architecture and a reward of one's own work as docs/ shows them."""
+"""A chat template, an architecture, a reward and a loss of one's own work as docs/ shows them."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from klear_megatron.cli import main
-from klear_megatron.config import validate
+from klear_megatron.config import Section, validate
+from klear_megatron.losses.registry import LossConfig, resolve_loss
 from klear_megatron.rewards import Job, RewardConfig, RewardPool
 from tests.commands import ROOT
 from tests.distributed.ranks import run_ranks
 from tests.e2e.test_stop import command
+from tests.losses.test_registry import inputs
 
 
 def block(page: str, kind: str, containing: str) -> str:
@@ -31,6 +34,7 @@ def here(tmp_path, monkeypatch) -> Path:
     (tmp_path / "my_template.jinja").write_text(block("chat_templates", "jinja", "my_template"))
     (tmp_path / "my_architecture.py").write_text(block("architectures", "python", "MyModel"))
     (tmp_path / "my_reward.py").write_text(block("rewards", "python", "my_reward.py"))
+    (tmp_path / "my_loss.py").write_text(block("losses", "python", "my_loss.py"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -94,3 +98,15 @@ def test_a_reward(here):
     assert [reward.correct for reward in rewards] == [True, True]
     expected = [1 + 0.1 * (1 - len(short) / 200), 1.0]
     assert [reward.score for reward in rewards] == pytest.approx(expected)
+
+
+class _Run(Section):
+    loss: LossConfig
+
+
+def test_a_loss(here):
+    loss = validate(_Run, yaml.safe_load(block("losses", "yaml", "my_loss.py")), "docs").loss
+    log_probs, advantages = torch.tensor([-1.0, -40.0]), torch.tensor([2.0, -1.0])
+    result = resolve_loss(loss)(inputs(log_probs, log_probs, advantages))
+    assert result.values.tolist() == [2.0, -10.0]
+    assert result.metrics["floored"].tolist() == [False, True]
