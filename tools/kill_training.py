@@ -9,8 +9,9 @@ guards), a writer of a checkpoint, a process of a sandbox, or any other that a r
 (worker: it grades, or is the writers' queue). Nothing of the run may be left within a minute, or if
 it goes on, nothing that is not in its tree of processes.
 
-RL is then run to its end, and every prompt that was handed out must have been trained on, counted as dropped, or
-be in the buffer of the last checkpoint, exactly once. `run_dir` must be empty, and `save_every` 1.
+RL is then run to its end, and every prompt that was handed out must have been trained on, counted
+as dropped, or be in the buffer of the last checkpoint, exactly once. `run_dir` must be empty, and
+`save_every` 1.
 """
 
 import argparse
