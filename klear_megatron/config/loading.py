@@ -25,8 +25,9 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     A `launch:` section in the file is left to `klear-megatron launch`.
 
     Raises:
-        UserError: no such file, no valid YAML, an unknown key (with the nearest valid one), a
-            missing one, or a value that is not allowed; all problems in one message.
+        UserError: no such file, no valid YAML, an unknown key (with the one of this name elsewhere,
+            or the nearest one), a missing one, or a value that is not allowed; all problems in one
+            message.
     """
     values, lines = read_with_lines(path)
     values.pop(LAUNCH, None)
@@ -82,13 +83,27 @@ def write_config(config: Section, path: Path) -> None:
 def _describe(cls: type[Section], problem: Any, lines: Mapping[Key, int]) -> str:
     keys, section = _walk(cls, problem["loc"])
     line = lines.get(tuple(keys))
-    return (f"  line {line}: " if line else "  ") + _what_is_wrong(keys, section, problem)
-
-
-def _what_is_wrong(keys: list[str], section: type[BaseModel], problem: Any) -> str:
     location = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        return f"{location}: unknown key; {nearest(keys[-1], section.model_fields)}"
+        meant = list(_settings_named(keys[-1], cls))
+        unique = f"did you mean {meant[0]}?" if len(meant) == 1 else None
+        what = f"{location}: unknown key; {unique or nearest(keys[-1], section.model_fields)}"
+    else:
+        what = _what_is_wrong(location, problem)
+    return (f"  line {line}: " if line else "  ") + what
+
+
+def _settings_named(name: str, section: type[BaseModel], above: str = "") -> Iterator[str]:
+    """The dotted key of each setting of this name, in the section and those within it."""
+    for key, field in section.model_fields.items():
+        if key == name:
+            yield above + key
+        inner = _section_in(field.annotation)
+        if inner is not None and get_origin(field.annotation) not in (dict, list, tuple):
+            yield from _settings_named(name, inner, f"{above}{key}.")
+
+
+def _what_is_wrong(location: str, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{location}: missing; give it a value"
     if problem["type"] == "value_error":  # a section's own check

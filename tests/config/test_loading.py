@@ -72,6 +72,8 @@ def test_what_is_written_loads_back_equal_with_every_default(tmp_path):
     ("text", "overrides", "message"),
     [
         (GOOD + "step: 3\n", [], "step: unknown key; did you mean steps?"),
+        (GOOD, ["--lr", "1"], "lr: unknown key; did you mean optimizer.lr?"),
+        (GOOD, ["--optimizer.style", "x"], "optimizer.style: unknown key; did you mean style?"),
         (GOOD, ["--optimizer.learning", "1"], "optimizer.learning: unknown key; there are: lr,"),
         (GOOD, ["--stages.first.lrr", "1"], "stages.first.lrr: unknown key; did you mean lr?"),
         (
