@@ -30,6 +30,7 @@ setup(
         "pyarrow",
         "numpy",
         "httpx",
+        "jinja2",
         "matplotlib",
         "packaging",
         "psutil",

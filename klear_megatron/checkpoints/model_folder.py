@@ -14,7 +14,11 @@ from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.megatron_settings import check_settings, derived_config
 from klear_megatron.errors import UserError
 from klear_megatron.models import Architecture, Weight, get_architecture
-from klear_megatron.models.tokenizer import read_stop_token_ids, read_tokenizer
+from klear_megatron.models.tokenizer import (
+    name_stop_tokens,
+    read_stop_token_ids,
+    read_tokenizer,
+)
 
 
 class ModelFolder:
@@ -61,11 +65,17 @@ class ModelFolder:
         return read_stop_token_ids(self.path, self.tokenizer)
 
     def copy_companions(self, target: Path) -> None:
-        """Copies what accompanies the weights: config, tokenizer, chat template."""
+        """Copies what accompanies the weights: config, tokenizer, chat template.
+
+        `generation_config.json` then also names the token that ends a turn in the chat template:
+        other programs would not stop there otherwise.
+        """
         copy_companions(self.path, target)
         if self.chat_template is not None:
             # transformers prefers this file to what tokenizer_config.json says.
             (target / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        with contextlib.suppress(UserError):  # without a tokenizer there are no turns
+            name_stop_tokens(target, self.tokenizer)
 
     def table(self, padded_vocab_size: int | None = None) -> list[Weight]:
         """The table of all weights; by default the vocabulary is not padded."""

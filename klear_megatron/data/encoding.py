@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +10,7 @@ from klear_megatron.data import chat_template
 from klear_megatron.data.messages import Message
 from klear_megatron.data.rows import Prompt, is_trained
 from klear_megatron.errors import UserError
+from klear_megatron.models.tokenizer import trained_end
 
 
 def encode_prompt(
@@ -51,10 +52,8 @@ def encode_conversation(
                 "templates drop the reasoning of earlier turns: make each assistant turn the last "
                 "one of a row of its own, or use another chat template"
             )
-        start, end = len(prompt), len(turn)
-        # What follows the end-of-turn token, such as a newline, is not the assistant's to generate.
-        while end > start and not cast(str, tokenizer.decode(ids[end - 1 : end])).strip():
-            end -= 1
+        start = len(prompt)
+        end = trained_end(tokenizer, turn, start)
         mask[start:end] = [1] * (end - start)
     return ids, mask
 

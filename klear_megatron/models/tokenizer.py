@@ -1,7 +1,9 @@
 """The tokenizer of a Hugging Face checkpoint, and the tokens that end a response."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -81,21 +83,60 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: Path) 
 
 
 def read_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a response: from generation_config.json if given there, or the tokenizer.
+    """Token ids that end a response: from generation_config.json if given there, or the tokenizer;
+    and the one that ends a turn in the chat template, which a base model's files do not name.
 
     Raises:
-        UserError: neither names one, so no response would ever end.
+        UserError: none of them names one, so no response would ever end.
     """
     stop = None
     if (path / "generation_config.json").is_file():
         stop = GenerationConfig.from_pretrained(path).eos_token_id
     if stop is None:
         stop = tokenizer.eos_token_id
-    if stop is None:
+    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    end = end_of_turn(tokenizer)
+    if end is not None and end not in ids:
+        ids = [*ids, end]
+    if not ids:
         raise UserError(
-            f"{path}: neither generation_config.json nor the tokenizer names an eos_token_id"
+            f"{path}: neither generation_config.json nor the tokenizer names an eos_token_id, and "
+            "the chat template ends no turn with a special token"
         )
-    return stop if isinstance(stop, list) else [stop]
+    return ids
+
+
+def name_stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets the folder's generation_config.json name the token that ends a turn, if it does not."""
+    end, file = end_of_turn(tokenizer), path / "generation_config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = values.get("eos_token_id", tokenizer.eos_token_id)
+    if end is None or end == named or (isinstance(named, list) and end in named):
+        return
+    ids = read_stop_token_ids(path, tokenizer)
+    file.write_text(json.dumps(values | {"eos_token_id": ids}, indent=2) + "\n", encoding="utf-8")
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the special token that ends the assistant's turn in the chat template; None if
+    there is no template, or no such token, or the template refuses a plain question and answer."""
+    turn = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    try:
+        ids = cast(list[int], tokenizer.apply_chat_template(turn, return_dict=False))
+    except Exception:  # there is none, or it wants other messages and raises whatever it likes
+        return None
+    last = ids[trained_end(tokenizer, ids) - 1]
+    token = tokenizer.added_tokens_decoder.get(last)
+    return last if token is not None and token.special else None
+
+
+def trained_end(tokenizer: PreTrainedTokenizerBase, turn: list[int], start: int = 0) -> int:
+    """Where the trained tokens of a turn end: what follows the end-of-turn token, such as a
+    newline, is not the assistant's to generate."""
+    end = len(turn)
+    while end > start and not cast(str, tokenizer.decode(turn[end - 1 : end])).strip():
+        end -= 1
+    return end
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

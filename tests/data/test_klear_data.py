@@ -83,7 +83,7 @@ def test_every_file_that_a_config_names_is_made_and_can_be_read(prepared):
     prompts = []
     for name in ("curate_math", "curate_code"):
         config = load_config(CurateConfig, EXAMPLE / f"{name}.yaml")
-        prompts += [config.path, *config.decontaminate.against]
+        prompts += [config.path, *(one.path for one in config.decontaminate.against)]
         curated[config.output] = config
     for name in ("math_rl", "code_rl"):
         config = load_config(RLConfig, EXAMPLE / f"{name}.yaml")

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from klear_megatron.checkpoints.hub import local_model
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
+from klear_megatron.models.tokenizer import name_stop_tokens, read_stop_token_ids
+from tests.data.test_encoding import CHATML, make_tokenizer
 from tests.models import tiny
 
 
@@ -51,3 +53,23 @@ def test_name_on_the_hub_is_its_snapshot_in_the_cache_or_refused(tmp_path, monke
     (tmp_path / "runs").mkdir()
     for folder in ("runs/mistyped", "nowhere", "/no/where"):  # not names on the hub
         assert local_model(Path(folder)) == Path(folder)
+
+
+def test_end_of_a_turn_ends_responses_and_is_named_for_other_programs(tmp_path):
+    """As in Qwen3-8B-Base, whose files only name <|endoftext|>."""
+    tokenizer = make_tokenizer(CHATML)
+    out, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": out, "top_k": 5}))
+    assert read_stop_token_ids(tmp_path, tokenizer) == [out, end]
+    for _ in range(2):
+        name_stop_tokens(tmp_path, tokenizer)
+        named = json.loads((tmp_path / "generation_config.json").read_text())
+        assert named == {"eos_token_id": [out, end], "top_k": 5}
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [out, end]
+
+
+def test_template_without_an_end_adds_no_stop_token(tmp_path):
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", ""))
+    assert read_stop_token_ids(tmp_path, tokenizer) == [tokenizer.eos_token_id]
+    name_stop_tokens(tmp_path, tokenizer)
+    assert not list(tmp_path.iterdir())
