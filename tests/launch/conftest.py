@@ -1,5 +1,6 @@
 """One real Slurm of four virtual nodes for all tests here."""
 
+import contextlib
 import subprocess
 import tempfile
 import time
@@ -14,23 +15,33 @@ from tests.launch import whole_paper
 LOCAL_SLURM = str(ROOT / "tools" / "local_slurm")
 
 
-def wait_for(condition: Callable[[], object], timeout: float = 60) -> None:
+def wait_for(condition: Callable[[], object], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
+@contextlib.contextmanager
+def local_slurm(folder: str, *size: str) -> Iterator[None]:
+    """A Slurm that ends with this process, however that ends."""
+    with subprocess.Popen(
+        [LOCAL_SLURM, "hold", folder, *size],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # what ends a group of processes must leave it to end the daemons
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"up\n"
+        yield
+
+
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Path]:
-    """Its folder. Stopped at the end, whatever the tests did."""
+    """Its folder."""
     # Not pytest's own folder: the paths of sockets must be short.
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
-        try:
-            subprocess.run([LOCAL_SLURM, "up", folder, "4", "8", "8"], check=True, timeout=120)
-            yield Path(folder)
-        finally:
-            subprocess.run([LOCAL_SLURM, "down", folder], check=True, timeout=60)
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, local_slurm(folder, "4", "8", "8"):
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

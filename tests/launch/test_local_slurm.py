@@ -3,11 +3,13 @@
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import psutil
 
+from tests.commands import ROOT
 from tests.launch.conftest import LOCAL_SLURM, wait_for
 
 DISJOINT_STEPS = """#!/bin/bash
@@ -84,18 +86,40 @@ def _sleepers(conf: str) -> list[psutil.Process]:
     return found
 
 
+def _daemons_and_a_job(folder: str) -> list[psutil.Process]:
+    """All processes of a Slurm of two nodes, which gets a job."""
+    conf = str(Path(folder, "slurm.conf"))
+    pids = [int(path.read_text()) for path in Path(folder, "run").glob("*.pid")]
+    assert len(pids) == 4  # munged, slurmctld and two slurmd
+    daemons = [psutil.Process(pid) for pid in pids]
+    job = ["sbatch", "--wrap=sleep 300", f"--output={folder}/batch"]
+    subprocess.run(job, check=True, timeout=60, env={**os.environ, "SLURM_CONF": conf})
+    wait_for(lambda: _sleepers(conf))
+    children = [child for daemon in daemons for child in daemon.children(recursive=True)]
+    return [*daemons, *children, *_sleepers(conf)]
+
+
 def test_down_leaves_no_process():
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         subprocess.run([LOCAL_SLURM, "up", folder, "2"], check=True, timeout=120)
-        conf = str(Path(folder, "slurm.conf"))
-        pids = [int(path.read_text()) for path in Path(folder, "run").glob("*.pid")]
-        assert len(pids) == 4  # munged, slurmctld and two slurmd
-        daemons = [psutil.Process(pid) for pid in pids]
-        job = ["sbatch", "--wrap=sleep 300", f"--output={folder}/batch"]
-        subprocess.run(job, check=True, timeout=60, env={**os.environ, "SLURM_CONF": conf})
-        wait_for(lambda: _sleepers(conf))
-        children = [child for daemon in daemons for child in daemon.children(recursive=True)]
-        children += _sleepers(conf)
+        processes = _daemons_and_a_job(folder)
         subprocess.run([LOCAL_SLURM, "down", folder], check=True, timeout=60)
-        _, alive = psutil.wait_procs([*daemons, *children], timeout=10)
+        _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+def test_a_slurm_whose_starter_is_killed_leaves_no_process():
+    code = (
+        "import sys, time; from tests.launch.conftest import local_slurm\n"
+        "with local_slurm(sys.argv[1], '2'): print(flush=True); time.sleep(300)"
+    )
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        command = [sys.executable, "-c", code, folder]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as starter:
+            assert starter.stdout is not None
+            starter.stdout.readline()
+            holder = psutil.Process(starter.pid).children(recursive=True)
+            processes = [*_daemons_and_a_job(folder), *holder]
+            starter.kill()
+        _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
