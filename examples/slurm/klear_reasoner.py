@@ -23,7 +23,10 @@ def command(runs: Path, name: str, *arguments: str | Path) -> dict[str, Any]:
 
 def stages(configs: Path, runs: Path) -> dict[str, Path | dict[str, Any]]:
     """The stages by name, in order."""
-    ordered: dict[str, Path | dict[str, Any]] = {"curate": configs / "curate.yaml"}
+    ordered: dict[str, Path | dict[str, Any]] = {
+        "curate_math": configs / "curate_math.yaml",
+        "curate_code": configs / "curate_code.yaml",
+    }
     for training in ("sft", "math_rl", "code_rl"):
         ordered[training] = configs / f"{training}.yaml"
         convert = f"convert-{training}"
@@ -44,7 +47,7 @@ if __name__ == "__main__":
     parser.add_argument("--site", type=Path, help="YAML file with what the cluster asks for")
     parser.add_argument("--configs", type=Path, default=Path("examples/klear_reasoner_8b"))
     parser.add_argument("--runs", type=Path, default=Path("runs/klear_reasoner_8b"))
-    parser.add_argument("--first", metavar="STAGE", default="curate")
+    parser.add_argument("--first", metavar="STAGE", default="curate_math")
     arguments = parser.parse_args()
     chosen = stages(arguments.configs, arguments.runs)
     if arguments.first not in chosen:

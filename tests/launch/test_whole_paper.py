@@ -15,7 +15,7 @@ def test_from_a_base_model_to_a_released_folder(pipeline):
             json.loads(file.read_text())["code"] for file in runs.glob("*/launch/*/outcome.json")
         ]
         assert set(codes) <= {0, 75}
-        return len(codes) == 10
+        return len(codes) == 11
 
     wait_for(ended, 400)
     released = runs / "Klear-Reasoner-8B"

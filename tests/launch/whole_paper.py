@@ -38,8 +38,15 @@ def write_configs(folder: Path, quickstart: Path) -> Path:
     tests = json.dumps({"inputs": [""], "outputs": ["0"]})
     code = {"data_source": "code", "reward_model": {"ground_truth": tests}}
     coding = [json.dumps(json.loads(row) | code) for row in rows]
-    (folder / "coding.jsonl").write_text("\n".join(coding))
+    (folder / "raw_code.jsonl").write_text("\n".join(coding))
     job = {"cpus_per_rank": 1, "requeue": False}
+
+    def curate(name: str, path: str, output: str) -> dict[str, Any]:
+        return {
+            "path": str(folder / path),
+            "output": str(folder / output),
+            "launch": job | {"verb": "curate", "run_dir": str(runs / name)},
+        }
 
     def policy(base: Path) -> dict[str, Any]:
         return {"path": str(base), "dtype": "float32", "optimizer": {"lr": 1e-4}}
@@ -61,11 +68,8 @@ def write_configs(folder: Path, quickstart: Path) -> Path:
         }
 
     stages = {
-        "curate": {
-            "path": str(folder / "raw.jsonl"),
-            "output": problems["path"],
-            "launch": job | {"verb": "curate", "run_dir": str(runs / "curate")},
-        },
+        "curate_math": curate("curate_math", "raw.jsonl", "prompts.jsonl"),
+        "curate_code": curate("curate_code", "raw_code.jsonl", "coding.jsonl"),
         "sft": {
             "run_dir": str(runs / "sft"),
             "policy": policy(quickstart / "base"),
