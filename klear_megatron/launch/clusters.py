@@ -117,7 +117,8 @@ class SlurmJob(_Told):
             f"--ntasks-per-node={per_node}",
             # Ranks have threads and workers; one CPU each would starve them.
             "--cpu-bind=none",
-            "--kill-on-bad-exit=1",
+            # A node that is not fit must not keep the others from saying whether they are.
+            f"--kill-on-bad-exit={0 if role.startswith('preflight') else 1}",
             *([f"--het-group={group}"] if group is not None else []),
             *self._job["srun_flags"],
         ]

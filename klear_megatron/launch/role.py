@@ -37,6 +37,7 @@ _ERROR_LINES = 50
 _OURS = re.compile(r"error( on rank \d+)?: (?P<message>.*)")
 _CRASH = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b.*|Fatal Python error.*")
 _WAIT_TO_BE_ENDED_S = 20.0
+_TOLD_TOGETHER_S = 5.0
 _MASTER_S = 300.0
 
 
@@ -216,7 +217,8 @@ class _Parent:
             pump.start()
             code = self._process.wait()
             pump.join(timeout=2)  # a process that the command left behind may hold the pipe
-        if self._told and code == -signal.SIGTERM:
+        # Slurm signals every process of a step, and this one may come after the command.
+        if code == -signal.SIGTERM and self._is_told_within(_TOLD_TOGETHER_S):
             code = CONTINUE  # it goes on from the newest checkpoint
         if code in (FINISHED, CONTINUE):
             _report(self._folder, self._role, self._task, code)
@@ -225,10 +227,15 @@ class _Parent:
         if code < 0:
             error = f"killed by {signal.Signals(-code).name}; the last line was: {error}"
         _report(self._folder, self._role, self._task, code, error, explicit=explicit)
-        deadline = time.monotonic() + _WAIT_TO_BE_ENDED_S
+        self._is_told_within(_WAIT_TO_BE_ENDED_S)
+        return code if code > 0 else 128 - code
+
+    def _is_told_within(self, seconds: float) -> bool:
+        """Waits for SIGTERM, and returns whether it has come."""
+        deadline = time.monotonic() + seconds
         while not self._told and time.monotonic() < deadline:
             time.sleep(0.1)
-        return code if code > 0 else 128 - code
+        return self._told
 
     def _pass_on(self, number: int, _: object) -> None:
         self._told = True

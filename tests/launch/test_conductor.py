@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import signal
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from klear_megatron.cli import main
 from klear_megatron.config import Section, load_config
 from klear_megatron.launch.array import write_array
 from klear_megatron.launch.config import LaunchConfig
@@ -24,6 +25,8 @@ from klear_megatron.rl.config import RLConfig
 from tests.commands import ROOT
 from tests.launch.conftest import wait_for
 
+FIRST_NODE = {"nodes": 1, "sbatch_flags": ("--nodelist=node1",)}
+FIRST_NODES = {"nodes": 2, "sbatch_flags": ("--nodelist=node1,node2",)}
 ODD = ["two words", "it's", 'a "quote"', "$HOME `id`", "two\nlines", ""]
 
 
@@ -53,11 +56,17 @@ def edit_job(job: Job, step: str, code: str, *arguments: str) -> None:
     path.write_text(json.dumps(values))
 
 
+def queue() -> set[str]:
+    """The jobs that wait or run."""
+    return set(subprocess.check_output(["squeue", "--noheader", "--format=%A"], text=True).split())
+
+
 @pytest.fixture
-def no_job_is_left(slurm_conf: Path) -> Iterator[None]:
+def no_job_is_left(slurm_conf: Path, beside_the_pipeline: None) -> Iterator[None]:
+    others = queue()
     yield
-    while jobs := subprocess.check_output(["squeue", "--noheader", "--format=%A"], text=True):
-        subprocess.run(["scancel", *jobs.split()], check=True)
+    while jobs := queue() - others:
+        subprocess.run(["scancel", *jobs], check=True)
         time.sleep(0.3)
 
 
@@ -94,6 +103,24 @@ def run_to_end(script: Path) -> tuple[int, list[str]]:
     return int(found[1]), (script.parents[2] / f"{job}.log").read_text().splitlines()
 
 
+def processes_with(word: str) -> list[Any]:
+    """The processes that have this word in their command line."""
+    all_of_them = psutil.process_iter(["cmdline"])
+    return [one for one in all_of_them if word in (one.info["cmdline"] or [])]
+
+
+def wait_for_restart(job: str, run_dir: Path, number: int) -> None:
+    """Has a requeued job start at once."""
+
+    def restarted() -> bool:
+        # Slurm lets a requeued job wait for two minutes; it sets that time after the state.
+        command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+        subprocess.run(command, capture_output=True, check=False)
+        return (run_dir / "launch" / f"{job}-{number}").exists()
+
+    wait_for(restarted, 200)
+
+
 def test_values_reach_every_rank_as_they_are_written(make_job, run_dir, tmp_path):
     code = (
         "import json, os, sys; from pathlib import Path\n"
@@ -112,20 +139,47 @@ def test_values_reach_every_rank_as_they_are_written(make_job, run_dir, tmp_path
     assert (script.parent / "finished").exists()
 
 
-def test_a_killed_rank_ends_the_job_and_is_named(make_job):
+def test_a_killed_rank_ends_the_job_and_is_named(make_job, run_dir, capsys):
     code = (
         "import os, time\n"
         "if os.environ['RANK'] == '1': print('last words', flush=True); os.kill(os.getpid(), 9)\n"
         "time.sleep(300)"
     )
     begin = time.monotonic()
-    exit_code, lines = run_to_end(make_job(code, requeue=False))
+    exit_code, lines = run_to_end(make_job(code, requeue=False, **FIRST_NODES))
     assert time.monotonic() - begin < 45
     assert exit_code == 1
     assert lines[-1].startswith("error: trainer on node2, rank 1, ended with code -9")
     assert "killed by SIGKILL" in lines[-1]
     assert "last words" in lines[-1]
     assert lines[-2].endswith("ended by this error:")
+    assert main(["status", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert "it ended: failed" in said
+    assert "first error: trainer on node2, rank 1, ended with code -9: killed by SIGKILL" in said
+    assert main(["logs", str(run_dir)]) == 0
+    (attempt,) = run_dir.glob("launch/*-0")
+    said = capsys.readouterr().out
+    assert f"==> {attempt}/trainer-node1.log\n" in said
+    assert f"==> {attempt}/trainer-node2.log\n    last words\n" in said
+
+
+def test_failures_in_a_row_without_a_new_step_end_the_tries(make_job, run_dir):
+    """The second failure comes after a new step, and the third one does not."""
+    code = (
+        "import json, os, sys\n"
+        "attempt = int(os.environ.get('SLURM_RESTART_COUNT', 0))\n"
+        "if attempt < 2: print(json.dumps({'step': attempt}), file=open(sys.argv[1], 'a'))\n"
+        "raise RuntimeError(f'lost in attempt {attempt}')"
+    )
+    metrics = str(run_dir / "metrics.jsonl")
+    job = submit(make_job(code, metrics, failures_in_a_row=2, **FIRST_NODE))
+    log = run_dir / "launch" / f"{job}.log"
+    wait_for_restart(job, run_dir, 1)
+    wait_for_restart(job, run_dir, 2)
+    wait_for(lambda: "giving up after this error:" in log.read_text())
+    assert log.read_text().count("trying again after this error:") == 2
+    assert log.read_text().endswith("ended with code 1: RuntimeError: lost in attempt 2\n")
 
 
 def test_the_first_error_is_ours_and_bad_input_is_not_tried_again(make_job):
@@ -134,7 +188,7 @@ def test_the_first_error_is_ours_and_bad_input_is_not_tried_again(make_job):
         "if os.environ['RANK'] == '0': raise RuntimeError('connection closed by peer')\n"
         "time.sleep(1); sys.exit(print('error: no such data', file=sys.stderr) or 2)"
     )
-    script = make_job(code)
+    script = make_job(code, **FIRST_NODES)
     exit_code, lines = run_to_end(script)
     assert exit_code == 2
     assert lines[-1] == "error: trainer on node2, rank 1, ended with code 2: no such data"
@@ -148,13 +202,8 @@ def test_a_killed_srun_ends_the_job_and_is_named(make_job, run_dir):
     log = run_dir / "launch" / f"{job}.log"
     wait_for(lambda: list(run_dir.glob("launch/*/trainer-*.log")))
 
-    def sruns() -> list[psutil.Process]:
-        all_of_them = psutil.process_iter(["name", "cmdline"])
-        ours = f"{run_dir}/launch/snapshots/1/job.json"
-        commands = [(one, one.info["cmdline"] or []) for one in all_of_them]
-        return [one for one, words in commands if words[:1] == ["srun"] and ours in words]
-
-    os.kill(sruns()[0].pid, signal.SIGKILL)
+    ours = processes_with(f"{run_dir}/launch/snapshots/1/job.json")
+    next(one for one in ours if one.info["cmdline"][0] == "srun").kill()
     begin = time.monotonic()
     wait_for(lambda: "error:" in log.read_text())
     assert time.monotonic() - begin < 20
@@ -163,20 +212,23 @@ def test_a_killed_srun_ends_the_job_and_is_named(make_job, run_dir):
     assert "killed by SIGKILL" in message
 
 
-@pytest.fixture
-def waiting_job(run_dir: Path) -> Job:
-    """A job whose server never answers."""
+def write_waiting_job(
+    run_dir: Path, code: str = "import time; time.sleep(300)", *arguments: str, **servers: Any
+) -> Job:
+    """Writes a job whose server never answers."""
     paper = ROOT / "examples" / "klear_reasoner_8b" / "math_rl.yaml"
     config = load_config(RLConfig, paper, [f"--run_dir={run_dir}"])
-    job = write_job(run_dir, "pass", config=config, verb="rl", nodes=1, servers={"nodes": 1})
-    edit_job(job, "servers", "import time; time.sleep(300)")
+    servers |= {"nodes": 1}
+    flags = FIRST_NODES | {"nodes": 1}
+    job = write_job(run_dir, "pass", config=config, verb="rl", servers=servers, **flags)
+    edit_job(job, "servers", code, *arguments)
     return job
 
 
 def test_a_job_whose_servers_are_told_to_end_before_they_answer_goes_on_later(
-    no_job_is_left, waiting_job, run_dir
+    no_job_is_left, run_dir
 ):
-    job = submit(waiting_job.snapshot / "job.sh")
+    job = submit(write_waiting_job(run_dir).snapshot / "job.sh")
     wait_for(lambda: list(run_dir.glob("launch/*/server-*.log")))
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
     wait_for(lambda: outcomes(run_dir), 20)
@@ -186,9 +238,48 @@ def test_a_job_whose_servers_are_told_to_end_before_they_answer_goes_on_later(
     assert "told to end while it waited for the servers; goes on" in log
 
 
-def test_a_conductor_that_is_told_to_end_does_not_wait_for_servers(waiting_job, run_dir):
+def test_servers_that_do_not_answer_in_time_are_named_and_killed_if_they_do_not_end(
+    no_job_is_left, run_dir, tmp_path
+):
+    stubborn = (
+        "import signal, sys, time; from pathlib import Path\n"
+        "signal.signal(signal.SIGTERM, lambda *_: Path(sys.argv[1]).touch())\n"
+        "while True: time.sleep(300)"
+    )
+    told = tmp_path / "told"
+    job = submit(write_waiting_job(run_dir, stubborn, str(told), deadline_s=2).snapshot / "job.sh")
+    wait_for(lambda: outcomes(run_dir))
+    (outcome,) = outcomes(run_dir)
+    assert "the servers of node2 did not answer within 2 s" in outcome["message"]
+    assert outcome["message"] in (run_dir / "launch" / f"{job}.log").read_text()
+    assert told.exists()
+    assert not processes_with(str(told))
+
+
+def test_a_command_that_slurm_tells_to_end_before_its_parent_goes_on_later(run_dir, tmp_path):
+    job = write_waiting_job(run_dir)
+    (tmp_path / "ended").mkdir()
+    (tmp_path / "attempt.json").write_text(json.dumps({"addresses": {"here": "127.0.0.1"}}))
+    command = [sys.executable, "-m", "klear_megatron.launch.role"]
+    names = {"PROCID": "0", "LOCALID": "0", "NTASKS": "1", "TASKS_PER_NODE": "1"}
+    values = {f"SLURM_{name}": value for name, value in names.items()}
+    with subprocess.Popen(
+        [*command, str(job.snapshot / "job.json"), "server", str(tmp_path)],
+        env={**os.environ, **values, "SLURMD_NODENAME": "here"},
+        cwd=ROOT,
+    ) as parent:
+        wait_for(lambda: psutil.Process(parent.pid).children())
+        (child,) = psutil.Process(parent.pid).children()
+        child.terminate()
+        child.wait(20)
+        parent.terminate()
+        assert parent.wait(20) == 0
+    assert json.loads((tmp_path / "ended" / "server-0.json").read_text())["code"] == 75
+
+
+def test_a_conductor_that_is_told_to_end_does_not_wait_for_servers(run_dir):
     command = [sys.executable, "-m", "klear_megatron.launch.conductor"]
-    path = waiting_job.snapshot / "job.json"
+    path = write_waiting_job(run_dir).snapshot / "job.json"
     with subprocess.Popen([*command, str(path)], cwd=ROOT) as conductor:
         try:
             wait_for(lambda: list(run_dir.glob("launch/*/server-*.log")))
@@ -203,8 +294,7 @@ def test_a_cancelled_job_ends(make_job, run_dir):
     wait_for(lambda: list(run_dir.glob("launch/*/trainer-*.log")))
     assert job in cancel(run_dir)
     wait_for(lambda: "no job is waiting or running" in status(run_dir) or job in status(run_dir))
-    queue = ["squeue", "--noheader", "--format=%i"]
-    wait_for(lambda: job not in subprocess.check_output(queue, text=True).split())
+    wait_for(lambda: job not in queue())
     assert cancel(run_dir) == "no job is waiting or running"
 
 
@@ -243,9 +333,9 @@ def test_continuations_go_on_and_after_a_failure_nothing_follows(no_job_is_left,
     third = write_job(tmp_path / "3", "raise ValueError('no')", **flags)
     fourth = write_job(tmp_path / "4", "pass", nodes=1)
     nemo_run(*(job.snapshot for job in (first, second, third, fourth)))
-    queue = subprocess.check_output(["squeue", "--noheader", "--format=%j %E"], text=True)
+    shown = subprocess.check_output(["squeue", "--noheader", "--format=%j %E"], text=True)
     # What is fulfilled is not shown, such as that the first job of a name is a singleton.
-    waits = [set(re.findall("after[a-z]+|singleton", line)) for line in queue.splitlines()]
+    waits = [set(re.findall("after[a-z]+|singleton", line)) for line in shown.splitlines()]
     assert waits.count({"afterany", "singleton"}) == 1
     assert "Dependency" in status(tmp_path / "4")
     wait_for(lambda: "no job is waiting or running" in status(tmp_path / "4"))
@@ -328,3 +418,25 @@ def test_a_node_without_the_interpreter_is_named(make_job):
     assert exit_code == 2
     assert lines[-1].startswith("error: ")
     assert lines[-1].endswith("/no/such/python is not there; every node needs it")
+
+
+def test_nodes_that_are_not_fit_are_named(make_job, run_dir, tmp_path):
+    """The second does not see the run directory, and the third has no environment."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+declare -A hidden=([node2]={shlex.quote(str(run_dir))} [node3]={shlex.quote(sys.prefix)}/lib)
+hide=${{hidden[$SLURMD_NODENAME]}}
+[ $SLURMD_NODENAME = node2 ] || sleep 1  # it is the first to fail
+exec bwrap --dev-bind / / ${{hide:+--tmpfs "$hide"}} {shlex.quote(sys.executable)} "$@"
+"""
+    )
+    python.chmod(0o755)
+    flags = ("--nodelist=node1,node2,node3",)
+    script = make_job("pass", nodes=3, sbatch_flags=flags, python=python, requeue=False)
+    exit_code, lines = run_to_end(script)
+    assert exit_code == 1
+    said = "\n".join(lines).partition("error: a node is not fit for the job:\n")[2]
+    assert f"node2: cannot run {python}, or does not see {run_dir}" in said
+    assert f"node3: {sys.executable} has no torch" in said
+    assert "node1" not in said

@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import secrets
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.commands import ROOT
 from tests.launch.conftest import wait_for
 from tests.models.published import qwen3_8b
 
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 PAPER = str(ROOT / "examples" / "klear_reasoner_8b" / "math_rl.yaml")
 
 
@@ -82,6 +85,15 @@ def test_a_dry_run_prints_a_script_for_bash_and_the_arithmetic(capsys):
     assert "= 128 sequences / DP 8 = 16 per data-parallel rank" in printed
 
 
+def test_every_config_of_the_whole_papers_recipe_is_there_and_good(capsys):
+    recipe = runpy.run_path(str(ROOT / "examples" / "slurm" / "klear_reasoner.py"))
+    stages = recipe["stages"](Path(PAPER).parent, Path("runs"))
+    configs = [str(stage) for stage in stages.values() if isinstance(stage, Path)]
+    assert len(configs) == 6
+    assert main(["launch", *configs, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("#!/bin/bash") == 6
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -108,6 +120,52 @@ def test_a_site_file_that_does_not_fit_is_named(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: {site}:")
     assert "request the same GPUs" in error
+
+
+def test_what_a_site_asks_for_is_in_the_script(tmp_path, capsys):
+    site = tmp_path / "site.yaml"
+    values = {
+        "account": "reasoning",
+        "partition": "long",
+        "qos": "high",
+        "gres": "gpu:h100:8",
+        "grace_s": 120,
+        "setup": ["module load 'cuda/13.0'"],
+        "sbatch_flags": ["--comment=two $words", "--contiguous"],
+    }
+    site.write_text(yaml.safe_dump(values))
+    flags = ["--site", str(site), "--dry-run", "--launch.gpus_per_node", "null"]
+    assert main(["launch", PAPER, *flags]) == 0
+    printed = capsys.readouterr().out
+    asked = [shlex.split(line)[1] for line in printed.splitlines() if line.startswith("#SBATCH")]
+    assert {
+        *("--account=reasoning", "--partition=long", "--qos=high", "--gres=gpu:h100:8"),
+        *("--signal=TERM@120", "--requeue", "--open-mode=append"),
+        *("--comment=two $words", "--contiguous"),
+    } <= set(asked)
+    assert not any(flag.startswith("--gpus-per-node") for flag in asked)
+    assert "module load 'cuda/13.0'" in printed.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("flags", "connections"),
+    [
+        ([], "1"),
+        (["--launch.gpu", "blackwell"], None),
+        (["--policy.parallel", "{}"], None),
+        (["--launch.environment", json.dumps({CONNECTIONS: "8"})], "8"),
+    ],
+)
+def test_ranks_have_the_recipes_variables_unless_the_run_sets_others(
+    flags, connections, tmp_path, capsys
+):
+    assert main(["launch", PAPER, "--run_dir", str(tmp_path), "--prepare", *flags]) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    job = json.loads((folder / "job.json").read_text())
+    ranks, servers = job["main"]["environment"], job["servers"]["environment"]
+    assert ranks.get(CONNECTIONS) == connections
+    assert ranks["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in servers
 
 
 def test_a_job_runs_on_this_host_without_slurm(quickstart, tmp_path):
@@ -226,5 +284,10 @@ def test_variables_of_the_job_prevail_over_those_of_an_image(runtime, tmp_path, 
             *["apptainer", "exec", "--nv", *binds, "--pwd", str(ROOT), "an image.sif"]
         ]
         assert 'export APPTAINERENV_A_TOKEN="$A_TOKEN"' in script.splitlines()
+    code = json.loads((folder / "code.json").read_text())
+    assert (
+        code["commit"] == subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+    )
+    assert code["dirty"] == (folder / "changes.diff").exists()
     written = [file.read_text() for file in folder.rglob("*") if file.is_file()]
     assert not any(value in text for text in written)

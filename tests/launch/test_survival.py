@@ -1,9 +1,11 @@
-"""A trainer on a real Slurm that is killed, hangs and is told to end has the losses of one left
+"""A trainer on a real Slurm that is killed, hangs and runs out of time has the losses of one left
 alone."""
 
+import contextlib
 import re
-import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import yaml
 from klear_megatron.launch.status import status
 from tests.commands import ROOT, run_command
 from tests.files import read_rows
-from tests.launch.test_conductor import submit, wait_for
+from tests.launch.conftest import wait_for
+from tests.launch.test_conductor import submit, wait_for_restart
 
 STEPS = 40
 
@@ -57,7 +60,37 @@ def trainer(run_dir: Path, rank: int) -> psutil.Process:
     return min(found, key=lambda one: one.info["create_time"])  # others are its forks
 
 
-def test_a_trainer_that_is_killed_hangs_and_is_told_to_end_has_the_losses_of_one_left_alone(
+def wait_for_a_new_step(run_dir: Path, unless: Callable[[], bool] = lambda: False) -> None:
+    begun = len(losses(run_dir))
+    wait_for(lambda: len(losses(run_dir)) > begun or unless(), 240)
+
+
+def let_time_run_out(job: str, run_dir: Path, log: Path) -> None:
+    """Has Slurm see a near time limit while the run trains.
+
+    Slurm looks at time limits every 30 seconds; a rank that is stopped again and again lets the
+    steps last till then.
+    """
+
+    def told() -> bool:
+        return "told to end" in log.read_text()
+
+    rank = trainer(run_dir, 1)
+    set_time_limit(job, "00:05:00")  # grace_s
+    while not told():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.suspend()
+            time.sleep(5)
+            rank.resume()
+        wait_for_a_new_step(run_dir, unless=told)
+    set_time_limit(job, "00:30:00")
+
+
+def set_time_limit(job: str, limit: str) -> None:
+    subprocess.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={limit}"], check=True)
+
+
+def test_a_trainer_that_is_killed_hangs_and_runs_out_of_time_has_the_losses_of_one_left_alone(
     slurm_conf, beside_the_pipeline, quickstart, data, tmp_path
 ):
     alone = write_config(data, quickstart / "base", "alone")
@@ -66,24 +99,13 @@ def test_a_trainer_that_is_killed_hangs_and_is_told_to_end_has_the_losses_of_one
     assert prepared.returncode == 0, prepared.stderr
     job = submit(Path(prepared.stdout.strip().splitlines()[-1]) / "job.sh")
     log = run_dir / "launch" / f"{job}.log"
-    begun = 0
-
-    def wait_for_a_new_step() -> None:
-        wait_for(lambda: len(losses(run_dir)) > begun, 240)
-
-    def requeued(attempts: int) -> bool:
-        # Slurm lets a requeued job wait for two minutes; it sets that time after the state.
-        command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-        subprocess.run(command, capture_output=True, check=False)
-        return (run_dir / "launch" / f"{job}-{attempts}").exists()
 
     wait_for(lambda: len(losses(run_dir)) > 4, 240)
     trainer(run_dir, 0).kill()
-    wait_for(lambda: requeued(1), 200)
+    wait_for_restart(job, run_dir, 1)
 
-    begun = len(losses(run_dir))
-    wait_for_a_new_step()
-    trainer(run_dir, 1).send_signal(signal.SIGSTOP)
+    wait_for_a_new_step(run_dir)
+    trainer(run_dir, 1).suspend()
     assert run_command("sft", str(alone), ranks=2).returncode == 0  # meanwhile
     expected = losses(tmp_path / "alone")
     assert len(expected) == STEPS
@@ -93,13 +115,14 @@ def test_a_trainer_that_is_killed_hangs_and_is_told_to_end_has_the_losses_of_one
         assert "klear_megatron/sft/loop.py" in report
     assert re.search(r"last progress: \d+ s ago, phase train after step \d+", status(run_dir))
     wait_for(lambda: "PENDING" in status(run_dir))
-    wait_for(lambda: requeued(2), 200)
+    wait_for_restart(job, run_dir, 2)
 
-    begun = len(losses(run_dir))
-    wait_for_a_new_step()
+    wait_for_a_new_step(run_dir)
     assert "RUNNING" in status(run_dir)
-    subprocess.run(["scancel", "--signal=TERM", job], check=True)
-    wait_for(lambda: requeued(3), 200)
+    let_time_run_out(job, run_dir, log)
+    (trained,) = run_dir.glob(f"launch/{job}-2/trainer-node1.log")
+    assert re.search(r"told to stop: step \d+ is saved", trained.read_text())
+    wait_for_restart(job, run_dir, 3)
     wait_for(lambda: "finished" in log.read_text(), 240)
     assert log.read_text().count("trying again after this error:") == 2
     assert "told to end; goes on from the newest checkpoint" in log.read_text()
