@@ -422,10 +422,11 @@ def test_a_node_without_the_interpreter_is_named(make_job):
 
 def test_nodes_that_are_not_fit_are_named(make_job, run_dir, tmp_path):
     """The second does not see the run directory, and the third has no environment."""
+    packages = Path(sys.prefix).resolve() / "lib"  # .venv may be a link
     python = tmp_path / "python"
     python.write_text(
         f"""#!/bin/bash
-declare -A hidden=([node2]={shlex.quote(str(run_dir))} [node3]={shlex.quote(sys.prefix)}/lib)
+declare -A hidden=([node2]={shlex.quote(str(run_dir))} [node3]={shlex.quote(str(packages))})
 hide=${{hidden[$SLURMD_NODENAME]}}
 [ $SLURMD_NODENAME = node2 ] || sleep 1  # it is the first to fail
 exec bwrap --dev-bind / / ${{hide:+--tmpfs "$hide"}} {shlex.quote(sys.executable)} "$@"
