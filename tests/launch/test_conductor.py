@@ -358,14 +358,14 @@ def test_the_jobs_of_an_array_run_at_once_on_one_node(no_job_is_left, tmp_path):
         "while not Path(other).exists(): time.sleep(0.1)"
     )
     names = [str(tmp_path / name) for name in ("port-a", "port-c")]
-    flags = {"nodes": 1, "sbatch_flags": ("--nodelist=node3",), "ports": (7000, 7001)}
+    flags = {"nodes": 1, "sbatch_flags": ("--nodelist=node3",), "ports": (6990, 6991)}
     jobs = [
         write_job(tmp_path / "1", meet, *names, **flags),
         write_job(tmp_path / "2", meet, *names[::-1], **flags),
     ]
     nemo_run(write_array(jobs))
     wait_for(lambda: all((job.snapshot / "finished").exists() for job in jobs))
-    assert sorted(Path(name).read_text() for name in names) == ["7000", "7001"]
+    assert sorted(Path(name).read_text() for name in names) == ["6990", "6991"]
     for index, job in enumerate(jobs):
         (log,) = job.run_dir.glob("launch/*.log")
         assert log.stem.endswith(f"_{index}")
