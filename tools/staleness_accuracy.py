@@ -39,7 +39,7 @@ EVALUATION = {
 
 class Result(NamedTuple):
     """What a run of one seed ended with: its held-out accuracy, the median seconds of a step, and
-    the lengths of the responses of all steps in tokens."""
+    the lengths in tokens of the responses that it trained on."""
 
     accuracy: float
     seconds: float
@@ -101,7 +101,8 @@ def train(
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     seconds = statistics.median(row["seconds/total"] for row in rows if row["step"])
     rollouts = RolloutFiles(run_dir)
-    lengths = [row["tokens"] for step in rollouts.steps() for row in rollouts.read_texts(step)]
+    drawn = (row for step in rollouts.steps() for row in rollouts.read_texts(step))
+    lengths = [row["tokens"] for row in drawn if row["advantage"]]
     return Result(rows[-1]["eval/heldout/avg"], seconds, lengths)
 
 
