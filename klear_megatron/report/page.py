@@ -61,7 +61,7 @@ def write_report(
     }
     here = files("klear_megatron.report") / "page"
     page = Template((here / "page.html").read_text()).substitute(
-        title=", ".join(run.name for run in runs) if len(runs) < 4 else str(paths[0]),
+        title=_title(paths, runs),
         style=(here / "style.css").read_text(),
         plotly=get_plotlyjs(),
         data=_inert(json.dumps(data)),
@@ -70,6 +70,12 @@ def write_report(
     )
     with write_atomically(out) as file:
         file.write(page)
+
+
+def _title(paths: Sequence[Path], runs: Sequence[Run]) -> str:
+    if len(runs) < 4:
+        return ", ".join(run.name for run in runs)
+    return str(paths[0]) if len(paths) == 1 else f"{len(runs)} runs"
 
 
 def _run(run: Run) -> dict[str, Any]:
