@@ -210,13 +210,7 @@ class Learner:
             the trainer's state.
         """
         state = checkpoint.load(path, self.model.chunks, self._optimizer, self._scheduler)
-        # Everything else about the optimizer is the config's and not the checkpoint's.
-        config = self.config.optimizer
-        for group in self._optimizer.param_groups:
-            group["max_lr"], group["min_lr"] = config.lr, config.min_lr
-            group["betas"] = config.adam_beta1, config.adam_beta2
-            group["eps"] = config.adam_eps
-        self._scheduler.step(increment=0)  # computes lr and weight decay from these
+        self._scheduler.step(increment=0)  # computes lr and weight decay from the config's
         return state
 
 

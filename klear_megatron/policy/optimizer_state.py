@@ -88,7 +88,8 @@ def optimizer_settings(optimizer: ChainedOptimizer) -> dict[Any, Any]:
 
 
 def load_settings(optimizer: ChainedOptimizer, saved: dict[Any, Any]) -> None:
-    """Restores `optimizer_settings` from any layout, and allocates the tensors to load into."""
+    """Restores `optimizer_settings` from any layout, but for those of this run's config, and
+    allocates the tensors to load into."""
     # With expert parallelism there are two optimizers, numbered 0 and 1; without it there is one.
     # Settings such as the step are the same for expert parameters and for the others.
     groups = [
@@ -99,7 +100,15 @@ def load_settings(optimizer: ChainedOptimizer, saved: dict[Any, Any]) -> None:
         for expert in (False, True)
     ]
     for part in optimizer.chained_optimizers:
-        part.load_state_dict({"optimizer": {"param_groups": groups}})
+        config = part.config
+        own = {
+            "max_lr": config.lr,
+            "min_lr": config.min_lr,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_eps,
+        }
+        # Set before and not after: Megatron-Core 0.19 finds a group by its learning rates, too.
+        part.load_state_dict({"optimizer": {"param_groups": [{**g, **own} for g in groups]}})
         # Megatron-Core gives all parameters one tensor as their step. Torch's Adam adds 1 to it for
         # each parameter, so each needs its own.
         for state in part.optimizer.state.values():
