@@ -21,7 +21,8 @@ def checkpoint_in(path: Path, imports: Sequence[str] = ()) -> Path:
     whose name is printed. Imports `imports`, and the modules that the checkpoint's run imported.
 
     Raises:
-        UserError: there is no complete checkpoint, or a module cannot be imported.
+        UserError: there is no complete checkpoint, `path` is a folder of runs, or a module cannot be
+            imported.
     """
     from klear_megatron.checkpoints.megatron_folder import newest_in
     from klear_megatron.checkpoints.run_config import read_run_config
@@ -33,6 +34,11 @@ def checkpoint_in(path: Path, imports: Sequence[str] = ()) -> Path:
         if latest is None:
             raise UserError(f"{path}: no complete checkpoint under checkpoints/")
     else:
+        inside = sorted(folder.parent.name for folder in path.glob("*/checkpoints"))
+        if inside and not (path / "config.json").is_file():
+            raise UserError(
+                f"{path}: is no run, but has some: {', '.join(inside)}; give one of them"
+            )
         latest = newest_in(path)
     if latest != path and _rank() == 0:
         print(f"{path}: its latest checkpoint is {latest.name}")

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--licence",
         "--license",
         required=True,
-        help="identifier of the licence, such as apache-2.0",
+        help="the hub's identifier of the licence, such as apache-2.0; it is not checked",
     )
     parser.add_argument(
         "--dtype",

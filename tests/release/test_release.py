@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from klear_megatron.checkpoints.stages import Stage, read_stages, write_stages
 from klear_megatron.config import write_config
 from klear_megatron.conversion import hf_to_megatron, megatron_to_hf
+from klear_megatron.conversion.command import checkpoint_in
 from klear_megatron.conversion.logits import megatron_logits, transformers_logits
 from klear_megatron.errors import UserError
 from klear_megatron.evaluation import EvalConfig
@@ -129,6 +130,11 @@ def test_both_spellings_of_the_licence_are_understood() -> None:
     command.add_arguments(parser)
     for option in ("--licence", "--license"):
         assert parser.parse_args(["run", "out", option, "mit"]).licence == "mit"
+
+
+def test_a_folder_of_runs_is_no_run(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="is no run, but has some: run; give one of them"):
+        checkpoint_in(checkpoint.parents[2])
 
 
 def test_yarn_is_refused_for_a_model_of_shorter_texts(tmp_path: Path) -> None:
