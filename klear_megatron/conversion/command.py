@@ -21,8 +21,8 @@ def checkpoint_in(path: Path, imports: Sequence[str] = ()) -> Path:
     whose name is printed. Imports `imports`, and the modules that the checkpoint's run imported.
 
     Raises:
-        UserError: there is no complete checkpoint, `path` is a folder of runs, or a module cannot be
-            imported.
+        UserError: there is no complete checkpoint, `path` is a folder of runs, or a module cannot
+            be imported.
     """
     from klear_megatron.checkpoints.megatron_folder import newest_in
     from klear_megatron.checkpoints.run_config import read_run_config
