@@ -123,7 +123,7 @@ def _loss_per_token(
     loss: Callable[[LossInputs], TokenLoss], name: str, inputs: LossInputs
 ) -> TokenLoss:
     """What the loss returns; raises UserError if that is not one value per token, since a mean
-    would be spread over all tokens in silence."""
+    would be spread over all tokens in silence, or has no gradient."""
     value = loss(inputs)
     if not isinstance(value, TokenLoss):
         raise UserError(f"loss.name: {name} returned {type(value).__name__}, not a TokenLoss")
@@ -132,5 +132,10 @@ def _loss_per_token(
             f"loss.name: {name} returned values of shape {tuple(value.values.shape)} for "
             f"{len(inputs.log_probs)} tokens; return one value per token, which `loss.aggregation` "
             "adds up"
+        )
+    if inputs.log_probs.requires_grad and not value.values.requires_grad:
+        raise UserError(
+            f"loss.name: {name} returned values without a gradient, so nothing would be learned "
+            "from them; compute them from inputs.log_probs, without detach or torch.no_grad"
         )
     return value

@@ -45,6 +45,9 @@ def mean(inputs):
 def tensor(inputs, options: Options):
     return -inputs.log_probs
 
+def detached(inputs):
+    return TokenLoss(-(inputs.advantages * inputs.log_probs).detach())
+
 class Clip(Section):
     low: float = Field(0.2, ge=0, lt=1)
     high: float = Field(0.28, ge=0)
@@ -120,7 +123,7 @@ def test_the_name_decides_which_options_there_are(tmp_path, loss, expected):
         ("{sum_divisor: 9}", "loss: sum_divisor has no effect without .*sequence_sum"),
         ("{name: reinforce, clip_low: 0.1}", "loss.clip_low: unknown key"),
         ("{name: gspo, entropy_ratio: [0.9, 1.1]}", "loss.entropy_ratio: unknown key"),
-        ("gppo", "loss: .* dictionary .*; given: 'gppo'"),
+        ("gppo", "loss: .* section with its keys; given: 'gppo'"),
     ],
 )
 def test_a_loss_or_option_that_does_not_exist_is_refused_with_the_config(tmp_path, loss, message):
@@ -197,12 +200,13 @@ def test_a_loss_of_the_users_own_that_cannot_be_used_is_refused(tmp_path, loss, 
     [
         ("mean", r"loss.name: own_losses:mean returned values of shape \(\) for 2 tokens"),
         ("tensor", "loss.name: own_losses:tensor returned Tensor, not a TokenLoss"),
+        ("detached", "loss.name: own_losses:detached returned values without a gradient"),
     ],
 )
 def test_a_loss_of_the_users_own_that_is_not_per_token_is_refused(tmp_path, name, message):
     loss = resolve_loss(load(tmp_path, f"{{name: own_losses:{name}}}"))
     with pytest.raises(UserError, match=message):
-        loss(inputs(*torch.ones(3, 2)))
+        loss(inputs(torch.ones(2, requires_grad=True), *torch.ones(2, 2)))
 
 
 @pytest.mark.parametrize(
