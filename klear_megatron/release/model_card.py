@@ -1,6 +1,7 @@
 """Writes the model card of a release, using only facts from the run's own files."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from klear_megatron.models.tokenizer import read_tokenizer
 
 _NOT_PUBLIC = ("run_dir", "data", "rollout", "sandbox")
 """Sections of a run's config that are about its machine."""
+_FOLDER_OF_CODE = re.compile(r"""(?<=[ '"])[^:'"\n]*/(?=[^/:\n]+\.py:)""")
+"""Where `file.py:f`, code of the user's own, lies."""
 _EXAMPLE = "What is 12 + 30?"
 _USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 messages = [{{"role": "user", "content": "{example}"}}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -165,7 +168,8 @@ def _folded(config: dict[str, Any], metrics: dict[str, float], checkpoint: Path)
     policy = {key: value for key, value in config["policy"].items() if key not in ("path", "hf")}
     public = {key: value for key, value in config.items() if key not in _NOT_PUBLIC}
     public["policy"] = policy
-    parts = [_details("Configuration", f"```yaml\n{yaml.safe_dump(public, sort_keys=False)}```")]
+    text = _FOLDER_OF_CODE.sub("", yaml.safe_dump(public, sort_keys=False))
+    parts = [_details("Configuration", f"```yaml\n{text}```")]
     if metrics:
         rows = [f"| {key} | {value} |" for key, value in metrics.items()]
         table = "\n".join(["| metric | value |", "|---|---|", *rows])

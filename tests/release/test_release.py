@@ -55,6 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "policy": {"path": "/home/somebody/base", "optimizer": {"lr": 3e-5}},
         "data": {"path": "/home/somebody/sums.jsonl"},
         "steps": 3,
+        "loss": {"name": "/home/somebody/my losses/loss.py:f"},
         "rollout": {"python": "/home/somebody/python"},
     }
     rows = [{"step": step, "reward/mean": step / 8} for step in (1, 2, 3)]
@@ -109,6 +110,7 @@ def test_release_is_complete_and_answers(
     assert len(head.splitlines()) < 60
     assert folded.count("</details>") == 2
     assert "somebody" not in card
+    assert "name: loss.py:f" in folded
     assert "Licence: apache-2.0; the base model's text is in LICENSE." in card
     assert (out / "LICENSE").read_text() == "Do as you like.\n"
 
