@@ -14,11 +14,7 @@ from klear_megatron.checkpoints.megatron_reader import MegatronCheckpoint
 from klear_megatron.checkpoints.megatron_settings import check_settings, derived_config
 from klear_megatron.errors import UserError
 from klear_megatron.models import Architecture, Weight, get_architecture
-from klear_megatron.models.tokenizer import (
-    name_stop_tokens,
-    read_stop_token_ids,
-    read_tokenizer,
-)
+from klear_megatron.models.tokenizer import name_stop_tokens, read_stop_token_ids, read_tokenizer
 
 
 class ModelFolder:

@@ -94,7 +94,7 @@ def read_stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[
         stop = GenerationConfig.from_pretrained(path).eos_token_id
     if stop is None:
         stop = tokenizer.eos_token_id
-    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    ids = _as_list(stop)
     end = end_of_turn(tokenizer)
     if end is not None and end not in ids:
         ids = [*ids, end]
@@ -110,11 +110,17 @@ def name_stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Lets the folder's generation_config.json name the token that ends a turn, if it does not."""
     end, file = end_of_turn(tokenizer), path / "generation_config.json"
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    named = values.get("eos_token_id", tokenizer.eos_token_id)
-    if end is None or end == named or (isinstance(named, list) and end in named):
+    named = _as_list(values.get("eos_token_id", tokenizer.eos_token_id))
+    if end is None or end in named:
         return
     ids = read_stop_token_ids(path, tokenizer)
     file.write_text(json.dumps(values | {"eos_token_id": ids}, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_list(stop: int | list[int] | None) -> list[int]:
+    if isinstance(stop, list):
+        return stop
+    return [] if stop is None else [stop]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -1,4 +1,4 @@
-"""What is refused before prompts are read and encoded, which may take long."""
+"""Checks a run before its prompts are read and encoded, which may take long."""
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.data.files import check_paths

@@ -10,7 +10,7 @@ from klear_megatron.training.config import RunConfig
 
 
 def earlier_stages(config: RunConfig) -> list[Stage]:
-    """Those of the model that the run starts from."""
+    """The stages of the model that the run starts from."""
     return read_stages(newest_in(config.policy.path)) or read_stages(config.policy.hf_folder)
 
 
