@@ -73,12 +73,13 @@ function showCurvesOf(kind) {
     const members = names.filter((name) => groupOf(name) === group);
     if (!members.length) continue;
     const title = (name) => name.slice(group.length + 1) || name;
-    const still = members.filter((name) => constant(kind, name) !== undefined), moving = members.filter((name) => !still.includes(name));
+    const still = new Map(members.map((name) => [name, constant(kind, name)]).filter(([, value]) => value !== undefined));
+    const moving = members.filter((name) => !still.has(name));
     section("curves").append(
       el("h3", { class: "controls" }, `${KINDS[kind]}: ${group}`, ...runs.map(([, i]) => runName(i))),
       el("div", { class: "grid" }, ...moving.map((name) => chart(title(name), () => curveTraces(kind, name)))));
-    if (still.length) section("curves").append(
-      note(`The same at every step: ${still.map((name) => `${title(name)} ${number(constant(kind, name))}`).join(", ")}.`));
+    if (still.size) section("curves").append(
+      note(`The same at every step: ${[...still].map(([name, value]) => `${title(name)} ${number(value)}`).join(", ")}.`));
   }
 }
 
