@@ -117,9 +117,10 @@ class PromptSampler:
         """
         for name, ours in (("num_rows", self._num_rows), ("seed", self._seed)):
             if state[name] != ours:
+                what = "seed" if name == "seed" else "number of rows"
                 raise UserError(
-                    f"data: the checkpoint was made with {name} = {state[name]}, this run has "
-                    f"{ours}; resume with the same data file and seed"
+                    f"data: the {what} was {state[name]} when the checkpoint was made, and is "
+                    f"{ours}; resume with the same data and seed, or choose another run_dir"
                 )
         if state["fingerprint"] != self._fingerprint:
             raise UserError(

@@ -53,13 +53,14 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
         checkpoint.check_last_step(config.steps)
     planned = PlannedSteps(config)
     prompts = read_training_prompts(config, folder)
+    sampler = make_sampler(config, prompts)
+    if checkpoint is not None:
+        sampler.load_state_dict(checkpoint.state["sampler"])
     evaluations = Evaluations(config, folder)
     updates = Updates(config, folder)
-    sampler = make_sampler(config, prompts)
     first, state = 1, None
     if checkpoint is not None:
         state = resume(updates.learner, config, checkpoint)
-        sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
 
     with contextlib.ExitStack() as stack:

@@ -46,14 +46,15 @@ def _train(config: SFTConfig, folder: ModelFolder) -> None:
     validation = Validation(config, folder, steps)
     if objects.broadcast(run.is_main_rank() and is_finished(config, steps)):
         return
-    learner = Learner(config.policy, folder, total_steps=steps, seed=config.seed)
     sampler = PromptSampler(len(examples), config.seed, fingerprint=examples.fingerprint())
+    if checkpoint is not None:
+        sampler.load_state_dict(checkpoint.state["sampler"])
+    learner = Learner(config.policy, folder, total_steps=steps, seed=config.seed)
     objective, phases = SFTObjective(), Phases()
     steps_taken = StepsTaken(config.run_dir)
     first, state = 1, None
     if checkpoint is not None:
         state = resume(learner, config, checkpoint)
-        sampler.load_state_dict(state["sampler"])
         first = state["step"] + 1
     record_config(config, first)
     record_start(config.run_dir, first)

@@ -96,7 +96,9 @@ def test_only_the_last_stage_may_and_must_be_endless(lengths):
         DataConfig(path="a.jsonl", stages=stages)
 
 
-@pytest.mark.parametrize(("num_rows", "seed", "what"), [(8, 3, "num_rows"), (7, 4, "seed")])
+@pytest.mark.parametrize(
+    ("num_rows", "seed", "what"), [(8, 3, "number of rows was 7"), (7, 4, "seed")]
+)
 def test_state_of_other_data_is_refused(num_rows, seed, what):
     with pytest.raises(UserError, match=what):
         PromptSampler(num_rows, seed).load_state_dict(PromptSampler(7, seed=3).state_dict())
