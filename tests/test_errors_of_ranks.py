@@ -11,9 +11,10 @@ import pytest
 
 from klear_megatron.cli import main
 from klear_megatron.data import PromptSampler
+from klear_megatron.policy.checkpoint import read_state
 from tests.commands import ROOT, environment, prepare_quickstart, run_command
 
-ROWS = 4
+ROWS, ROWS_PER_STEP = 8, 4
 
 
 def write_rows(path: Path, wrong: list[int]) -> Path:
@@ -37,9 +38,10 @@ def rl_config(folder: Path, wrong: list[int]) -> Path:
         "run_dir": str(folder / "run"),
         "policy": {"path": str(folder / "base"), "optimizer": {"lr": 1e-6}},
         "data": {"path": str(write_rows(folder / "rows.jsonl", wrong))},
-        "steps": 1,
-        "prompts_per_step": ROWS,
-        "prompts_per_mini_batch": ROWS,
+        "steps": 3,
+        "prompts_per_step": ROWS_PER_STEP,
+        "prompts_per_mini_batch": ROWS_PER_STEP,
+        "advantages": {"drop_equal": False},
         "responses_per_prompt": 2,
         "sampling": {"max_response_length": 8},
         "rollout": {"mem_fraction_static": 0.05, "extra_args": ["--max-total-tokens", "4096"]},
@@ -64,8 +66,12 @@ def test_a_mistake_that_all_ranks_find_is_printed_once(tmp_path):
     assert result.stderr.rstrip().endswith("given: 'many'")
 
 
-def test_a_reward_that_fails_on_another_leader_is_printed_with_its_rank(tmp_path):
-    second_leaders = PromptSampler(ROWS, seed=0).next_batch(ROWS)[1::2]
+def test_a_reward_that_fails_in_the_second_step_leaves_the_first_and_is_printed_with_its_rank(
+    tmp_path,
+):
+    sampler = PromptSampler(ROWS, seed=0)
+    sampler.next_batch(ROWS_PER_STEP)
+    second_leaders = sampler.next_batch(ROWS_PER_STEP)[1::2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "klear_megatron", "rl", str(rl_config(tmp_path, second_leaders))]
     result = subprocess.run(
@@ -78,11 +84,16 @@ def test_a_reward_that_fails_on_another_leader_is_printed_with_its_rank(tmp_path
     assert rank == "1"
     row = re.match(
         r"rewards\.custom\.function: tests\.wrong_reward:nothing returned None for a response to "
-        r"row (\d) of the data \(data_source 'mine'\); it has to return a number",
+        r"row (\d) of the data \(data_source 'mine'\); it has to return a number, "
+        r".*; step 1 is saved; run it again to go on",
         message,
     )
     assert row is not None
     assert int(row[1]) in second_leaders
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    state = read_state(saved)
+    assert state["step"] == 1
+    assert sum(state["sampler"]["drawn"].values()) == ROWS_PER_STEP  # those of step 2 come again
 
 
 def test_reporting_an_error_leaves_the_process_as_it_was(capsys):

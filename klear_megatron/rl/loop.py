@@ -84,16 +84,19 @@ def _train(config: RLConfig, folder: ModelFolder) -> None:
             if recorder is not None and metrics:
                 recorder.write(first - 1, metrics)
         for step in range(first, config.steps + 1):
-            rollouts = updates.score(collector.collect(step, phases), phases)
+            with saver.between_steps():
+                rollouts = collector.collect(step, phases)
+            rollouts = updates.score(rollouts, phases)
             dropped.observe(step, rollouts)
             rollouts = train(updates, collector, rollouts, step, phases)
             metrics = rollouts.metrics | run_metrics(updates.learner, sampler)
             try:
                 # Before the servers are asked for anything: they are told to end, too.
                 saver.trained(step)
-                with phases("sync"):
-                    servers.sync(version=step)
-                metrics |= evaluations.after(step, servers, maker, phases)
+                with saver.between_steps():
+                    with phases("sync"):
+                        servers.sync(version=step)
+                    metrics |= evaluations.after(step, servers, maker, phases)
             finally:
                 metrics |= times(config, step, rollouts, phases, planned, metrics)
                 if recorder is not None:

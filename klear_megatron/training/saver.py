@@ -1,8 +1,10 @@
-"""When a run writes checkpoints: at the steps that its config says, and when it is told to stop."""
+"""When a run writes checkpoints: at the steps that its config says, and if it is told to stop or
+fails between two."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +13,7 @@ from klear_megatron.checkpoints.run_config import RUN_CONFIG
 from klear_megatron.checkpoints.stages import Stage, write_stages
 from klear_megatron.config import write_config
 from klear_megatron.conversion import export_hf
-from klear_megatron.errors import Stopped
+from klear_megatron.errors import Stopped, UserError
 from klear_megatron.observability import Phases, Recorder, say
 from klear_megatron.platform import heartbeat, stop
 from klear_megatron.platform.files import write_atomically
@@ -40,8 +42,8 @@ def is_finished(config: RunConfig, last_step: int) -> bool:
 class Saver:
     """Saves a run; a context manager around its steps.
 
-    When they end with `Stopped`, it saves the last step that was trained, unless its checkpoint is
-    there already. Call every method on all ranks.
+    When they end with `Stopped`, or fail in `between_steps`, it saves the last step that was
+    trained, unless its checkpoint is there already. Call every method on all ranks.
 
     Args:
         step: the last one that is trained and saved; 0 at the beginning.
@@ -72,11 +74,7 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if isinstance(error, Stopped):
-            if self._trained > self._saved:
-                self._save()
-            self._learner.finish_saves()
-            what = f"step {self._trained} is saved" if self._trained else "no step was done yet"
-            raise Stopped(f"told to stop: {what}; run it again to go on") from error
+            raise Stopped(f"told to stop: {self._save_last()}; run it again to go on") from error
         if error is None and is_main_rank():
             with write_atomically(self._config.run_dir / _FINISHED) as file:
                 json.dump({"step": self._trained}, file)
@@ -90,6 +88,19 @@ class Saver:
         self._trained = step
         heartbeat.trained(step)
         stop.check_all()
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Around what is done while no weights change, and raises a UserError on all ranks or on
+        none: the last step that was trained is then saved, and the error says so."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except UserError as error:
+            if self._trained:
+                error.args = (f"{error}; {self._save_last()}; run it again to go on",)
+            raise
 
     def save_what_is_due(self, phases: Phases, recorder: Recorder | None) -> None:
         """Writes the Megatron and Hugging Face checkpoints that are due after the last step, and
@@ -121,6 +132,14 @@ class Saver:
 
     def _stages(self, step: int) -> list[Stage]:
         return [*self._earlier_stages, this_stage(self._config, step)]
+
+    def _save_last(self) -> str:
+        """Saves the last step that was trained, unless its checkpoint is there already; returns
+        what is saved, for a message."""
+        if self._trained > self._saved:
+            self._save()
+        self._learner.finish_saves()
+        return f"step {self._trained} is saved" if self._trained else "no step was done yet"
 
     def _save(self) -> None:
         step, config = self._trained, self._config
