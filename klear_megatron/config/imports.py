@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,15 @@ def source_file(path: str) -> Path | None:
     except ImportError:  # of its package
         return None
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def describe_failure(path: str, error: Exception) -> str:
+    """What the function that `path` names has raised, and the last line of its file that led there,
+    or else the line that raised it."""
+    file, frames = source_file(path), traceback.extract_tb(error.__traceback__)
+    own = [one for one in frames if file is not None and Path(one.filename) == file.resolve()]
+    last = (own or frames)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
 def _import_file(path: Path) -> ModuleType:

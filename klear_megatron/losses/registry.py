@@ -1,6 +1,7 @@
 """The losses that a config can name, with their options."""
 
 import inspect
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, field_validator
 
 from klear_megatron.config import Section, validate
-from klear_megatron.config.imports import import_object
+from klear_megatron.config.imports import describe_failure, import_object
 from klear_megatron.errors import UserError, nearest
 from klear_megatron.losses.cispo import CISPOConfig, cispo_loss
 from klear_megatron.losses.config import PolicyLossConfig
@@ -122,9 +123,15 @@ def _custom_loss(config: CustomLossConfig) -> Callable[[LossInputs], TokenLoss]:
 def _loss_per_token(
     loss: Callable[[LossInputs], TokenLoss], name: str, inputs: LossInputs
 ) -> TokenLoss:
-    """What the loss returns; raises UserError if that is not one value per token, since a mean
-    would be spread over all tokens in silence, or has no gradient."""
-    value = loss(inputs)
+    """What the loss returns; raises UserError if it fails, or if that is not one value per token,
+    since a mean would be spread over all tokens in silence, or has no gradient."""
+    try:
+        value = loss(inputs)
+    except Exception as error:
+        # A sum over sequences fails if another rank has ended, for which no loss is to blame.
+        if "/torch/distributed/" in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        raise UserError(f"loss.name: {name} failed: {describe_failure(name, error)}") from error
     if not isinstance(value, TokenLoss):
         raise UserError(f"loss.name: {name} returned {type(value).__name__}, not a TokenLoss")
     if value.values.shape != inputs.log_probs.shape:

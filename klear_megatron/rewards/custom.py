@@ -3,12 +3,11 @@
 import functools
 import inspect
 import math
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
-from klear_megatron.config.imports import import_object
+from klear_megatron.config.imports import describe_failure, import_object
 from klear_megatron.errors import UserError
 from klear_megatron.rewards.reward import Job, Reward, is_formatted
 
@@ -64,11 +63,8 @@ class CustomReward:
         return {name: _OFFERED[name](job) for name in self.parameters}
 
     def _failure(self, job: Job, error: Exception) -> UserError:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return UserError(
-            f"{_SETTING}: {self.path} failed on {job.where}: {type(error).__name__}: {error} "
-            f"({last.filename}, line {last.lineno})"
-        )
+        what = describe_failure(self.path, error)
+        return UserError(f"{_SETTING}: {self.path} failed on {job.where}: {what}")
 
     def _as_reward(self, value: object, job: Job) -> Reward:
         """A number, a `Reward`, or verl's dictionary as a `Reward`."""

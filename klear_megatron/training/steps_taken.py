@@ -13,7 +13,8 @@ from klear_megatron.observability import say
 from klear_megatron.policy.batch import Batch
 
 _IN_A_ROW = 3
-"""One may be bad luck, such as an overflow. After so many the weights are to blame, or the data."""
+"""One may be bad luck, such as an overflow. After so many the weights are to blame, the data or the
+loss."""
 
 
 class StepsTaken:
@@ -44,10 +45,15 @@ class StepsTaken:
             raise UserError(
                 f"step {step}: gradients of {_IN_A_ROW} mini-batches in a row are not finite, and "
                 f"no optimizer step was taken on them. {path} has the last one: its tokens, and "
-                "every field of the loss. If all fields are finite, the weights are to blame: go "
-                "on from an earlier checkpoint, with a lower learning rate"
+                f"every field of the loss. If all fields are finite, {_suspect(metrics)}"
             )
         return False
+
+
+def _suspect(metrics: Mapping[str, float]) -> str:
+    if math.isfinite(metrics["entropy"]) and not math.isfinite(metrics["loss"]):
+        return f"the loss is to blame: it is {metrics['loss']}, and the model's entropy is finite"
+    return "the weights are to blame: go on from an earlier checkpoint, with a lower learning rate"
 
 
 def _write(path: Path, batch: Batch) -> None:

@@ -24,6 +24,9 @@ from klear_megatron.losses.registry import resolve_loss
 from tests.losses.mini_batch import make_fields, whole
 
 OWN = """
+import json
+
+import torch
 from pydantic import Field
 from klear_megatron.config import Section
 from klear_megatron.losses import (
@@ -47,6 +50,15 @@ def tensor(inputs, options: Options):
 
 def detached(inputs):
     return TokenLoss(-(inputs.advantages * inputs.log_probs).detach())
+
+def misspelt(inputs):
+    return TokenLoss(-inputs.logprobs)
+
+def unreadable(inputs):
+    return json.loads("{")
+
+def left_alone(inputs):
+    torch.distributed.all_reduce(inputs.log_probs)
 
 class Clip(Section):
     low: float = Field(0.2, ge=0, lt=1)
@@ -207,6 +219,26 @@ def test_a_loss_of_the_users_own_that_is_not_per_token_is_refused(tmp_path, name
     loss = resolve_loss(load(tmp_path, f"{{name: own_losses:{name}}}"))
     with pytest.raises(UserError, match=message):
         loss(inputs(torch.ones(2, requires_grad=True), *torch.ones(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("misspelt", "AttributeError: 'LossInputs' object has no attribute 'logprobs'"),
+        ("unreadable", "JSONDecodeError: .*"),
+    ],
+)
+def test_a_loss_of_the_users_own_that_fails_is_named_with_its_line(tmp_path, name, message):
+    loss = resolve_loss(load(tmp_path, f"{{name: own_losses:{name}}}"))
+    where = rf"\(.*/own_losses\.py, line {1 + OWN.split(f'def {name}')[0].count(chr(10)) + 1}\)"
+    with pytest.raises(UserError, match=f"loss.name: own_losses:{name} failed: {message} {where}$"):
+        loss(inputs(*torch.ones(3, 2)))
+
+
+def test_ranks_that_have_ended_are_no_failure_of_a_loss(tmp_path):
+    loss = resolve_loss(load(tmp_path, "{name: own_losses:left_alone}"))
+    with pytest.raises(ValueError, match="process group"):
+        loss(inputs(*torch.ones(3, 2)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klear_megatron.errors import UserError
-from klear_megatron.losses import SFTObjective
+from klear_megatron.losses import Result, SFTObjective
 from klear_megatron.policy.batch import Batch
 from klear_megatron.training.steps_taken import StepsTaken
 from tests.distributed.laboratory import make_learner, weights
@@ -139,6 +139,13 @@ def test_layouts(checkpoint):
             assert part in message
 
 
+class _NoNumber(SFTObjective):
+    def __call__(self, *inputs: Any) -> Result:
+        result = super().__call__(*inputs)
+        loss = result.loss * float("nan")
+        return Result(loss, result.sums | {"loss": loss.detach()})
+
+
 def _step_on_nonsense(path: Path, run_dir: Path) -> Any:
     learner, steps_taken = make_learner(path), StepsTaken(run_dir)
     tokens = tiny.random_sequences([9, 30])
@@ -151,8 +158,12 @@ def _step_on_nonsense(path: Path, run_dir: Path) -> Any:
     taken.append(steps_taken(2, good, learner.train_step(good, SFTObjective())))
     later, steps = weights(learner), [*steps, learner.optimizer_steps]
     taken += [steps_taken(3, bad, learner.train_step(bad, SFTObjective())) for _ in range(2)]
-    with pytest.raises(UserError, match="gradients of 3 mini-batches in a row are not finite"):
+    with pytest.raises(UserError, match=r"3 mini-batches in a row .* the weights are"):
         steps_taken(4, bad, learner.train_step(bad, SFTObjective()))
+    taken.append(steps_taken(5, good, learner.train_step(good, SFTObjective())))
+    taken += [steps_taken(6, good, learner.train_step(good, _NoNumber())) for _ in range(2)]
+    with pytest.raises(UserError, match="the loss is to blame: it is nan"):
+        steps_taken(7, good, learner.train_step(good, _NoNumber()))
     return before, after, later, taken, steps
 
 
@@ -161,7 +172,7 @@ def test_steps_whose_gradients_are_not_finite_are_skipped_and_end_the_run_after_
 ):
     results = run_ranks(2, _step_on_nonsense, checkpoint, tmp_path)
     before, after, later, taken, steps = results[0]
-    assert taken == results[1][3] == [False, False, True, False, False]
+    assert taken == results[1][3] == [False, False, True, False, False, True, False, False]
     assert steps == [0, 1]
     # Readable without torch.
     kept = np.load(tmp_path / "not_finite" / "step_00000004_3.npz")
