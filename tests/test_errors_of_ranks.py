@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_a_wrong_argument_is_refused_before_ranks_start(capsys):
         main(["torchrun", "--nproc-per-node=2", "-m", "klear_megatron", "convert", "a", "b", "--x"])
     assert end.value.code == 2
     assert capsys.readouterr().err.endswith("error: unrecognized arguments: --x\n")
+
+
+def test_a_port_that_is_in_use_is_said(monkeypatch, capfd):
+    monkeypatch.setenv("KLEAR_MEGATRON_TORCHRUN", "")  # is set, and set back
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        where = ["--nproc-per-node=1", "--master-addr=127.0.0.1", "--master-port", port]
+        with pytest.raises(SystemExit) as end:
+            main(["torchrun", *where, "sft", "sft.yaml"])
+    assert end.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: --master-addr and --master-port, or --rdzv-endpoint: the ranks")
+    assert f"port: {port}" in last
+    assert last.endswith("address already in use")
 
 
 def test_an_option_that_is_mistyped_is_no_setting(capsys):

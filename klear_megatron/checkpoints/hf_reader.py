@@ -1,6 +1,7 @@
 """Reading Hugging Face checkpoints: config, safetensors, tokenizer files."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -134,6 +135,11 @@ class HFCheckpoint:
             raise UserError(
                 f"{self.path}: config.json and the weights do not match\n" + "\n".join(lines)
             )
+
+    @property
+    def parameters(self) -> int:
+        """The number of all parameters."""
+        return sum(math.prod(shape) for _, shape in self._specs.values())
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in its file."""

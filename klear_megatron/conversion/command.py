@@ -27,7 +27,7 @@ def checkpoint_in(path: Path, imports: Sequence[str] = ()) -> Path:
     from klear_megatron.checkpoints.megatron_folder import newest_in
     from klear_megatron.checkpoints.run_config import read_run_config
 
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() or (path / "configs").is_dir():  # of a run that began
         from klear_megatron.policy.checkpoint import latest_checkpoint
 
         latest = latest_checkpoint(path)

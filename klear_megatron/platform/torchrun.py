@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klear_megatron.platform.exit_codes import CONTINUE, FINISHED, INTERRUPTED
+from klear_megatron.platform.exit_codes import BAD_INPUT, CONTINUE, FINISHED, INTERRUPTED
 from klear_megatron.platform.first_rank import is_first_to_report
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a mistake in a config is told before
@@ -68,11 +68,13 @@ def run(arguments: Sequence[str], check: Callable[[Sequence[str]], object]) -> i
 
     Returns:
         the exit code of the rank that failed first, whose message is the last thing that is said;
-        128 + N for a rank that signal N ended.
+        128 + N for a rank that signal N ended; 2 if the ranks cannot meet.
     """
+    from torch.distributed import DistNetworkError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     options = torchrun.parse_args(["--module", *arguments])
     if options.training_script != "klear_megatron":
@@ -88,6 +90,9 @@ def run(arguments: Sequence[str], check: Callable[[Sequence[str]], object]) -> i
             return FINISHED
         except ChildFailedError as error:
             last = _words_of(*error.get_first_failure())
+        except (DistNetworkError, RendezvousError) as error:
+            where = "--master-addr and --master-port, or --rdzv-endpoint"
+            last = LastWords(f"{where}: the ranks cannot meet there: {error}", BAD_INPUT)
         except SignalException as error:
             told = LastWords(f"ended by {error.sigval.name}", 128 + error.sigval)
             last = next(iter(_read_all(Path(options.log_dir), begin)), told)

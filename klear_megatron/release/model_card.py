@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from klear_megatron.checkpoints.hf_reader import HFCheckpoint
 from klear_megatron.checkpoints.run_config import read_run_config
 from klear_megatron.checkpoints.stages import Stage, public_name, read_stages
 from klear_megatron.evaluation.evaluate import Evaluation
@@ -68,8 +69,9 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"{model['architectures'][0]} with a context of {model['max_position_embeddings']} tokens, "
-        f"in {model.get('dtype') or model['torch_dtype']}.",
+        f"{model['architectures'][0]} with {HFCheckpoint(folder).parameters:,} parameters and a "
+        f"context of {model['max_position_embeddings']} tokens, in "
+        f"{model.get('dtype') or model['torch_dtype']}.",
         _training(stages),
         _evaluation(rows, evaluations),
         f"## Usage\n\n{usage}",

@@ -32,14 +32,21 @@ _WARNED = {
     "sampling": "responses of earlier steps were drawn differently",
     "evaluation.benchmarks": "earlier scores are of other problems or samples",
     "evaluation.sampling": "earlier scores were drawn differently",
-    "prompts_per_step": "the learning-rate schedule counts optimizer steps, of which there are now "
-    "more or fewer in a step",
-    "prompts_per_mini_batch": "the learning-rate schedule counts optimizer steps, of which there "
-    "are now more or fewer in a step",
-    "epochs": "the learning-rate schedule ends at another step than it was made for",
-    "steps": "the learning-rate schedule ends at another step than it was made for",
 }
 """Settings, or sections of them, whose change applies but needs care, and why."""
+
+_COUNTED = "the learning-rate schedule counts optimizer steps, of which there are now more or fewer"
+_ENDS = "the learning-rate schedule ends at another step than it was made for"
+_WARNED_OF_A_DECAY = {
+    "prompts_per_step": f"{_COUNTED} in a step",
+    "prompts_per_mini_batch": f"{_COUNTED} in a step",
+    "epochs": _ENDS,
+    "steps": _ENDS,
+}
+"""Further ones where the learning rate decays."""
+
+_ABSENT = "(absent)"
+"""A setting that the other config does not have, such as an option of another loss."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,11 @@ def resume(learner: Learner, config: RunConfig, checkpoint: Checkpoint) -> dict[
     """
     learner.load(checkpoint.path)
     changes = list(_changes(checkpoint.state, config))
+    decays = config.policy.optimizer.lr_decay_style != "constant"
+    warned = _WARNED | _WARNED_OF_A_DECAY if decays else _WARNED
     if is_main_rank():
         say(f"resuming from {checkpoint.path}")
-        for line in _describe(changes, checkpoint.state["step"] + 1):
+        for line in _describe(changes, warned, checkpoint.state["step"] + 1):
             say(line)
     return checkpoint.state
 
@@ -159,7 +168,7 @@ def _changes(state: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str,
     old, new = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            yield key, f"{old.get(key)} -> {new.get(key)}"
+            yield key, f"{old.get(key, _ABSENT)} -> {new.get(key, _ABSENT)}"
     before = state.get("code", {})
     for key, files in code_fingerprints(config).items():
         for file, now in files.items():
@@ -167,12 +176,14 @@ def _changes(state: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str,
                 yield key, f"{file} is not what it was"
 
 
-def _describe(changes: Sequence[tuple[str, str]], first: int) -> Iterator[str]:
+def _describe(
+    changes: Sequence[tuple[str, str]], warned: Mapping[str, str], first: int
+) -> Iterator[str]:
     if changes:
         yield f"changed, from step {first} on:"
     for key, change in changes:
         yield f"  {key}: {change}"
-        for section, why in _WARNED.items():
+        for section, why in warned.items():
             if key == section or key.startswith(f"{section}."):
                 yield f"    warning: {why}"
 

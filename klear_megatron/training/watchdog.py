@@ -58,6 +58,8 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             if not self._report.stat().st_size:
                 self._report.unlink()
+                with contextlib.suppress(OSError):  # other ranks' reports are there
+                    self._report.parent.rmdir()
 
     def _watch(self) -> None:
         # The store ends with the rank or torchrun that keeps it; the timer is left then.

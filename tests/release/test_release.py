@@ -95,6 +95,8 @@ def test_release_is_complete_and_answers(
     assert "lr: 3.0e-05" in card
     head, _, folded = card.partition("<details>")
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "Owner/Base"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"with {count:,} parameters and a context of 81920 tokens" in head
     assert "The base model is `Owner/Base`. It was trained" in head
     assert (
         "| 1 | `Owner/Base` | supervised fine-tuning | 180 | `openai/gsm8k`, 2.5 epochs | "
@@ -137,6 +139,12 @@ def test_both_spellings_of_the_licence_are_understood() -> None:
 def test_a_folder_of_runs_is_no_run(checkpoint: Path) -> None:
     with pytest.raises(UserError, match="is no run, but has some: run; give one of them"):
         checkpoint_in(checkpoint.parents[2])
+
+
+def test_a_run_without_a_checkpoint_is_said(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    with pytest.raises(UserError, match="no complete checkpoint under checkpoints/"):
+        checkpoint_in(tmp_path)
 
 
 def test_yarn_is_refused_for_a_model_of_shorter_texts(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _write_rows(path: Path, rows: list[list[str]]) -> None:
     path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in messages))
 
 
-def _train_again(path: Path, folder: Path) -> tuple[str, str]:
+def _train_again(path: Path, folder: Path) -> tuple[str, str, str]:
     tiny.write_tokenizer(path)
     (path / "chat_template.jinja").write_text(TEMPLATE)
     data = folder / "rows.jsonl"
@@ -192,21 +192,35 @@ def _train_again(path: Path, folder: Path) -> tuple[str, str]:
     _write_rows(data, ROWS)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         train_sft(config.model_copy(update={"steps": 12}))
-    return str(error.value), said.getvalue()
+    constant = _config(
+        path,
+        folder / "run",
+        data={"path": data, "max_length": 64},
+        steps=13,
+        optimizer={"lr_decay_style": "constant"},
+        validation={"path": data, "every": 100},
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as said_then:
+        train_sft(constant)
+    return str(error.value), said.getvalue(), said_then.getvalue()
 
 
 def test_other_data_are_refused_and_each_config_of_a_run_is_kept(checkpoint, tmp_path):
     base = shutil.copytree(checkpoint, tmp_path / "base")
-    ((refusal, said),) = run_ranks(1, _train_again, base, tmp_path)
+    ((refusal, said, said_then),) = run_ranks(1, _train_again, base, tmp_path)
     assert "data: other rows than the checkpoint was made with, though as many" in refusal
     assert "changed, from step 9 on:\n  steps: 8 -> 12\n    warning: the learning-rate" in said
+    assert "  steps: 12 -> 13\n" in said_then
+    assert f"  validation.path: (absent) -> {tmp_path}/rows.jsonl\n" in said_then
+    assert "warning" not in said_then
+    assert not (tmp_path / "run" / "hang").exists()
     run_dir = tmp_path / "run"
     kept = {
         path.name: yaml.safe_load(path.read_text())["steps"]
         for path in (run_dir / "configs").iterdir()
     }
-    assert kept == {"step_00000001.yaml": 8, "step_00000009.yaml": 12}
-    assert yaml.safe_load((run_dir / "config.yaml").read_text())["steps"] == 12
+    assert kept == {"step_00000001.yaml": 8, "step_00000009.yaml": 12, "step_00000013.yaml": 13}
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["steps"] == 13
     for step in (8, 12):
         stored = run_dir / "checkpoints" / f"step_{step:08}" / "config.yaml"
         assert yaml.safe_load(stored.read_text())["steps"] == step
