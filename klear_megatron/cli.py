@@ -7,6 +7,7 @@ and not after the seconds that Megatron-Core takes to import.
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -67,8 +68,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parsed, rest = _parser().parse_known_args(_file_first(list(arguments)))
     if rest and not parsed.takes_overrides:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    options = re.findall(r"--[\w-]+", parsed.usage()) if rest else []
     for argument in rest:
-        near = get_close_matches(argument.partition("=")[0], parsed.options, 1, _NEAR)
+        near = get_close_matches(argument.partition("=")[0], options, 1, _NEAR)
         if near:
             _parser().error(f"unrecognized argument {argument}; did you mean {near[0]}?")
     parsed.overrides = rest
@@ -180,9 +182,8 @@ def _add_verb(
         description=run.__doc__,
         add_help=add_help,
     )
-    # The very dictionary of its options: they are added later.
-    options = verb._option_string_actions
-    verb.set_defaults(run=run, takes_overrides=takes_overrides, options=options)
+    # Options are added later.
+    verb.set_defaults(run=run, takes_overrides=takes_overrides, usage=verb.format_usage)
     return verb
 
 
