@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from klear_megatron.cli import main
+from klear_megatron.launch.reports import read_reports
 from tests.commands import ROOT
 from tests.launch.conftest import wait_for
 from tests.models.published import qwen3_8b
@@ -61,6 +62,9 @@ def test_a_server_that_does_not_start_ends_the_job_and_is_named(
     assert outcome["code"] == 2
     assert "server on node" in outcome["message"]
     assert "--no-such-flag" in outcome["message"]
+    (attempt,) = tmp_path.glob("quickstart/rl/launch/*-0")
+    (dead,) = read_reports(attempt, "server")
+    assert outcome["time"] - dead.time < 60
 
 
 def test_a_partition_that_slurm_does_not_have_is_named(slurm_conf, rl_config, capfd):

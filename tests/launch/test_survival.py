@@ -1,8 +1,11 @@
-"""A trainer on a real Slurm that is killed, hangs and is told to end has the losses of one left
+"""A trainer on a real Slurm that is killed, hangs and runs out of time has the losses of one left
 alone."""
 
+import contextlib
 import re
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +60,37 @@ def trainer(run_dir: Path, rank: int) -> psutil.Process:
     return min(found, key=lambda one: one.info["create_time"])  # others are its forks
 
 
-def wait_for_a_new_step(run_dir: Path) -> None:
+def wait_for_a_new_step(run_dir: Path, unless: Callable[[], bool] = lambda: False) -> None:
     begun = len(losses(run_dir))
-    wait_for(lambda: len(losses(run_dir)) > begun, 240)
+    wait_for(lambda: len(losses(run_dir)) > begun or unless(), 240)
 
 
-def test_a_trainer_that_is_killed_hangs_and_is_told_to_end_has_the_losses_of_one_left_alone(
+def let_time_run_out(job: str, run_dir: Path, log: Path) -> None:
+    """Has Slurm see a near time limit while the run trains.
+
+    Slurm looks at time limits every 30 seconds; a rank that is stopped again and again lets the
+    steps last till then.
+    """
+
+    def told() -> bool:
+        return "told to end" in log.read_text()
+
+    rank = trainer(run_dir, 1)
+    set_time_limit(job, "00:05:00")  # grace_s
+    while not told():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.suspend()
+            time.sleep(5)
+            rank.resume()
+        wait_for_a_new_step(run_dir, unless=told)
+    set_time_limit(job, "00:30:00")
+
+
+def set_time_limit(job: str, limit: str) -> None:
+    subprocess.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={limit}"], check=True)
+
+
+def test_a_trainer_that_is_killed_hangs_and_runs_out_of_time_has_the_losses_of_one_left_alone(
     slurm_conf, beside_the_pipeline, quickstart, data, tmp_path
 ):
     alone = write_config(data, quickstart / "base", "alone")
@@ -94,8 +122,10 @@ def test_a_trainer_that_is_killed_hangs_and_is_told_to_end_has_the_losses_of_one
 
     wait_for_a_new_step(run_dir)
     assert "RUNNING" in status(run_dir)
-    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    let_time_run_out(job, run_dir, log)
     wait_for_restart(job, run_dir, 3)
+    logs = [one.read_text() for one in run_dir.glob(f"launch/{job}-2/trainer-*.log")]
+    assert [bool(re.search(r"told to stop: step \d+ is saved", one)) for one in logs] == [True] * 2
     wait_for(lambda: "finished" in log.read_text(), 240)
     assert log.read_text().count("trying again after this error:") == 2
     assert "told to end; goes on from the newest checkpoint" in log.read_text()
