@@ -19,8 +19,9 @@ from klear_megatron.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG = "run_config.yaml"
+COMMON = "common.pt"
 _COMMON_RECORD = "common_state/shard_0_1"
-"""Since Megatron-Core 0.20, common objects are an object of the checkpoint, not a file."""
+"""In Megatron-Core 0.19, common objects are an object of the checkpoint, not a file."""
 _READABLE = (
     "only Megatron-Core's torch_dist format can be read; Megatron-LM writes it with "
     "--ckpt-format torch_dist, and from others with --ckpt-convert-format torch_dist"
@@ -83,13 +84,13 @@ def model_settings(checkpoint: Path) -> dict[str, Any] | None:
             settings = vars(_common(checkpoint).get("args", SimpleNamespace()))
         return dict(settings) or None
     except Exception as error:  # a damaged pickle may raise any exception
-        where = RUN_CONFIG if run_config.is_file() else "common.pt"
+        where = RUN_CONFIG if run_config.is_file() else COMMON
         raise UserError(f"{checkpoint}/{where}: {error!r}; the file is corrupt") from error
 
 
 def _common(checkpoint: Path) -> dict[str, Any]:
     """The common objects of a checkpoint, as inert data."""
-    path = checkpoint / "common.pt"
+    path = checkpoint / COMMON
     if path.is_file():
         with path.open("rb") as file:
             return dict(read_inert(file))

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from klear_megatron.checkpoints.checksums import write_checksums
 from klear_megatron.checkpoints.megatron_companions import common_objects, write_run_config
+from klear_megatron.checkpoints.megatron_folder import COMMON
 from klear_megatron.checkpoints.megatron_reader import full_shape, stacked
 from klear_megatron.models import Weight
 from klear_megatron.models.mapping import GatedMLP, Sharded
@@ -119,7 +120,7 @@ def write_metadata(
         tensors[key] = BytesStorageMetadata()
         storage[MetadataIndex(key)] = _StorageInfo(_EXTRA_STATES, 0, length)
     rows, dtype = full_shape(table[0])[0], dtypes[table[0].name]
-    torch.save(common_objects(hf, rows, dtype, iteration=0), folder / "common.pt")
+    torch.save(common_objects(hf, rows, dtype, iteration=0), folder / COMMON)
     write_run_config(folder, hf, dtype)
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, storage_data=storage)))
     (folder / "metadata.json").write_text(json.dumps(_FORMAT))

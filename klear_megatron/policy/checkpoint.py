@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -34,7 +33,7 @@ from klear_megatron.checkpoints.megatron_companions import (
     point_release_to,
     write_run_config,
 )
-from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
+from klear_megatron.checkpoints.megatron_folder import COMMON, is_megatron_checkpoint
 from klear_megatron.checkpoints.model_folder import ModelFolder
 from klear_megatron.errors import UserError
 from klear_megatron.models import padded_vocab_size
@@ -51,7 +50,7 @@ from klear_megatron.policy.optimizer_state import (
 )
 from klear_megatron.policy.parallel import parallel_sizes
 from klear_megatron.policy.random_states import random_states, restore_random_states
-from klear_megatron.policy.writers import prepare_writers, watch_writers
+from klear_megatron.policy.writers import BackgroundSaves, prepare_writers, watch_writers
 
 _logger = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class CheckpointWriter:
     def __init__(self, config: CheckpointConfig, folder: ModelFolder) -> None:
         self._config = config
         self._folder = folder
-        self._queue = AsyncCallsQueue()
+        self._queue = BackgroundSaves()
 
     def save(
         self,
@@ -118,22 +117,26 @@ class CheckpointWriter:
             partial.mkdir(parents=True)
         dist.barrier()
         model = _model_state(chunks)
+        common = {
+            "optimizer": optimizer_settings(optimizer),
+            "scheduler": scheduler.state_dict(),
+            "parallel_sizes": parallel_sizes(),
+            "trainer": state,
+            **self._for_megatron_lm(chunks[0], iteration=state["step"]),
+        }
         request = dist_checkpointing.save(
             {
                 **model,
-                "optimizer": optimizer_settings(optimizer),
                 "optimizer_tensors": sharded_tensors(owned_shards(optimizer), model),
-                "scheduler": scheduler.state_dict(),
                 "random_states": random_states(),
-                "parallel_sizes": parallel_sizes(),
-                "trainer": state,
-                **self._for_megatron_lm(chunks[0], iteration=state["step"]),
+                **common,
             },
             str(partial),
             FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _replicas()),
             async_sharded_save=True,
             **_OWN_WRITER,
         )
+        _write_common(partial, common)
         if save_beside is not None:
             objects.together(functools.partial(save_beside, partial))
         dtype = chunks[0].config.params_dtype
@@ -174,6 +177,14 @@ class CheckpointWriter:
             if every is None or int(path.name.removeprefix("step_")) % every:
                 # Renamed first: a kill in the middle must not leave half of it under its name.
                 shutil.rmtree(path.rename(path.with_suffix(_PARTIAL)))
+
+
+def _write_common(partial: Path, common: dict[str, Any]) -> None:
+    """Writes the objects that are no tensors to a file, too. Megatron-Core 0.16 writes them there
+    alone, and finds them nowhere else; 0.19 puts them among the shards, and reads both."""
+    path = partial / COMMON
+    if dist.get_rank() == 0 and not path.exists():
+        torch.save(common, path)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The processes that write checkpoints, and Megatron's queue between them and the trainer.
 
-Megatron-Core forks the writers, and keeps the queue in a process of its own. They would wait
-forever for a trainer that is killed, and the trainer forever for a writer that is killed. Ours are
-the same, but end with the trainer, however that ends, and not of the SIGTERM that a trainer stops
-by; and the death of a writer is an error.
+Megatron-Core forks a process for each save in the background. In 0.16, this process, or the trainer
+itself where it waits for the save, forks more that do the writing; in 0.19, it writes. The queue is
+a process of its own. They would wait forever for a trainer that is killed, and the trainer forever
+for a writer that is killed. Ours are the same, but end with the trainer, however that ends, and not
+of the SIGTERM that a trainer stops by; and the death of a writer is an error.
 """
 
 import contextlib
@@ -16,7 +17,11 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import (
+    AsyncCallsQueue,
+    AsyncRequest,
+    TemporalAsyncCaller,
+)
 
 from klear_megatron.platform.orphans import (
     deaf_children,
@@ -36,6 +41,23 @@ def prepare_writers() -> None:
         with deaf_children():
             manager.start(end_with_parent)
         filesystem_async._results_queue = manager.Queue()
+
+
+class BackgroundSaves(AsyncCallsQueue):  # type: ignore[misc]
+    """Megatron's queue of saves in the background; but when a process that it forks is killed, the
+    save fails on all ranks, with a CheckpointException that says how that ended."""
+
+    def _get_async_caller(self) -> TemporalAsyncCaller:
+        return _WatchedCaller()
+
+
+class _WatchedCaller(TemporalAsyncCaller):  # type: ignore[misc]
+    def close(self, abort: bool = False) -> None:
+        process = self.process
+        super().close(abort)  # waits for its end
+        results = filesystem_async._results_queue
+        if process is not None and process.exitcode and results.empty():
+            results.put(RuntimeError(_death(process.exitcode)))
 
 
 def watch_writers(request: AsyncRequest) -> AsyncRequest:
@@ -87,8 +109,12 @@ class _Writer(ForkProcess):
 def _look(*_: object) -> None:
     for code in [writer.exitcode for writer in _writers]:
         if code:
-            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-            raise _WriterDied(
-                f"a process that writes the checkpoint ended {how}, perhaps for want of memory; "
-                "the checkpoint is not complete, earlier ones are"
-            )
+            raise _WriterDied(_death(code))
+
+
+def _death(code: int) -> str:
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    return (
+        f"a process that writes the checkpoint ended {how}, perhaps for want of memory; "
+        "the checkpoint is not complete, earlier ones are"
+    )

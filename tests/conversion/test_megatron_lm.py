@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from klear_megatron.checkpoints.megatron_folder import model_settings
@@ -33,6 +34,8 @@ LAYOUTS: dict[str, dict[str, bool]] = {
     "numbered": {"non_homogeneous_layers": True},  # experts stay stacked
     "singletons": {"singleton_local_shards": True},  # numbered experts, and halves _w and _v
 }
+COMMON_IS_A_FILE = hasattr(serialization, "get_default_save_common_strategy")
+"""In Megatron-Core 0.16. In 0.19 the common objects are an object of the checkpoint."""
 MODELS = {
     "qwen3": (tiny.qwen3(num_hidden_layers=2), {"tensor_model_parallel_size": 2}),
     "qwen2": (tiny.qwen2(num_hidden_layers=2), {"pipeline_model_parallel_size": 2}),
@@ -135,7 +138,7 @@ def _write(folder: Path) -> None:
                 "iteration": 7,
                 "checkpoint_version": 3.0,
             }
-            if layout == "singletons":  # as since Megatron-Core 0.20
+            if layout == "singletons" and COMMON_IS_A_FILE:  # do as 0.19 does
                 common = {key: state.pop(key) for key in list(state) if key != "model"}
                 state["common_state"] = ShardedObject(
                     "common_state", common, (1,), (0,), replica_id=dist.get_rank()

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -30,6 +31,8 @@ from klear_megatron.policy.weights import HFGather, local_parameters
 
 SMALL_BUCKET = 5000
 """Elements."""
+RANKS_FORK_WRITERS = hasattr(FileSystemWriterAsync, "write_preloaded_data_multiproc")
+"""In Megatron-Core 0.16. In 0.19 a rank that waits for a save writes it itself."""
 
 
 def make_learner(path: Path, *, temperature: float = 1.0, **settings: Any) -> Learner:

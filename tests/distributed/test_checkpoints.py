@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
 from klear_megatron.losses import SFTObjective
 from klear_megatron.observability import Phases
-from klear_megatron.policy import checkpoint
+from klear_megatron.policy import checkpoint, writers
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
 from klear_megatron.policy.optimizer_state import owned_shards
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.training.saver import Saver
-from tests.distributed.laboratory import make_learner, weights
+from tests.distributed.laboratory import RANKS_FORK_WRITERS, make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.distributed.reference import make_batch
 
@@ -171,13 +171,24 @@ def _save_to_the_end(learner: Any, run_dir: Path) -> None:
     learner.finish_saves()
 
 
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _writers_killed(model: Path, run_dir: Path) -> list[str]:
-    """What this rank is told when a writer of the last one is killed, in both ways of saving."""
+    """What this rank is told when a process of the last one's save is killed."""
     told = []
-    for asynchronous in (False, True):
+    cases = [
+        (False, filesystem_async, "_write_item"),
+        (True, filesystem_async, "_write_item"),
+        (True, writers, "_noticing_deaths"),  # the process that Megatron-Core forks itself
+    ]
+    if not RANKS_FORK_WRITERS:
+        del cases[0]
+    for asynchronous, module, function in cases:
         learner = _policy(model, {}, asynchronous=asynchronous)
         if dist.get_rank() == 1:
-            filesystem_async._write_item = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+            setattr(module, function, _die)
         with pytest.raises(CheckpointException) as failure:
             _save_to_the_end(learner, run_dir)
         told.append(str(failure.value))
@@ -186,6 +197,7 @@ def _writers_killed(model: Path, run_dir: Path) -> list[str]:
 
 def test_the_death_of_a_writer_ends_a_save_on_all_ranks(folder, tmp_path):
     told, _ = run_ranks(2, _writers_killed, folder / "tied", tmp_path, timeout=60)
+    assert len(told) == 2 + RANKS_FORK_WRITERS
     assert all("a process that writes the checkpoint ended by SIGKILL" in text for text in told)
     assert latest_checkpoint(tmp_path) is None
 
@@ -326,4 +338,8 @@ def test_the_format_is_megatrons_fully_reshardable(name, world_size, parallel, f
             assert torch.equal(before[key], after[key]), key
     shapes = loaded[0][1]
     assert any(name.startswith("optimizer.state.exp_avg.decoder.layers.") for name in shapes)
-    assert run_ranks(world_size, _saved, *where, tmp_path / "ours")[0] == shapes
+    ours = tmp_path / "ours"
+    assert run_ranks(world_size, _saved, *where, ours)[0] == shapes
+    # Also where Megatron-Core 0.19 wrote it, 0.16 finds its common objects.
+    common = torch.load(ours / "common.pt", weights_only=False)
+    assert common.keys() >= {"optimizer", "scheduler", "parallel_sizes", "trainer", "args"}
