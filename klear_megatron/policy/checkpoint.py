@@ -180,8 +180,8 @@ class CheckpointWriter:
 
 
 def _write_common(partial: Path, common: dict[str, Any]) -> None:
-    """Writes the objects that are no tensors to a file, too. Megatron-Core 0.16 writes them there
-    alone, and finds them nowhere else; 0.19 puts them among the shards, and reads both."""
+    """Writes what is no tensor to a file of its own. Megatron-Core 0.16 has done so, and looks for
+    it nowhere else; 0.19 has put it among the shards, and reads it from either place."""
     path = partial / COMMON
     if dist.get_rank() == 0 and not path.exists():
         torch.save(common, path)

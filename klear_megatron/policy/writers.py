@@ -81,8 +81,9 @@ def _write(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
             writer.kill()
 
 
-class _WriterDied(Exception):
-    pass
+class _WriterDied(BaseException):
+    """No Exception, because a signal raises it in any line of the main thread. Where that line is
+    in a handler of a log record, `logging` would print an Exception, and go on to wait forever."""
 
 
 @contextlib.contextmanager

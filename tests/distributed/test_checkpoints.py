@@ -1,9 +1,11 @@
 """Killed at any moment, in any layout: the run goes on from its last complete checkpoint."""
 
 import functools
+import logging
 import os
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,35 @@ def test_the_death_of_a_writer_ends_a_save_on_all_ranks(folder, tmp_path):
     assert len(told) == 2 + RANKS_FORK_WRITERS
     assert all("a process that writes the checkpoint ended by SIGKILL" in text for text in told)
     assert latest_checkpoint(tmp_path) is None
+
+
+class _Terminal:
+    """While this process writes a line to it, a writer dies."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
+    def write(self, _: str) -> None:
+        if writers._writers and os.getpid() == self._process:
+            writers._writers[0].kill()
+            time.sleep(5)
+
+
+def _writer_killed_while_the_rank_logs(model: Path, run_dir: Path) -> str:
+    learner = _policy(model, {})
+    filesystem_async._write_item = lambda *_, **__: time.sleep(60)
+    filesystem_async.logger.setLevel(logging.DEBUG)
+    filesystem_async.logger.addHandler(logging.StreamHandler(_Terminal()))
+    with pytest.raises(CheckpointException) as failure:
+        _save_to_the_end(learner, run_dir)
+    return str(failure.value)
+
+
+@pytest.mark.skipif(not RANKS_FORK_WRITERS, reason="a rank that waits for a save writes it itself")
+def test_the_death_of_a_writer_is_told_though_the_rank_writes_a_log(folder, tmp_path):
+    rank = _writer_killed_while_the_rank_logs
+    (told,) = run_ranks(1, rank, folder / "tied", tmp_path, timeout=40)
+    assert "a process that writes the checkpoint ended by SIGKILL" in told
 
 
 def _saves(model: Path, parallel: dict[str, int], run_dir: Path) -> Any:
