@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from megatron.core import parallel_state
 
 from tests.distributed.ranks import run_ranks
 from tools.gpu_check.__main__ import run_all
-from tools.gpu_check.checks import CHECKS, Check
+from tools.gpu_check.checks import CHECKS, Check, attention
 from tools.gpu_check.outcome import NotHereError
 
 HERE = [
@@ -43,6 +44,11 @@ def test_checks_pass_without_a_gpu_or_say_why_they_do_not_apply(tmp_path):
     assert found["speed at 128 tokens, bfloat16"]["tokens/s"] > 0
     assert "needs Transformer Engine" in found["train, mxfp8 weights"]
     assert "no GPU to measure" in found["memory at 128 tokens, bfloat16"]
+
+
+def test_what_the_set_up_leaves_out_is_no_failure(tmp_path):
+    with pytest.raises(NotHereError, match="flash-attn is not installed"):
+        attention(tmp_path, backend="flash-attn")
 
 
 def test_context_parallel_ranks_have_the_loss_of_one(tmp_path):

@@ -20,6 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from klear_megatron.checkpoints.model_folder import ModelFolder
+from klear_megatron.doctor.gpu import version
 from klear_megatron.models.attention import PackedAttention
 from klear_megatron.models.language_model import packed_sequences
 from klear_megatron.platform.device import HAS_GPU, init_distributed, this_device
@@ -30,7 +31,7 @@ from klear_megatron.policy.model import Model
 from klear_megatron.rollout import RolloutConfig, serving
 from klear_megatron.rollout.weight_sync import WeightSync
 from tools.gpu_check import models, speed
-from tools.gpu_check.outcome import FailedError, Numbers
+from tools.gpu_check.outcome import FailedError, NotHereError, Numbers
 
 _NEAR = 3.0
 """Differences may be this many times as large as those of Hugging Face's bfloat16 on a CPU."""
@@ -109,6 +110,8 @@ def _log_probs_against_hugging_face(folder: Path, sizes: models.Sizes) -> Number
 
 def attention(folder: Path, *, backend: str | None) -> Numbers:
     """Packed attention and its gradients, by one backend of Transformer Engine or by torch."""
+    if backend == "flash-attn" and version(backend) is None:
+        raise NotHereError("flash-attn is not installed")
     sizes = models.ONE_LAYER
     path = models.write_model(folder / "hf", models.config_of(sizes))
     (chunk,) = Model(models.policy(path, sizes), ModelFolder(path)).chunks
