@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import CustomRewardConfig, Job, RewardConfig, RewardPool
-from klear_megatron.rewards.sandbox import bubblewrap, check_sandbox
+from klear_megatron.rewards.sandbox import Sandbox, bubblewrap, check_sandbox
 from tests.rewards.hostile import (
     CONFIG,
     SUM,
@@ -200,6 +201,22 @@ def test_programs_end_when_their_grader_is_killed():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         grader.kill()
+
+
+def test_a_sandbox_that_is_killed_as_it_starts_is_started_again(monkeypatch):
+    check_sandbox(CONFIG)
+    start, killed = Sandbox._start, []
+
+    def start_and_kill(self, control, messages):
+        process = start(self, control, messages)
+        if len(killed) < 2:
+            process.kill()
+            killed.append(process)
+        return process
+
+    monkeypatch.setattr(Sandbox, "_start", start_and_kill)
+    assert outcomes(grade("print(sum(map(int, input().split())))")) == {"passed": 1}
+    assert [process.wait() for process in killed] == [-signal.SIGKILL] * 2
 
 
 def test_all_of_a_programs_time_is_limited():

@@ -22,6 +22,10 @@ from klear_megatron.rewards.sandbox.seccomp import seccomp_filter
 _STACK_KB = 256 << 10
 """Room in the main thread for the 50,000 calls that the recursion limit allows."""
 
+_STARTS = 3
+"""Tries to start a sandbox. One may be killed meanwhile, as for want of memory; no program is in it
+yet."""
+
 Kind = Literal["script", "module", "check"]
 
 
@@ -45,20 +49,25 @@ class Sandbox:
     def __init__(self, config: CodeRewardConfig, wall_limit_s: float) -> None:
         self._config = config
         self._wall_limit_s = wall_limit_s
-        self._expired = False
 
     def __enter__(self) -> "Sandbox":
-        self._control, inner_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with memory_file() as messages:
-            with inner_control:
-                self._process = self._start(inner_control.fileno(), messages)
-            self._watch = threading.Timer(self._wall_limit_s, self._end)
-            self._watch.start()
-            if self._receive() != "ready":
+        for _ in range(_STARTS):
+            with memory_file() as messages:
+                self._begin(messages)
+                if self._receive() == "ready":
+                    return self
                 self.__exit__()
-                said = os.pread(messages, 10_000, 0).decode(errors="replace").strip()
-                raise SandboxError(said or "ended before its first test")
-        return self
+                if said := os.pread(messages, 10_000, 0).decode(errors="replace").strip():
+                    raise SandboxError(said)
+        raise SandboxError(f"ended {_STARTS} times before its first test, and said nothing")
+
+    def _begin(self, messages: int) -> None:
+        self._expired = False
+        self._control, inner_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with inner_control:
+            self._process = self._start(inner_control.fileno(), messages)
+        self._watch = threading.Timer(self._wall_limit_s, self._end)
+        self._watch.start()
 
     def __exit__(self, *exception: object) -> None:
         self._watch.cancel()
