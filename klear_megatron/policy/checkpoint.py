@@ -50,7 +50,12 @@ from klear_megatron.policy.optimizer_state import (
 )
 from klear_megatron.policy.parallel import parallel_sizes
 from klear_megatron.policy.random_states import random_states, restore_random_states
-from klear_megatron.policy.writers import BackgroundSaves, prepare_writers, watch_writers
+from klear_megatron.policy.writers import (
+    BackgroundSaves,
+    failure_on_all_ranks,
+    prepare_writers,
+    watch_writers,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -145,7 +150,8 @@ class CheckpointWriter:
         if self._config.asynchronous:
             self._queue.schedule_async_request(request)
         else:
-            request.execute_sync()
+            with failure_on_all_ranks():
+                request.execute_sync()
 
     def _for_megatron_lm(self, chunk: LanguageModel, iteration: int) -> dict[str, Any]:
         hf, tp = self._folder.config, chunk.config.tensor_model_parallel_size
@@ -153,8 +159,13 @@ class CheckpointWriter:
         return common_objects(hf, padded, chunk.config.params_dtype, iteration)
 
     def finish(self, *, wait: bool) -> None:
-        """Collective. Publishes what has been written; with `wait`, everything begun."""
-        self._queue.maybe_finalize_async_calls(blocking=wait)
+        """Collective. Publishes what has been written; with `wait`, everything begun.
+
+        Raises:
+            UserError: on all ranks, if a checkpoint could not be written on any of them.
+        """
+        with failure_on_all_ranks():
+            self._queue.maybe_finalize_async_calls(blocking=wait)
 
     def _publish(self, partial: Path, path: Path, dtype: torch.dtype) -> None:
         dist.barrier()

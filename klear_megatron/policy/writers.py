@@ -22,7 +22,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import (
     AsyncRequest,
     TemporalAsyncCaller,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
+from klear_megatron.errors import UserError
+from klear_megatron.platform import objects
 from klear_megatron.platform.orphans import (
     deaf_children,
     end_forks_with_parent,
@@ -66,6 +69,21 @@ def watch_writers(request: AsyncRequest) -> AsyncRequest:
     if request.async_fn is None:  # this rank has nothing to write
         return request
     return request._replace(async_fn=functools.partial(_write, request.async_fn))
+
+
+@contextlib.contextmanager
+def failure_on_all_ranks() -> Iterator[None]:
+    """Collective. Around the end of a save, whose failure Megatron explains to the first rank only.
+
+    Raises:
+        UserError: on all ranks, if the checkpoint could not be written on any of them.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = {str(reason) for reason, _ in error.failures.values()}
+        what = objects.broadcast("; ".join(sorted(reasons)))
+        raise UserError(f"a checkpoint could not be written: {what}") from error
 
 
 def _write(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
