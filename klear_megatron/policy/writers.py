@@ -37,13 +37,25 @@ _writers: list[ForkProcess] = []
 
 
 def prepare_writers() -> None:
-    """Makes the queue once. Call it before a save, or Megatron makes its own."""
-    if filesystem_async._results_queue is None:
+    """Makes the queue, if there is none yet or its process was killed. Call it before a save, or
+    Megatron makes its own."""
+    queue = filesystem_async._results_queue
+    if queue is None:
         end_forks_with_parent()
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        with deaf_children():
-            manager.start(end_with_parent)
-        filesystem_async._results_queue = manager.Queue()
+    elif _answers(queue):
+        return
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    with deaf_children():
+        manager.start(end_with_parent)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _answers(queue: Any) -> bool:
+    try:
+        queue.empty()
+    except (ConnectionError, EOFError):
+        return False
+    return True
 
 
 class BackgroundSaves(AsyncCallsQueue):  # type: ignore[misc]
