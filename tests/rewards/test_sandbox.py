@@ -11,11 +11,12 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from klear_megatron.errors import UserError
 from klear_megatron.rewards import CustomRewardConfig, Job, RewardConfig, RewardPool
-from klear_megatron.rewards.sandbox import Sandbox, bubblewrap, check_sandbox
+from klear_megatron.rewards.sandbox import Sandbox, SandboxError, bubblewrap, check_sandbox
 from tests.rewards.hostile import (
     CONFIG,
     SUM,
@@ -217,6 +218,18 @@ def test_a_sandbox_that_is_killed_as_it_starts_is_started_again(monkeypatch):
     monkeypatch.setattr(Sandbox, "_start", start_and_kill)
     assert outcomes(grade("print(sum(map(int, input().split())))")) == {"passed": 1}
     assert [process.wait() for process in killed] == [-signal.SIGKILL] * 2
+
+
+def test_what_a_killed_bubblewrap_leaves_behind_is_ended(monkeypatch, tmp_path):
+    seconds = f"9{os.getpid()}"
+    (tmp_path / "bwrap").write_text(f"#!/bin/sh\nsleep {seconds} &\nkill -KILL $$\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(SandboxError, match="ended 3 times before its first test"):
+        Sandbox(CONFIG, wall_limit_s=60).__enter__()
+    started = psutil.process_iter(["cmdline"])
+    left = [one for one in started if seconds in (one.info["cmdline"] or [])]
+    assert not psutil.wait_procs(left, timeout=5)[1]
 
 
 def test_all_of_a_programs_time_is_limited():

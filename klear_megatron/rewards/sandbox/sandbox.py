@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -72,7 +73,7 @@ class Sandbox:
     def __exit__(self, *exception: object) -> None:
         self._watch.cancel()
         self._control.close()
-        self._process.kill()
+        self._kill()
         self._process.wait()
 
     def load(self, kind: Kind, text: str) -> None:
@@ -91,7 +92,13 @@ class Sandbox:
 
     def _end(self) -> None:
         self._expired = True
-        self._process.kill()
+        self._kill()
+
+    def _kill(self) -> None:
+        # With its group: bubblewrap's child waits for ever for one that is killed as it starts.
+        if self._process.returncode is None:  # else its number may be another's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _send(self, packet: str, fds: list[int]) -> None:
         with contextlib.suppress(OSError):  # if the sandbox has ended, `wait` will notice
@@ -132,6 +139,7 @@ class Sandbox:
                 stderr=messages,
                 pass_fds=fds,
                 cwd="/",
+                process_group=0,
             )
 
 
