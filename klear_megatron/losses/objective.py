@@ -59,7 +59,12 @@ METRICS = (
         "mean over trained tokens",
         "grows without end: the penalty is too weak, or is meant to be",
     ),
-    Metric("ratio_min", "ratio", "smallest ratio of a trained token's new and old probability"),
+    Metric(
+        "ratio_min",
+        "ratio",
+        "smallest ratio of a trained token's new and old probability",
+        "below 0.005 with `max_staleness`: set `loss.beta_low` to 0",
+    ),
     Metric(
         "ratio_max",
         "ratio",

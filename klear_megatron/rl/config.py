@@ -49,7 +49,8 @@ class RLConfig(RunConfig):
     max_staleness: NonNegativeInt = 0
     """How many versions (steps) the weights that drew a group's oldest token may be behind those
     that are trained on it. With 0, a step draws, waits and trains. With more, responses are drawn
-    while the trainer trains, up to this many steps ahead; 1 or 2 is usual."""
+    while the trainer trains, up to this many steps ahead; 1 or 2 is usual. GPPO is then steadier
+    with `loss.beta_low: 0`; see docs/scale.md."""
     old_log_probs: Literal["trainer", "server"] = "trainer"
     """The old policy of the loss: the trainer before its first update on the responses, which takes
     a forward pass, or the servers' weights at the moment that they drew each token."""
