@@ -94,7 +94,7 @@ def _may_fail_again(job: dict[str, Any], code: int, message: str, first_step: in
     step = _newest_step(Path(job["run_dir"]))
     in_a_row = 1 if step > past["step"] else past["in_a_row"] + 1
     file.write_text(json.dumps({"in_a_row": in_a_row, "step": step}))
-    # Once a step was taken, the input is good, and code 2 says that servers were lost.
+    # Once a step was taken, the input is good, and code 2 says what else failed, such as servers.
     bad_input = code == BAD_INPUT and step <= first_step
     if bad_input or in_a_row >= job["failures_in_a_row"]:
         (snapshot / "stopped").write_text(message)
