@@ -72,9 +72,12 @@ class WeightSender:
         here = [f"here/{rank}" for rank in range(1, meeting.group_size)]
         self._wait(lambda: self._store.check(here))
         timeout = timedelta(seconds=meeting.timeout_s)
-        self._group = make_group(
-            self._store, dist.get_rank(), 0, meeting.group_size, timeout, this_device()
-        )
+        try:
+            self._group = make_group(
+                self._store, dist.get_rank(), 0, meeting.group_size, timeout, this_device()
+            )
+        except RuntimeError as error:  # one was lost after it had come
+            raise WeightSyncError(self._explain(error)) from error
 
     def send(self, stream: Iterator[tuple[str, Tensor]]) -> None:
         """Sends this rank's buckets in order, filled from the stream.

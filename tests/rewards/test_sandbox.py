@@ -226,7 +226,7 @@ def test_what_a_killed_bubblewrap_leaves_behind_is_ended(monkeypatch, tmp_path):
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(SandboxError, match="ended 3 times before its first test"):
-        Sandbox(CONFIG, wall_limit_s=60).__enter__()
+        Sandbox(CONFIG, wall_limit_s=1).__enter__()
     started = psutil.process_iter(["cmdline"])
     left = [one for one in started if seconds in (one.info["cmdline"] or [])]
     assert not psutil.wait_procs(left, timeout=5)[1]
