@@ -115,9 +115,11 @@ class PromptSampler:
         Raises:
             UserError: the state belongs to other data, other stages or another seed.
         """
-        for name, ours in (("num_rows", self._num_rows), ("seed", self._seed)):
+        for name, what, ours in (
+            ("num_rows", "number of rows", self._num_rows),
+            ("seed", "seed", self._seed),
+        ):
             if state[name] != ours:
-                what = "seed" if name == "seed" else "number of rows"
                 raise UserError(
                     f"data: the {what} was {state[name]} when the checkpoint was made, and is "
                     f"{ours}; resume with the same data and seed, or choose another run_dir"

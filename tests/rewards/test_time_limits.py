@@ -17,6 +17,7 @@ from klear_megatron.rewards import (
     RewardPool,
     code_reward,
 )
+from tests.rewards.hostile import outcomes
 from tests.rewards.test_code import respond
 
 CPU_LIMIT_S = 2.0
@@ -38,10 +39,6 @@ def busy_host():
         spinner.kill()
         spinner.wait()
     os.sched_setaffinity(0, cores)
-
-
-def outcomes(reward):
-    return {name.removeprefix("tests/"): share for name, share in reward.parts.items() if share}
 
 
 def limits(**values):
