@@ -2,9 +2,7 @@
 
 import collections
 import contextlib
-import itertools
 import os
-import random
 import socket
 import subprocess
 import time
@@ -21,16 +19,13 @@ from klear_megatron.platform.device import HAS_GPU, ranks_on_this_host
 from klear_megatron.platform.files import make_folder
 from klear_megatron.rollout import external_servers, guard
 from klear_megatron.rollout.config import RolloutConfig
+from klear_megatron.rollout.ports import Ports, take_ports
 from klear_megatron.rollout.server_side import SERVER_SIDE, WEIGHT_LOADER
 
 _CPU_STAND_INS = Path(__file__).parent / "cpu_stand_ins"
 _LOG_LINES, _LOG_BYTES = 20, 1 << 16
 _SEEDS = 1_000_000
 """Step between the seeds of a server's starts; larger than the number of servers."""
-_FREE_PORTS = range(15000, 31000)
-"""Below the ports that the kernel gives to outgoing connections. A server starts to listen seconds
-after its port was chosen, and SGLang hangs if the port has been taken in the meantime."""
-
 
 FRESH_CONNECTIONS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 """No keep-alive: the server closes idle connections after 5 s and may race with our request."""
@@ -75,13 +70,13 @@ def serving(
     say(f"starting {many} of {model_path}; logs in {log_dir}")
     with contextlib.ExitStack() as stack:
         processes = {}
-        for index, port in enumerate(_take_ports(config)):
+        for index, ports in enumerate(take_ports(config)):
             command = partial(
-                server_command, config, model_path, port, index=index, first_gpu=first_gpu
+                server_command, config, model_path, ports, index=index, first_gpu=first_gpu
             )
             process = _Process(command, seed, log_dir / f"sglang_{index}.log")
             stack.callback(process.stop)
-            processes[f"http://{config.host}:{port}"] = process
+            processes[f"http://{config.host}:{ports.http}"] = process
             process.start()
         servers = Servers(config, list(processes), processes)
         servers.restore()
@@ -252,7 +247,7 @@ def reachable(url: str) -> str:
 def server_command(
     config: RolloutConfig,
     model_path: Path,
-    port: int,
+    ports: Ports,
     *,
     index: int = 0,
     first_gpu: int = 0,
@@ -263,7 +258,8 @@ def server_command(
         # Absolute, because servers report it to clients that run in other folders.
         "model-path": str(model_path.absolute()),
         "host": config.host,
-        "port": str(port),
+        "port": str(ports.http),
+        "nccl-port": str(ports.nccl),
         "dtype": config.dtype,
         "tp-size": str(config.tensor_parallel_size),
         "mem-fraction-static": str(config.mem_fraction_static),
@@ -321,33 +317,6 @@ def server_environment() -> dict[str, str]:
             "OMP_NUM_THREADS": "1",
         }
     return environment
-
-
-def _take_ports(config: RolloutConfig) -> list[int]:
-    """Free ports, one per server."""
-    if config.port is None:
-        # Not from the run's seed: runs on the same host must not try the same ports.
-        start = random.SystemRandom().choice(_FREE_PORTS)
-        free = (port for port in range(start, start + 1000) if not _why_taken(config.host, port))
-        return list(itertools.islice(free, config.num_servers))
-    ports = [config.port + index for index in range(config.num_servers)]
-    for port in ports:
-        if reason := _why_taken(config.host, port):
-            raise UserError(
-                f"rollout.port: cannot listen on {config.host}:{port}: {reason}; stop what uses "
-                "it, choose another port, or leave rollout.port out to use a free one"
-            )
-    return ports
-
-
-def _why_taken(host: str, port: int) -> str | None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.strerror
-    return None
 
 
 def _is_there(url: str, *, ready: bool) -> bool:

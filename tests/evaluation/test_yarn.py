@@ -11,6 +11,7 @@ from klear_megatron.errors import UserError
 from klear_megatron.evaluation import EvalConfig, YarnConfig
 from klear_megatron.evaluation.yarn import extend_context
 from klear_megatron.rollout import RolloutConfig
+from klear_megatron.rollout.ports import Ports
 from klear_megatron.rollout.servers import server_command
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -22,7 +23,7 @@ def test_the_command_line_has_the_scaled_positions_and_length(positions, origina
     hf = Qwen3Config(max_position_embeddings=positions, rope_parameters=ROPE)
     rollout = RolloutConfig(extra_args=["--log-level", "debug"])
     config = extend_context(rollout, hf, YarnConfig(factor=2.5, original_length=original))
-    words = server_command(config, Path("model"), 30000)
+    words = server_command(config, Path("model"), Ports(30000, 30001))
     assert words[words.index("--context-length") + 1] == "81920"
     override = json.loads(words[words.index("--json-model-override-args") + 1])
     assert override == {

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from klear_megatron.rollout import RolloutConfig
+from klear_megatron.rollout.ports import Ports
 from klear_megatron.rollout.servers import server_command, server_environment
 
 ROOT = Path(__file__).parents[2]
@@ -55,10 +56,12 @@ def parsed(tmp_path_factory) -> dict[str, dict[str, Any]]:
         for settings, _ in CASES.values():
             config = RolloutConfig(**settings)
             last = config.num_servers - 1
-            words = server_command(config, Path("model"), 30000, index=last, first_gpu=4, seed=5)
+            words = server_command(
+                config, Path("model"), Ports(30000, 30001), index=last, first_gpu=4, seed=5
+            )
             assert words[1:3] == ["-m", "sglang.launch_server"]
             commands.append(words[3:])
-    names = {"host", "port", "random_seed", "custom_weight_loader"}
+    names = {"host", "port", "nccl_port", "random_seed", "custom_weight_loader"}
     names |= {name for _, expected in CASES.values() for name in expected}
     answer = subprocess.run(
         [str(PYTHON), "-c", _PARSE, json.dumps([commands, sorted(names)])],
@@ -76,6 +79,7 @@ def test_sglang_understands_the_command_line(case, parsed, proven):
     expected = expected | {
         "host": settings.get("host", "127.0.0.1"),
         "port": 30000,
+        "nccl_port": 30001,
         "random_seed": 5 + settings.get("num_servers", 1) - 1,
         "custom_weight_loader": ["klear_weight_loader.load"],
     }

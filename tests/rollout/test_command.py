@@ -7,11 +7,12 @@ import pytest
 from klear_megatron.errors import UserError
 from klear_megatron.platform.device import ranks_on_this_host
 from klear_megatron.rollout import RolloutConfig, serving
+from klear_megatron.rollout.ports import Ports
 from klear_megatron.rollout.servers import choose_first_gpu, server_command, server_environment
 
 
 def options(config: RolloutConfig, **arguments) -> dict[str, str]:
-    words = server_command(config, Path("model"), 30000, **arguments)[3:]
+    words = server_command(config, Path("model"), Ports(30000, 30001), **arguments)[3:]
     return {
         word.removeprefix("--"): following
         for word, following in zip(words, [*words[1:], ""], strict=True)

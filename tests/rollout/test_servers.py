@@ -21,6 +21,7 @@ from klear_megatron.rollout import guard, serving
 from klear_megatron.rollout.external_servers import wait_for
 from klear_megatron.rollout.servers import reachable
 from tests.rollout.conftest import CONFIG
+from tests.servers import server_at
 
 ONE = CONFIG.model_copy(update={"num_servers": 1})
 
@@ -96,6 +97,24 @@ def alive_with(argument: str) -> list[psutil.Process]:
 def gone_within(seconds: float, processes: list[psutil.Process]) -> bool:
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     return not alive
+
+
+def test_no_port_of_a_server_can_go_to_somebodys_outgoing_connection(servers):
+    """A server listens only seconds after its ports are chosen."""
+    server = server_at(servers.urls[0])
+    words = server.cmdline()
+    ports = {int(words[words.index(option) + 1]) for option in ("--port", "--nccl-port")}
+    processes = [server, *server.children(recursive=True)]
+    listening = {
+        connection.laddr.port
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(ports) == 2
+    assert ports <= listening
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(ports) < first_outgoing
 
 
 def test_servers_end_when_the_process_that_started_them_is_killed(servers, tmp_path):
