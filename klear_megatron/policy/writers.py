@@ -32,6 +32,8 @@ from klear_megatron.platform.orphans import (
     end_with_parent,
 )
 
+_KILLED = (ConnectionError, EOFError)
+"""What a process is told that asks another, which was killed."""
 _writers: list[ForkProcess] = []
 """Those of the save that this process waits for."""
 
@@ -39,23 +41,46 @@ _writers: list[ForkProcess] = []
 def prepare_writers() -> None:
     """Makes the queue, if there is none yet or its process was killed. Call it before a save, or
     Megatron makes its own."""
-    queue = filesystem_async._results_queue
-    if queue is None:
+    results = filesystem_async._results_queue
+    if results is None:
         end_forks_with_parent()
-    elif _answers(queue):
+    elif results.answers():
         return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     with deaf_children():
         manager.start(end_with_parent)
-    filesystem_async._results_queue = manager.Queue()
+    filesystem_async._results_queue = _Results(manager.Queue())
 
 
-def _answers(queue: Any) -> bool:
-    try:
-        queue.empty()
-    except (ConnectionError, EOFError):
-        return False
-    return True
+class _Results:
+    """The queue, which holds the result of this rank's save. When its process has been killed, the
+    result is an error that says so."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def answers(self) -> bool:
+        try:
+            self._queue.empty()
+        except _KILLED:
+            return False
+        return True
+
+    def put(self, result: Any) -> None:
+        with contextlib.suppress(*_KILLED):  # `get_nowait` tells
+            self._queue.put(result)
+
+    def get_nowait(self) -> Any:
+        try:
+            return self._queue.get_nowait()
+        except _KILLED:
+            return RuntimeError(
+                "the process that keeps the writers' results was killed, perhaps for want of "
+                "memory; the checkpoint is not complete, earlier ones are"
+            )
+
+    def empty(self) -> bool:
+        return self.answers() and bool(self._queue.empty())
 
 
 class BackgroundSaves(AsyncCallsQueue):  # type: ignore[misc]

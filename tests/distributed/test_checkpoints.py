@@ -1,11 +1,9 @@
 """Killed at any moment, in any layout: the run goes on from its last complete checkpoint."""
 
 import functools
-import logging
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from klear_megatron.checkpoints.megatron_folder import is_megatron_checkpoint
-from klear_megatron.errors import UserError
 from klear_megatron.losses import SFTObjective
 from klear_megatron.observability import Phases
-from klear_megatron.policy import checkpoint, writers
+from klear_megatron.policy import checkpoint
 from klear_megatron.policy.checkpoint import checkpoint_path, latest_checkpoint
 from klear_megatron.policy.optimizer_state import owned_shards
 from klear_megatron.sft.config import SFTConfig
 from klear_megatron.training.saver import Saver
-from tests.distributed.laboratory import RANKS_FORK_WRITERS, make_learner, weights
+from tests.distributed.laboratory import make_learner, weights
 from tests.distributed.ranks import run_ranks
 from tests.distributed.reference import make_batch
 
@@ -166,72 +163,6 @@ def test_a_save_that_is_killed_is_never_picked_up(folder, tmp_path):
         assert [p for p in complete.parent.iterdir() if p.suffix == ".partial"]
     losses, *_ = run_ranks(2, _six_steps, folder / "tied", {})[0]
     assert run_ranks(2, _resumed, folder / "tied", {}, tmp_path)[0][0] == losses[6:]
-
-
-def _save_to_the_end(learner: Any, run_dir: Path) -> None:
-    learner.save(checkpoint_path(run_dir, 1), {"step": 1})
-    learner.finish_saves()
-
-
-def _die(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _writers_killed(model: Path, run_dir: Path) -> list[str]:
-    """What this rank is told when a process of the last one's save is killed."""
-    told = []
-    cases = [
-        (False, filesystem_async, "_write_item"),
-        (True, filesystem_async, "_write_item"),
-        (True, writers, "_noticing_deaths"),  # the process that Megatron-Core forks itself
-    ]
-    if not RANKS_FORK_WRITERS:
-        del cases[0]
-    for asynchronous, module, function in cases:
-        learner = _policy(model, {}, asynchronous=asynchronous)
-        if dist.get_rank() == 1:
-            setattr(module, function, _die)
-        with pytest.raises(UserError) as failure:
-            _save_to_the_end(learner, run_dir)
-        told.append(str(failure.value))
-    return told
-
-
-def test_the_death_of_a_writer_ends_a_save_on_all_ranks(folder, tmp_path):
-    told, same = run_ranks(2, _writers_killed, folder / "tied", tmp_path, timeout=60)
-    assert told == same
-    assert len(told) == 2 + RANKS_FORK_WRITERS
-    assert all("a process that writes the checkpoint ended by SIGKILL" in text for text in told)
-    assert latest_checkpoint(tmp_path) is None
-
-
-class _Terminal:
-    """While this process writes a line to it, a writer dies."""
-
-    def __init__(self) -> None:
-        self._process = os.getpid()
-
-    def write(self, _: str) -> None:
-        if writers._writers and os.getpid() == self._process:
-            writers._writers[0].kill()
-            time.sleep(5)
-
-
-def _writer_killed_while_the_rank_logs(model: Path, run_dir: Path) -> str:
-    learner = _policy(model, {})
-    filesystem_async._write_item = lambda *_, **__: time.sleep(60)
-    filesystem_async.logger.setLevel(logging.DEBUG)
-    filesystem_async.logger.addHandler(logging.StreamHandler(_Terminal()))
-    with pytest.raises(UserError) as failure:
-        _save_to_the_end(learner, run_dir)
-    return str(failure.value)
-
-
-@pytest.mark.skipif(not RANKS_FORK_WRITERS, reason="a rank that waits for a save writes it itself")
-def test_the_death_of_a_writer_is_told_though_the_rank_writes_a_log(folder, tmp_path):
-    rank = _writer_killed_while_the_rank_logs
-    (told,) = run_ranks(1, rank, folder / "tied", tmp_path, timeout=40)
-    assert "a process that writes the checkpoint ended by SIGKILL" in told
 
 
 def _saves(model: Path, parallel: dict[str, int], run_dir: Path) -> Any:

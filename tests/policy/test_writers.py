@@ -32,14 +32,14 @@ def main() -> None:
         started.set()
         teller.join()
     filesystem_async._results_queue.put("kept")
-    print(filesystem_async._results_queue.get())
+    print(filesystem_async._results_queue.get_nowait())
     for child in psutil.Process().children():
         if any("spawn_main" in word for word in child.cmdline()):
             child.kill()
             child.wait()
     prepare_writers()
     filesystem_async._results_queue.put("kept again")
-    print(filesystem_async._results_queue.get())
+    print(filesystem_async._results_queue.get_nowait())
 
 
 def test_sigterm_to_all_processes_of_a_rank_leaves_the_queue_and_after_sigkill_there_is_another():
