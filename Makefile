@@ -27,7 +27,8 @@ test: setup setup-launch lint
 test-gpu-structure: .venv-gpu-structure/ready .venv-rollout/ready
 	@echo "==> tests of the CPU path with the GPUs' Megatron-Core, without Transformer Engine"
 	PYTHONPATH="$(CURDIR)/tests/gpu_structure/without_engine" \
-		.venv-gpu-structure/bin/python -m pytest tests/models tests/policy
+		.venv-gpu-structure/bin/python -m pytest tests/models tests/policy \
+		tests/distributed/test_checkpoints.py tests/distributed/test_killed_writers.py
 	@echo "==> tests of structure"
 	.venv-gpu-structure/bin/python -m pytest tests/gpu_structure
 
