@@ -1,5 +1,6 @@
 """Broadcasts one rank's share of the weights to all ranks of all servers."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,12 +73,10 @@ class WeightSender:
         here = [f"here/{rank}" for rank in range(1, meeting.group_size)]
         self._wait(lambda: self._store.check(here))
         timeout = timedelta(seconds=meeting.timeout_s)
-        try:
+        with self._explaining():  # one may be lost after it has come
             self._group = make_group(
                 self._store, dist.get_rank(), 0, meeting.group_size, timeout, this_device()
             )
-        except RuntimeError as error:  # one was lost after it had come
-            raise WeightSyncError(self._explain(error)) from error
 
     def send(self, stream: Iterator[tuple[str, Tensor]]) -> None:
         """Sends this rank's buckets in order, filled from the stream.
@@ -86,7 +85,7 @@ class WeightSender:
             WeightSyncError: a server failed, or another sender knows that one did.
         """
         under_way: list[dist.Work] = []
-        try:
+        with self._explaining():
             for number, bucket in enumerate(self._buckets):
                 if len(under_way) == len(self._memory):
                     self._finish(under_way.pop(0))
@@ -97,8 +96,6 @@ class WeightSender:
                 under_way.append(self._group.broadcast(data[: bucket.size], 0))
             for work in under_way:
                 self._finish(work)
-        except RuntimeError as error:
-            raise WeightSyncError(self._explain(error)) from error
 
     def leave(self) -> None:
         """Ends what is under way. The servers are not asked to leave: they would wait for each
@@ -130,10 +127,13 @@ class WeightSender:
             return str(self._store.get("failure").decode())
         return None
 
-    def _explain(self, error: RuntimeError) -> str:
-        deadline = time.monotonic() + _EXPLANATION_S
-        while time.monotonic() < deadline:
-            if failure := self._known_failure():
-                return failure
-            time.sleep(0.01)
-        return str(error)
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """An error of the process group becomes the failure of a server that explains it."""
+        try:
+            yield
+        except RuntimeError as error:
+            deadline = time.monotonic() + _EXPLANATION_S
+            while not (failure := self._known_failure()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            raise WeightSyncError(failure or str(error)) from error
