@@ -17,21 +17,26 @@ from tests.models import tiny
 
 def servers_among(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     """The servers themselves, without the guards that they run under."""
-    servers = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            words = process.cmdline()
-            if "sglang.launch_server" in words and "-I" not in words:
-                servers.append(process)
-    return servers
+    return [server for server, _ in _servers_and_words(processes)]
 
 
 def server_at(url: str) -> psutil.Process:
     """The process of the server that listens at this address."""
     port = url.rpartition(":")[2]
-    everyone = psutil.Process().children(recursive=True)
-    (server,) = (server for server in servers_among(everyone) if port in server.cmdline())
+    servers = _servers_and_words(psutil.Process().children(recursive=True))
+    (server,) = (one for one, words in servers if words[words.index("--port") + 1] == port)
     return server
+
+
+def _servers_and_words(
+    processes: Iterable[psutil.Process],
+) -> Iterator[tuple[psutil.Process, list[str]]]:
+    """The servers and their command lines, read once: a server may end at any moment."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            if "sglang.launch_server" in words and "-I" not in words:
+                yield process, words
 
 
 def log_prob_difference(model: PreTrainedModel, prompt: list[int], response: Response) -> float:

@@ -165,7 +165,7 @@ class Attempt:
         finally:
             self._end_all()
         outcome = {"code": code, "message": message, "time": time.time()}
-        (self._folder / "outcome.json").write_text(json.dumps(outcome))
+        write_json(self._folder / "outcome.json", outcome)
         return code, message
 
     def _run(self) -> int:

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -204,13 +205,14 @@ class _Parent:
         """
         log = self._folder / f"{self._role}-{self._task.node}.log"
         with log.open("ab", buffering=0) as output:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                preexec_fn=functools.partial(die_with_parent, os.getpid()),
-            )
+            with _sigterm_waits():
+                self._process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=functools.partial(_prepare_command, os.getpid()),
+                )
             assert self._process.stdout is not None
             pump = threading.Thread(target=self._copy, args=(self._process.stdout, output))
             pump.daemon = True
@@ -248,6 +250,23 @@ class _Parent:
         for line in source:
             target.write(label + line)
             self._last.append(line.decode(errors="replace").rstrip())
+
+
+@contextlib.contextmanager
+def _sigterm_waits() -> Iterator[None]:
+    """A SIGTERM that comes inside is handled at the end, and not by what is forked inside."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _prepare_command(parent: int) -> None:
+    """Runs in the forked process, which has this one's handler until it executes the command."""
+    die_with_parent(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _report(

@@ -17,6 +17,8 @@ from klear_megatron.platform.files import write_atomically
 from klear_megatron.platform.torchrun import LastWords
 
 _LOOK_EVERY_S = 10.0
+_WRITE_S = 2.0
+"""Enough to write the stacks, on a busy host."""
 _KEY = "klear_megatron/heartbeats"
 
 
@@ -38,6 +40,7 @@ class Watchdog:
     def __init__(self, run_dir: Path, timeout_s: float | None) -> None:
         self._timeout_s = timeout_s
         self._every_s = min(_LOOK_EVERY_S, timeout_s / 10) if timeout_s else _LOOK_EVERY_S
+        self._grace_s = 2 * self._every_s + _WRITE_S
         self._heartbeat = run_dir / "heartbeat.json"
         self._report = run_dir / "hang" / f"rank_{dist.get_rank():05}.txt"
         self._ended = threading.Event()
@@ -87,7 +90,7 @@ class Watchdog:
                 json.dump(now, file)
         if self._timeout_s is not None:
             # When the others have written theirs, and before their end has this rank killed.
-            later = self._timeout_s + 2 * self._every_s
+            later = self._timeout_s + self._grace_s
             faulthandler.dump_traceback_later(later, exit=True, file=self._file)
 
     def _end(self) -> None:
@@ -99,5 +102,5 @@ class Watchdog:
         print(f"in phase {heartbeat.phase}; {message}", file=self._file, flush=True)
         faulthandler.dump_traceback(self._file)
         LastWords(message, FAILED).leave()
-        time.sleep(2 * self._every_s)  # until the others have written theirs
+        time.sleep(self._grace_s)  # until the others have written theirs
         os._exit(FAILED)

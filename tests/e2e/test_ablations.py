@@ -32,7 +32,7 @@ def test_the_ablations_run_what_is_not_finished_and_compare_all(tmp_path):
         env={**environment(), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from klear_megatron.launch.status import status
 from tests.commands import ROOT, run_command
 from tests.files import read_rows
 from tests.launch.conftest import wait_for
-from tests.launch.test_conductor import submit, wait_for_restart
+from tests.launch.jobs import submit, wait_for_restart
 
 STEPS = 40
 

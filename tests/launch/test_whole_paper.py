@@ -17,7 +17,7 @@ def test_from_a_base_model_to_a_released_folder(pipeline):
         assert set(codes) <= {0, 75}
         return len(codes) == 11
 
-    wait_for(ended, 600)
+    wait_for(ended, 500)
     released = runs / "Klear-Reasoner-8B"
     assert {"README.md", "SHA256SUMS", "model.safetensors"} <= {
         file.name for file in released.iterdir()

@@ -13,6 +13,7 @@ from klear_megatron.policy.packing import plan_micro_batches
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(lengths, st.integers(1, 5), st.integers(1, 400), st.integers(1, 3))
 def test_a_plan_has_every_sequence_once_and_no_pack_over_budget(lengths, ranks, budget, multiple):
     plan = plan_micro_batches(lengths, ranks, budget, multiple)
@@ -27,6 +28,7 @@ def test_a_plan_has_every_sequence_once_and_no_pack_over_budget(lengths, ranks, 
         assert len(pack) <= 1 or sum(lengths[i] for i in pack) <= budget
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=8, max_size=40), st.integers(300, 2000))
 def test_ranks_have_about_the_same_number_of_tokens(lengths, budget):
     plan = plan_micro_batches(lengths, 2, budget)

@@ -237,7 +237,7 @@ def test_all_of_a_programs_time_is_limited():
     start = time.monotonic()
     config = CONFIG.model_copy(update={"test_wall_limit_s": 1.0, "wall_limit_s": 3.0})
     reward = grade("import time\ntime.sleep(1e6)", tests, config)
-    assert time.monotonic() - start < 3 + 2
+    assert time.monotonic() - start < 3 + 10  # and not the 50 s of all tests
     assert outcomes(reward) == {"time": 1}
 
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -53,22 +52,22 @@ def test_address_where_nobody_answers_is_refused(tmp_path):
 
 
 def test_a_server_that_still_starts_is_waited_for(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
 
-    def serve() -> None:
-        with HTTPServer(("127.0.0.1", port), Answers) as server:
-            server.handle_request()
+    def serve(server: HTTPServer) -> None:
+        server.server_activate()
+        server.handle_request()
 
-    late = threading.Timer(1.0, serve)
-    late.start()
-    wait_for(ONE.model_copy(update={"urls": [f"http://127.0.0.1:{port}"]}))
-    late.join()
+    with HTTPServer(("127.0.0.1", 0), Answers, bind_and_activate=False) as server:
+        server.server_bind()  # it does not listen yet
+        port = server.server_port
+        late = threading.Timer(1.0, serve, [server])
+        late.start()
+        wait_for(ONE.model_copy(update={"urls": [f"http://127.0.0.1:{port}"]}))
+        late.join()
     said = f"waiting up to 240 s for the SGLang server at http://127.0.0.1:{port}\n"
     assert capsys.readouterr().out == said
 
@@ -154,6 +153,7 @@ if os.fork() == 0:
     if os.fork() == 0:  # an orphan in a session of its own
         time.sleep(600)
     os._exit(0)
+os.wait()
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -179,7 +179,6 @@ def stubborn(tmp_path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Proc
     ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "ready\n"
-        time.sleep(0.5)
         processes = [p for p in alive_with(marker) if p.pid != parent.pid]
         assert len(processes) == 4
         yield parent, sorted(processes, key=lambda process: process.create_time())
