@@ -25,14 +25,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from klear_megatron.launch.reports import Report, write_json, write_report
 from klear_megatron.platform.exit_codes import BAD_INPUT, CONTINUE, FINISHED
-from klear_megatron.platform.orphans import die_with_parent
+from klear_megatron.platform.orphans import blocked, die_with_parent
 
 _ERROR_LINES = 50
 _OURS = re.compile(r"error( on rank \d+)?: (?P<message>.*)")
@@ -205,7 +204,7 @@ class _Parent:
         """
         log = self._folder / f"{self._role}-{self._task.node}.log"
         with log.open("ab", buffering=0) as output:
-            with _sigterm_waits():
+            with blocked(signal.SIGTERM):  # until it can be passed on
                 self._process = subprocess.Popen(
                     command,
                     env=environment,
@@ -250,16 +249,6 @@ class _Parent:
         for line in source:
             target.write(label + line)
             self._last.append(line.decode(errors="replace").rstrip())
-
-
-@contextlib.contextmanager
-def _sigterm_waits() -> Iterator[None]:
-    """A SIGTERM that comes inside is handled at the end, and not by what is forked inside."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _prepare_command(parent: int) -> None:

@@ -23,7 +23,15 @@ def deaf_children() -> Iterator[None]:
     processes of a rank. This holds from their first instruction, before they could ignore a signal.
     The process that starts them gets its own signals when the context ends."""
     resource_tracker.ensure_running()  # the first process starts it, which unblocks both signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    with blocked(signal.SIGTERM, signal.SIGINT):
+        yield
+
+
+@contextlib.contextmanager
+def blocked(*signals: signal.Signals) -> Iterator[None]:
+    """This process gets these signals when the context ends. What it starts inside begins with
+    them blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
