@@ -89,7 +89,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(make_job, run_dir, capsys):
     )
     begin = time.monotonic()
     exit_code, lines = run_to_end(make_job(code, requeue=False, **FIRST_NODES))
-    assert time.monotonic() - begin < 120  # the other rank would sleep for 300 s
+    assert time.monotonic() - begin < 45
     assert exit_code == 1
     assert lines[-1].startswith("error: trainer on node2, rank 1, ended with code -9")
     assert "killed by SIGKILL" in lines[-1]
